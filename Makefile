@@ -1,35 +1,73 @@
-# The same words on a laptop and in CI. Every target works from a clean clone;
-# the first one that runs makes .venv from requirements.lock, later ones reuse it.
+# The same words on a laptop and in CI. Every target works from a clean clone; the first
+# one that runs makes .venv from requirements.lock, later ones reuse it.
 #
-#   TORCH=cpu  (default) the CPU build of torch, where an index or wheel folder known to pip has one
-#   TORCH=cuda           the CUDA build, with the NVIDIA libraries it pins: make install TORCH=cuda
+#   make demo      train four adapters on a local Ray cluster, serve them together, generate
+#   make test      the whole suite: offline, on CPU
+#   make check     ruff, format and pyright (strict)
+#   make format    let ruff write the format
+#   make bench     measure; asserts nothing
+#   make docs      regenerate the reference pages from the code
+#   make lock      resolve requirements.lock anew from pyproject.toml
+#
+#   TORCH=cpu  (default) the CPU build of torch, if an index or wheel folder known to pip has it
+#   TORCH=cuda           the CUDA build with the NVIDIA libraries it pins: make install TORCH=cuda
 
 PYTHON ?= python3.11
 TORCH  ?= cpu
-VENV   := .venv
-BIN    := $(VENV)/bin
-STAMP  := $(VENV)/installed-$(TORCH)
+BIN    := .venv/bin
+STAMP  := .venv/installed-$(TORCH)
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCKED := --require-hashes --no-deps --no-build-isolation
 
-# DeepSpeed compiles its optional kernels at first use, so none are built at install time.
+# DeepSpeed compiles its optional kernels at first use; none are built at install time.
 export DS_BUILD_OPS := 0
 
+# '==' lets pip prefer the '+cpu' build of the same version; '===' takes the public build alone.
 TORCH_VERSION := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.lock)
-# '===' takes the exact public build; '==' lets pip prefer the same version's '+cpu' build.
-TORCH_cpu  := torch==$(TORCH_VERSION)
-TORCH_cuda := torch===$(TORCH_VERSION)
+TORCH_cpu     := torch==$(TORCH_VERSION)
+TORCH_cuda    := torch===$(TORCH_VERSION)
 
-.PHONY: install demo test check format bench docs lock clean
+.PHONY: install demo test check format bench docs lock
 
 install: $(STAMP)
 
-# 1. torch, in the build asked for; 2. what building DeepSpeed from source needs;
-# 3. everything else, exact versions and hashes; 4. this project, editable.
+# In this order: torch in the build asked for; what building DeepSpeed from source needs;
+# every other package at its exact version and hash; this project, editable.
 $(STAMP): requirements.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH_$(TORCH))'
-	grep -E -A99 '^(setuptools|wheel)==' requirements.lock | awk '/^[a-z]/{keep=/^(setuptools|wheel)==/} keep' > $(VENV)/build.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $(VENV)/build.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-build-isolation -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	rm -f $(VENV)/installed-*
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) '$(TORCH_$(TORCH))'
+	awk '/^[a-z]/ {keep = /^(setuptools|wheel)==/} keep' requirements.lock > .venv/build.lock
+	$(PIP) $(LOCKED) -r .venv/build.lock
+	$(PIP) $(LOCKED) -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	rm -f .venv/installed-*
 	touch $@
+
+demo: install
+	$(BIN)/python configs/demo/run.py
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: install
+	$(BIN)/python tests/bench/engine.py
+
+docs: install
+	$(BIN)/python docs/generate.py
+
+# torch stays in the lock; the CUDA libraries do not, since torch itself pins each of them and
+# the CPU build has none.
+lock: install
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+	  --generate-hashes --no-annotate --no-header --upgrade --output-file requirements.lock
+	$(BIN)/python -c "import pathlib, re; lock = pathlib.Path('requirements.lock'); \
+	  lock.write_text(re.sub(r'(?m)^(nvidia-|cuda-|triton=)(.*\\\\\n)*.*\n', '', lock.read_text()))"

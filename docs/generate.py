@@ -1,0 +1,114 @@
+"""Write docs/reference.md from the code: every spec field, every error.
+
+`make docs` runs it; a contract test runs it with `--check`, so the page cannot go stale.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from cluster.errors import OUTCOMES
+from cluster.spec import Spec
+from pydantic_core import PydanticUndefined
+from serving.spec import ServingSpec
+from training.spec import TrainingSpec
+
+PAGE = Path(__file__).parent / "reference.md"
+HEAD = """# Reference
+
+Written by `make docs` from the field descriptions in the code; do not edit.
+Unknown keys are refused with the nearest known one, and all errors of a file are shown at once.
+"""
+
+
+def specs_in(annotation: object) -> Iterator[type[Spec]]:
+    """Every Spec class inside `annotation`, unions and containers unwrapped."""
+    if inspect.isclass(annotation) and issubclass(annotation, Spec):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from specs_in(argument)
+
+
+def type_name(annotation: object) -> str:
+    """`annotation` as a reader writes it, with links to the specs on this page."""
+    classes = list(dict.fromkeys(specs_in(annotation)))
+    if classes:
+        return " or ".join(f"[{cls.__name__}](#{cls.__name__.lower()})" for cls in classes)
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return " or ".join(f"`{argument}`" for argument in arguments)
+    if inspect.isclass(annotation) and not arguments:
+        return "none" if annotation is type(None) else annotation.__name__
+    if typing.get_origin(annotation) is typing.Annotated:
+        return type_name(arguments[0])
+    inner = ", ".join(type_name(argument) for argument in arguments if argument is not Ellipsis)
+    origin = typing.get_origin(annotation)
+    if origin in (tuple, list):
+        return f"list of {inner}"
+    if origin is dict:
+        return f"map of {inner}"
+    return inner.replace(", ", " or ")
+
+
+def spec_table(cls: type[Spec]) -> str:
+    """One spec as a Markdown section."""
+    doc = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+    lines = [f"### {cls.__name__}", "", doc, "", "| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in cls.model_fields.items():
+        if field.default_factory is not None:
+            default = "see type" if list(specs_in(field.annotation)) else "`{}`"
+        elif field.default is PydanticUndefined:
+            default = "required"
+        else:
+            default = "see type" if isinstance(field.default, Spec) else f"`{field.default}`"
+        meaning = (field.description or "").replace("\n", " ").replace("|", "\\|")
+        lines.append(f"| `{name}` | {type_name(field.annotation)} | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def spec_section(title: str, root: type[Spec]) -> str:
+    """`root` and every spec it holds, breadth first."""
+    queue, done = [root], list[type[Spec]]()
+    while queue:
+        cls = queue.pop(0)
+        if cls in done:
+            continue
+        done.append(cls)
+        for field in cls.model_fields.values():
+            queue.extend(specs_in(field.annotation))
+    return f"## {title}\n\n" + "\n".join(spec_table(cls) for cls in done)
+
+
+def error_section() -> str:
+    """The error table, as users meet it."""
+    lines = ["## Errors", "", "| error | HTTP | `type` | `code` | exit code | retry helps | meaning |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for cls, outcome in OUTCOMES.items():
+        doc = inspect.cleandoc(cls.__doc__ or "").splitlines()[0]
+        retry = "yes" if cls.retryable else "no"
+        lines.append(
+            f"| `{cls.__name__}` | {outcome.status} | `{outcome.type}` | `{outcome.code}` "
+            f"| {outcome.exit_code} | {retry} | {doc} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """The whole page."""
+    sections = [
+        HEAD,
+        spec_section("Training: `graft train SPEC.yaml`", TrainingSpec),
+        spec_section("Serving: `graft serve SPEC.yaml`", ServingSpec),
+        error_section(),
+    ]
+    return "\n".join(sections)
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit(0 if PAGE.read_text() == page() else f"{PAGE} is stale: run `make docs`")
+    PAGE.write_text(page())

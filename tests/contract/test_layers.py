@@ -1,0 +1,92 @@
+"""The arrows between the packages: who may import whom, and who may import torch or Ray."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("cluster", "training", "serving")
+MODULES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+# The shell of serving, outside in. A room may import the rooms named after it, and itself.
+ROOMS = {
+    "cluster": {"cluster"},
+    "training": {"training", "cluster"},
+    "serving.spec": {"serving.spec", "cluster"},
+    "serving.protocol": {"serving.protocol", "cluster"},
+    "serving.adapters": {"serving.adapters", "cluster"},
+    "serving.engine": {"serving.engine", "serving.adapters", "serving.spec", "cluster"},
+    "serving.client": {"serving.client", "serving.batch_file", "serving.protocol", "cluster"},
+}
+
+# Prefix of the importing module -> libraries that must not be loaded by importing it.
+WITHOUT = {
+    "cluster.errors": {"torch", "ray", "transformers", "obstore", "pydantic"},
+    "cluster.spec": {"torch", "ray", "transformers", "obstore"},
+    "cluster.store": {"torch", "ray", "transformers"},
+    "cluster.registry": {"torch", "ray", "transformers"},
+    "cluster.cli": {"torch", "ray", "transformers", "deepspeed"},
+    "training.spec": {"torch", "ray", "transformers", "deepspeed"},
+    "training.step": {"ray", "deepspeed", "datasets", "obstore"},
+    "training.loop": {"ray", "deepspeed", "datasets", "obstore"},
+    "training.methods": {"ray", "deepspeed", "datasets", "obstore"},
+    "serving.spec": {"torch", "ray", "transformers"},
+    "serving.protocol": {"torch", "ray", "transformers"},
+    "serving.client": {"torch", "ray", "transformers", "fastapi"},
+    "serving.adapters": {"ray", "deepspeed", "datasets", "obstore", "fastapi"},
+    "serving.engine": {"ray", "deepspeed", "datasets", "obstore", "fastapi"},
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module that `path` imports, at its top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(module: str, rooms: set[str]) -> bool:
+    return any(module == room or module.startswith(room + ".") for room in rooms)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_the_rooms_below_it(module: str) -> None:
+    own = {m for m in imported_modules(MODULES[module]) if m.split(".")[0] in PACKAGES}
+    room = max((r for r in ROOMS if within(module, {r})), key=len, default=None)
+    allowed = ROOMS[room] if room else {"serving", "cluster"}
+    assert {m for m in own if not within(m, allowed)} == set()
+
+
+def test_training_and_serving_never_meet() -> None:
+    for module, path in MODULES.items():
+        other = {"training": "serving", "serving": "training"}.get(module.split(".")[0])
+        if other:
+            assert not {m for m in imported_modules(path) if within(m, {other})}, module
+
+
+def test_the_core_of_the_engine_is_plain_python() -> None:
+    for module in ("serving.engine.pages", "serving.engine.scheduler"):
+        assert not {m for m in imported_modules(MODULES[module]) if within(m, {"torch"})}
+
+
+@pytest.mark.parametrize("module", WITHOUT)
+def test_importing_a_module_does_not_load_what_it_does_not_need(module: str) -> None:
+    banned = sorted(WITHOUT[module])
+    code = f"import sys, {module}; print(*sorted(set({banned}) & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == []

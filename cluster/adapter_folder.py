@@ -1,0 +1,196 @@
+"""An adapter folder on this machine's disk, read with distrust: config, header, weights.
+
+A folder is adapter_config.json and adapter_model.safetensors, as PEFT saves them. Whatever else
+lies beside them is never opened; no pickle is read and no link is followed. Knows the container
+and nothing of methods or base models: the lowering in serving.adapters checks those. Called by
+the registry before publishing and by serving before loading.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from cluster.errors import AdapterError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 2**20
+MAX_HEADER_BYTES = 100 * 2**20
+MAX_TENSORS = 50_000
+_CHECK_CHUNK_BYTES = 64 * 2**20
+
+# safetensors dtype -> bytes per element, and for floats the unsigned view and exponent mask by
+# which NaN and Inf are told without a library that knows the dtype.
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
+_DTYPE_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1}
+_EXPONENT: dict[str, tuple[str, int]] = {
+    "F64": ("<u8", 0x7FF0000000000000),
+    "F32": ("<u4", 0x7F800000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of the header; `start` and `end` are byte offsets from the file's beginning."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A folder whose container is sound; the weights themselves are not read yet."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def method(self) -> str:
+        """The folder's `peft_type`, upper case: "LORA", "BITFIT", …"""
+        return str(self.config["peft_type"]).upper()
+
+    @property
+    def base_model(self) -> str | None:
+        """The base that the adapter says it was trained on; informational."""
+        name = self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) else None
+
+
+def open_adapter_folder(path: str | Path) -> AdapterFolder:
+    """Check the container at `path` and read its config and header.
+
+    Raises:
+        AdapterError: naming the folder, the file at fault, the reason and the remedy.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise AdapterError(f"adapter folder {path}: is not a folder; check the path")
+    config = _read_config(path)
+    return AdapterFolder(path, config, _read_header(path))
+
+
+def check_finite(folder: AdapterFolder) -> None:
+    """Read every weight once and raise AdapterError for the first tensor with a NaN or Inf."""
+    with (folder.path / WEIGHTS).open("rb") as file:
+        for name, entry in folder.tensors.items():
+            if entry.dtype not in _EXPONENT:
+                continue
+            view, mask = _EXPONENT[entry.dtype]
+            file.seek(entry.start)
+            left = entry.end - entry.start
+            while left:
+                chunk = file.read(min(left, _CHECK_CHUNK_BYTES))
+                if not chunk:
+                    raise fault(folder.path, WEIGHTS, "was cut short while it was read")
+                left -= len(chunk)
+                bits = np.frombuffer(chunk, dtype=view)
+                if ((bits & np.array(mask, dtype=view)) == mask).any():
+                    raise fault(
+                        folder.path, WEIGHTS, f"tensor {name!r} holds NaN or Inf; train it anew"
+                    )
+
+
+def fault(path: Path, file: str, reason: str) -> AdapterError:
+    """The AdapterError for one file of the folder."""
+    return AdapterError(f"adapter folder {path}: {file} {reason}")
+
+
+def _regular_file(path: Path, name: str, *, hint: str) -> Path:
+    file = path / name
+    if file.is_symlink() or not file.resolve().is_relative_to(path.resolve()):
+        raise fault(path, name, "is a link; copy the file itself into the folder")
+    if not file.is_file():
+        raise fault(path, name, f"is missing{hint}")
+    return file
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    if (path / "pytorch_adapter.bin").exists():
+        raise fault(
+            path, "pytorch_adapter.bin", "is AdapterHub's format; save the adapter with PEFT"
+        )
+    file = _regular_file(path, CONFIG, hint="; a PEFT adapter folder has one")
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise fault(path, CONFIG, f"is larger than {MAX_CONFIG_BYTES:,} bytes")
+        config: Any = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise fault(path, CONFIG, f"is not valid JSON ({error})") from error
+    except OSError as error:
+        raise fault(path, CONFIG, f"cannot be read ({error.strerror})") from error
+    if not isinstance(config, dict):
+        raise fault(path, CONFIG, f"holds a JSON {type(config).__name__}, not an object")
+    config = cast("dict[str, Any]", config)
+    if not isinstance(config.get("peft_type"), str):
+        if {"config", "model_type", "hidden_size"} & set(config) or "architecture" in config:
+            raise fault(path, CONFIG, "is AdapterHub's format; save the adapter with PEFT")
+        raise fault(path, CONFIG, "has no 'peft_type'; save the adapter with PEFT or Graft")
+    return config
+
+
+def _read_header(path: Path) -> Mapping[str, TensorEntry]:
+    hint = ""
+    if (path / "adapter_model.bin").exists():
+        hint = (
+            "; adapter_model.bin beside it is a pickle, which Graft never opens: "
+            "save the adapter again with safe_serialization=True"
+        )
+    file = _regular_file(path, WEIGHTS, hint=hint)
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise fault(path, WEIGHTS, f"is not a safetensors file ({size} bytes); copy it anew")
+            header: Any = json.loads(handle.read(length))
+    except (ValueError, RecursionError) as error:
+        raise fault(path, WEIGHTS, f"has a header that is not JSON ({error})") from error
+    except OSError as error:
+        raise fault(path, WEIGHTS, f"cannot be read ({error.strerror})") from error
+    if not isinstance(header, dict):
+        raise fault(path, WEIGHTS, "has a header that is not an object")
+    header = cast("dict[str, Any]", header)
+    header.pop("__metadata__", None)
+    if not 0 < len(header) <= MAX_TENSORS:
+        raise fault(path, WEIGHTS, f"holds {len(header):,} tensors; 1 to {MAX_TENSORS:,} are read")
+    entries = {name: _entry(path, name, raw, 8 + length) for name, raw in header.items()}
+    _check_layout(path, entries, 8 + length, size)
+    return entries
+
+
+def _entry(path: Path, name: str, raw: Any, data_start: int) -> TensorEntry:
+    try:
+        dtype, shape, (start, end) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        sound = whole and _DTYPE_BYTES[dtype] * math.prod(shape) == end - start
+    except (KeyError, TypeError, ValueError):
+        sound = False
+        dtype, shape, start, end = "", (), 0, 0
+    if not sound:
+        raise fault(path, WEIGHTS, f"describes tensor {name!r} wrongly (dtype, shape or offsets)")
+    return TensorEntry(dtype, shape, data_start + start, data_start + end)
+
+
+def _check_layout(
+    path: Path, entries: Mapping[str, TensorEntry], data_start: int, size: int
+) -> None:
+    """Tensors lie end to end and fill the file, as the format demands."""
+    position = data_start
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
+        if entry.start != position:
+            raise fault(path, WEIGHTS, "has tensors that overlap or leave gaps; copy it anew")
+        position = entry.end
+    if position != size:
+        raise fault(path, WEIGHTS, f"is {size} bytes where its header says {position}; copy it anew")

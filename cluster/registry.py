@@ -1,0 +1,254 @@
+"""The adapters in a store: immutable numbered versions, aliases, verification, import.
+
+    adapters/NAME/00000003/adapter_config.json, adapter_model.safetensors, …
+    adapters/NAME/00000003/manifest.json      written last: the version exists from here on
+    aliases/NAME/ALIAS/00000007.json          the last entry of the log is what the alias means
+
+Every write is create-only, so concurrent publishers get different numbers and nothing is ever
+half-visible. Knows files and hashes; what a method is, only by the name in its config.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cluster.adapter_folder import CONFIG, WEIGHTS, check_finite, open_adapter_folder
+from cluster.errors import AdapterError, ConflictError, NotFoundError, SpecError, StoreError
+from cluster.spec import nearest
+from cluster.store import Store, open_store
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+MANIFEST = "manifest.json"
+SCHEMA = 1
+# What a version holds; anything else in the folder (optimiser states, pickles) stays behind.
+PUBLISHED_FILES = (CONFIG, WEIGHTS, "README.md")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a version."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """One immutable version of an adapter, as its manifest tells it."""
+
+    name: str
+    version: int
+    method: str
+    base_model: str | None
+    content_hash: str
+    created_at: str
+    files: Mapping[str, FileEntry]
+    card: Mapping[str, Any]
+
+    @property
+    def ref(self) -> str:
+        """The exact reference, "name@version"."""
+        return f"{self.name}@{self.version}"
+
+
+class Registry:
+    """The adapters of one store. Holds no state: every call reads what is there now."""
+
+    def __init__(self, store: Store | str) -> None:
+        self.store = open_store(store) if isinstance(store, str) else store
+
+    def publish(
+        self, name: str, folder: Path, *, card: Mapping[str, Any] | None = None
+    ) -> AdapterVersion:
+        """Publish a PEFT folder as the next version of `name`.
+
+        Raises:
+            AdapterError: the folder is not sound; nothing was written.
+        """
+        check_name(name, "adapter")
+        opened = open_adapter_folder(folder)
+        check_finite(opened)
+        present = [file for file in PUBLISHED_FILES if (folder / file).is_file()]
+        files = {file: _file_entry(folder / file) for file in present}
+        number = self._claim(name)
+        version = AdapterVersion(
+            name=name,
+            version=number,
+            method=opened.method,
+            base_model=opened.base_model,
+            content_hash=_content_hash(files),
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            files=files,
+            card=dict(card or {}),
+        )
+        for file in files:
+            self.store.create_file(f"{_folder(name, number)}/{file}", folder / file)
+        self.store.create(f"{_folder(name, number)}/{MANIFEST}", _manifest_bytes(version))
+        return version
+
+    def import_folder(self, name: str, folder: Path) -> AdapterVersion:
+        """Publish a plain PEFT folder made elsewhere; as `publish`, with its origin in the card."""
+        return self.publish(name, folder, card={"imported_from": str(folder)})
+
+    def names(self) -> list[str]:
+        """Every adapter with at least one whole version."""
+        return [name for name in self.store.list_folders("adapters") if self._numbers(name)]
+
+    def versions(self, name: str) -> list[AdapterVersion]:
+        """The whole versions of `name`, oldest first. Raises NotFoundError."""
+        return [self._read(name, number) for number in self._existing(name)]
+
+    def resolve(self, ref: str) -> AdapterVersion:
+        """The version that "name" (the newest), "name@3" or "name:alias" means now.
+
+        Raises:
+            NotFoundError: naming what is nearest.
+        """
+        match = re.fullmatch(rf"({NAME.pattern})(?:@([0-9]{{1,8}})|:({NAME.pattern}))?", ref)
+        if match is None:
+            raise NotFoundError(
+                f"adapter {ref[:120]!r}: not a reference; write name, name@version or name:alias"
+            )
+        name, number, alias = match.groups()
+        existing = self._existing(name)
+        if alias == "latest" or (number is None and alias is None):
+            return self._read(name, existing[-1])
+        if alias is not None:
+            known = self.aliases(name)
+            if alias not in known:
+                raise NotFoundError(f"adapter {name!r} has no alias {alias!r}{nearest(alias, known)}")
+            return self._read(name, known[alias])
+        if int(number) not in existing:
+            raise NotFoundError(
+                f"adapter {name!r} has no version {number}; the newest is {existing[-1]}"
+            )
+        return self._read(name, int(number))
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """The aliases of `name` and the versions that they mean now."""
+        found: dict[str, int] = {}
+        for alias in self.store.list_folders(f"aliases/{name}"):
+            entries = self.store.list(f"aliases/{name}/{alias}")
+            found[alias] = int(json.loads(self.store.read(entries[-1]))["version"])
+        return found
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Make `name:alias` mean `version`, atomically.
+
+        Raises:
+            ConflictError: somebody moved the alias at the same moment.
+        """
+        check_name(alias, "alias")
+        if alias == "latest":
+            raise SpecError("alias 'latest' always means the newest version; choose another name")
+        self.resolve(f"{name}@{version}")
+        folder = f"aliases/{name}/{alias}"
+        number = len(self.store.list(folder)) + 1
+        entry = {"version": version, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        self.store.create(f"{folder}/{number:08d}.json", json.dumps(entry).encode())
+
+    def verify(self, ref: str) -> AdapterVersion:
+        """Read every file of a version again. Raises StoreError if one differs from its hash."""
+        version = self.resolve(ref)
+        with tempfile.TemporaryDirectory() as folder:
+            self._download(version, Path(folder))
+        return version
+
+    def fetch(self, version: AdapterVersion, cache: Path) -> Path:
+        """A verified local copy, `cache`/<content hash>, made once and then reused."""
+        target = cache / version.content_hash
+        if target.is_dir():
+            return target
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+        try:
+            self._download(version, partial)
+            partial.rename(target)
+        except OSError as error:
+            if not target.is_dir():  # otherwise somebody beside us was faster, with the same bytes
+                raise StoreError(f"cache {target}: {error.strerror}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return target
+
+    def _download(self, version: AdapterVersion, folder: Path) -> None:
+        for file, entry in version.files.items():
+            if file not in PUBLISHED_FILES:
+                raise AdapterError(f"adapter {version.ref}: manifest names a strange file {file!r}")
+            key = f"{_folder(version.name, version.version)}/{file}"
+            self.store.download(key, folder / file)
+            if _file_entry(folder / file) != entry:
+                raise StoreError(
+                    f"adapter {version.ref}: {file} in {self.store.uri} does not match its "
+                    "manifest's hash; it was changed or damaged: publish the adapter anew"
+                )
+
+    def _claim(self, name: str) -> int:
+        """Take the next free number; a number once taken is never given again."""
+        taken = [int(folder) for folder in self.store.list_folders(f"adapters/{name}")]
+        number = max(taken, default=0) + 1
+        while True:
+            try:
+                self.store.create(f"{_folder(name, number)}/claim", b"")
+                return number
+            except ConflictError:
+                number += 1
+
+    def _numbers(self, name: str) -> list[int]:
+        keys = self.store.list(f"adapters/{name}")
+        return sorted(int(key.split("/")[-2]) for key in keys if key.endswith(f"/{MANIFEST}"))
+
+    def _existing(self, name: str) -> list[int]:
+        check_name(name, "adapter")
+        numbers = self._numbers(name)
+        if not numbers:
+            known = nearest(name, self.names())
+            raise NotFoundError(f"adapter {name!r} is not in {self.store.uri}{known}")
+        return numbers
+
+    def _read(self, name: str, number: int) -> AdapterVersion:
+        raw = json.loads(self.store.read(f"{_folder(name, number)}/{MANIFEST}"))
+        if raw.pop("schema") != SCHEMA:
+            raise AdapterError(f"adapter {name}@{number}: made by a newer Graft; update this one")
+        files = {file: FileEntry(**entry) for file, entry in raw.pop("files").items()}
+        return AdapterVersion(files=files, **raw)
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise SpecError unless `name` is a legal name for an adapter or alias."""
+    if not NAME.fullmatch(name):
+        raise SpecError(
+            f"{what} name {name[:120]!r}: use 1 to 100 of a-z, 0-9, '.', '_' and '-', "
+            "beginning with a letter or digit"
+        )
+
+
+def _folder(name: str, number: int) -> str:
+    return f"adapters/{name}/{number:08d}"
+
+
+def _file_entry(path: Path) -> FileEntry:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return FileEntry(digest.hexdigest(), path.stat().st_size)
+
+
+def _content_hash(files: Mapping[str, FileEntry]) -> str:
+    """What makes two versions the same adapter: config and weights, not the text beside them."""
+    lines = [f"{file} {files[file].sha256}" for file in (CONFIG, WEIGHTS)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _manifest_bytes(version: AdapterVersion) -> bytes:
+    return json.dumps({"schema": SCHEMA, **asdict(version)}, indent=2, sort_keys=True).encode()

@@ -1,0 +1,171 @@
+"""Shared storage by URI: a local folder, NFS, S3 or GCS, with create-only writes.
+
+Everything that Graft shares between machines goes through here. A key is written once, whole, or
+not at all: object stores get a conditional put, local folders a write beside and an exclusive
+link, both from obstore. Knows bytes and keys, and nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    GenericError,
+    NotSupportedError,
+    UnknownConfigurationKeyError,
+)
+from obstore.store import LocalStore, from_url
+
+from cluster.errors import ConflictError, NotFoundError, SpecError, StoreError
+
+SCHEMES = ("file", "s3", "gs")
+_KEY = re.compile(r"[A-Za-z0-9._@+=-]+(/[A-Za-z0-9._@+=-]+)*")
+_CHUNK_BYTES = 8 * 2**20
+
+
+class Store:
+    """One folder of shared storage. Safe to use from several threads; picklable by its URI."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = absolute_uri(uri)
+        with _faults(f"store {self.uri}"):
+            # Any: obstore's stubs leave the Arrow form of listings untyped.
+            self._store: Any = _open(self.uri)
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.uri,)
+
+    def create(self, key: str, data: bytes) -> None:
+        """Write `data` under a new key, visible only when whole.
+
+        Raises:
+            ConflictError: the key exists; it was not touched.
+        """
+        with _faults(f"{self.uri}/{key}"):
+            # One conditional put: a multipart upload carries no create-only condition everywhere.
+            obstore.put(self._store, _checked(key), data, mode="create", use_multipart=False)
+
+    def create_file(self, key: str, path: Path) -> None:
+        """Write the content of `path` under a new key; as `create`."""
+        self.create(key, path.read_bytes())
+
+    def read(self, key: str) -> bytes:
+        """The bytes under `key`. Raises NotFoundError."""
+        with _faults(f"{self.uri}/{key}"):
+            return bytes(obstore.get(self._store, _checked(key)).bytes())
+
+    def exists(self, key: str) -> bool:
+        """Whether `key` is there."""
+        try:
+            with _faults(f"{self.uri}/{key}"):
+                obstore.head(self._store, _checked(key))
+        except NotFoundError:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Every key below the folder `prefix`, sorted."""
+        with _faults(f"{self.uri}/{prefix}"):
+            pages = self._store.list(_checked(prefix) if prefix else None, return_arrow=False)
+            return sorted(meta["path"] for page in pages for meta in page)
+
+    def list_folders(self, prefix: str = "") -> list[str]:
+        """The names of the folders directly below `prefix`, sorted."""
+        with _faults(f"{self.uri}/{prefix}"):
+            where = _checked(prefix) if prefix else None
+            result = self._store.list_with_delimiter(where, return_arrow=False)
+            return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in result["common_prefixes"])
+
+    def download(self, key: str, to: Path) -> None:
+        """Stream `key` into the file `to` (its folder exists). Raises NotFoundError."""
+        with _faults(f"{self.uri}/{key}"), to.open("wb") as file:
+            for chunk in obstore.get(self._store, _checked(key)).stream(min_chunk_size=_CHUNK_BYTES):
+                file.write(chunk)
+
+    def delete(self, key: str) -> None:
+        """Remove `key`; absent is fine."""
+        try:
+            with _faults(f"{self.uri}/{key}"):
+                obstore.delete(self._store, _checked(key))
+        except NotFoundError:
+            pass
+
+    def local_path(self) -> Path | None:
+        """The folder on this machine's file system, or None for object storage."""
+        return _local_folder(self.uri)
+
+
+def open_store(uri: str) -> Store:
+    """The store at `uri`: "/abs", "rel/folder", "file:///abs", "s3://bucket/prefix", "gs://…".
+
+    S3 takes endpoint, region and credentials from the usual AWS_* variables (plain http only
+    for an endpoint on loopback). Raises SpecError for a URI that is none of these.
+    """
+    return Store(uri)
+
+
+def absolute_uri(uri: str) -> str:
+    """`uri` with a relative local folder made absolute, so that it means the same everywhere."""
+    scheme = urlsplit(uri).scheme
+    if not uri or (scheme and scheme not in SCHEMES):
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise SpecError(f"store {uri!r}: use a local folder or one of {known}")
+    if scheme == "file":
+        return str(Path(urlsplit(uri).path))
+    return uri.rstrip("/") if scheme else str(Path(uri).absolute())
+
+
+def _local_folder(uri: str) -> Path | None:
+    return None if urlsplit(uri).scheme else Path(uri)
+
+
+def _open(uri: str) -> Any:
+    folder = _local_folder(uri)
+    if folder is not None:
+        if folder.exists() and not folder.is_dir():
+            raise SpecError(f"store {uri}: is a file; name a folder")
+        return LocalStore(folder, mkdir=True)
+    options: dict[str, Any] = {}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if uri.startswith("s3://") and endpoint:
+        options["endpoint"] = endpoint
+        if urlsplit(endpoint).hostname in ("127.0.0.1", "localhost", "::1"):
+            return cast("Any", from_url)(uri, config=options, client_options={"allow_http": True})
+    return cast("Any", from_url)(uri, config=options)
+
+
+def _checked(key: str) -> str:
+    if not _KEY.fullmatch(key) or any(part in (".", "..") for part in key.split("/")):
+        raise SpecError(f"store key {key!r}: use letters, digits and ._@+=- between slashes")
+    return key
+
+
+@contextmanager
+def _faults(what: str) -> Generator[None]:
+    """Turn what obstore and the file system raise into Graft's errors."""
+    try:
+        yield
+    except AlreadyExistsError as error:
+        raise ConflictError(f"{what}: exists already, and is never overwritten") from error
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{what}: not found") from error
+    except (NotSupportedError, UnknownConfigurationKeyError) as error:
+        raise SpecError(f"{what}: {error}") from error
+    except PermissionError as error:
+        raise StoreError(f"{what}: permission denied; check the credentials and rights") from error
+    except (BaseError, GenericError, OSError, ValueError) as error:
+        raise StoreError(f"{what}: storage failed: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

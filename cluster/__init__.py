@@ -1,0 +1,1 @@
+"""What training and serving share: errors, specs, storage, the registry, Ray. Imports neither."""

@@ -153,7 +153,9 @@ def _read_header(path: Path) -> Mapping[str, TensorEntry]:
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise fault(path, WEIGHTS, f"is not a safetensors file ({size} bytes); copy it anew")
+                raise fault(
+                    path, WEIGHTS, f"is not a safetensors file ({size} bytes); copy it anew"
+                )
             header: Any = json.loads(handle.read(length))
     except (ValueError, RecursionError) as error:
         raise fault(path, WEIGHTS, f"has a header that is not JSON ({error})") from error
@@ -193,4 +195,6 @@ def _check_layout(
             raise fault(path, WEIGHTS, "has tensors that overlap or leave gaps; copy it anew")
         position = entry.end
     if position != size:
-        raise fault(path, WEIGHTS, f"is {size} bytes where its header says {position}; copy it anew")
+        raise fault(
+            path, WEIGHTS, f"is {size} bytes where its header says {position}; copy it anew"
+        )

@@ -125,7 +125,9 @@ class Registry:
         if alias is not None:
             known = self.aliases(name)
             if alias not in known:
-                raise NotFoundError(f"adapter {name!r} has no alias {alias!r}{nearest(alias, known)}")
+                raise NotFoundError(
+                    f"adapter {name!r} has no alias {alias!r}{nearest(alias, known)}"
+                )
             return self._read(name, known[alias])
         if int(number) not in existing:
             raise NotFoundError(

@@ -88,7 +88,9 @@ class Store:
     def download(self, key: str, to: Path) -> None:
         """Stream `key` into the file `to` (its folder exists). Raises NotFoundError."""
         with _faults(f"{self.uri}/{key}"), to.open("wb") as file:
-            for chunk in obstore.get(self._store, _checked(key)).stream(min_chunk_size=_CHUNK_BYTES):
+            for chunk in obstore.get(self._store, _checked(key)).stream(
+                min_chunk_size=_CHUNK_BYTES
+            ):
                 file.write(chunk)
 
     def delete(self, key: str) -> None:

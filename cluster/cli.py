@@ -1,0 +1,224 @@
+"""The `graft` command: parsing and printing only.
+
+Commands of other rooms (`train`, `serve`, `generate`) are found by the entry-point group
+`graft.commands`, so that this room imports neither. Importing this module loads no torch and no
+Ray: each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import GraftError, outcome_of
+
+HELP = """\
+Train adapters on a Ray cluster, publish them, serve them all from one base model.
+
+[bold]Examples[/bold]
+
+  graft train configs/training/lora.yaml --set output.name=support-bot --follow
+
+  graft serve configs/serving/local.yaml
+
+  graft generate questions.arrow answers.arrow --adapter support-bot
+
+Without --address (or RAY_ADDRESS, or a cluster on this machine) a Ray cluster is started here
+and ends with the command. Adapters live in the store: --store, GRAFT_STORE, or ./graft-store.
+"""
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
+jobs_app = typer.Typer(help="Training jobs on the cluster.", no_args_is_help=True)
+adapters_app = typer.Typer(help="Adapters in the store.", no_args_is_help=True)
+
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster: host:port, auto, or http://host:8265 [env: RAY_ADDRESS]."),
+]
+Store = Annotated[
+    str, typer.Option(envvar="GRAFT_STORE", help="Folder, s3://bucket/prefix or gs://… .")
+]
+Ref = Annotated[str, typer.Argument(help="NAME, NAME@VERSION or NAME:ALIAS.")]
+JobId = Annotated[str, typer.Argument(help="As `graft jobs list` shows it.")]
+DEFAULT_STORE = "./graft-store"
+
+
+@jobs_app.command("list")
+def list_jobs(address: Address = None) -> None:
+    """List jobs, newest first."""
+    from cluster import jobs
+    from cluster.session import session
+
+    table = Table("job", "name", "status", "seconds", box=None)
+    with session(_named(address)) as ray:
+        for info in jobs.list_jobs(ray):
+            ended = info.ended_at_s
+            took = f"{ended - info.started_at_s:.0f}" if ended and info.started_at_s else ""
+            table.add_row(info.id, info.name, info.status, took)
+    Console().print(table)
+
+
+@jobs_app.command("show")
+def show_job(job: JobId, address: Address = None) -> None:
+    """Show one job."""
+    from cluster import jobs
+    from cluster.session import session
+
+    with session(_named(address)) as ray:
+        info = jobs.show(ray, job)
+    _print_pairs(vars(info))
+
+
+@jobs_app.command("logs")
+def job_logs(
+    job: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
+    address: Address = None,
+) -> None:
+    """Print a job's log."""
+    from cluster import jobs
+    from cluster.session import session
+
+    with session(_named(address)) as ray:
+        for line in jobs.logs(ray, job, follow=follow):
+            typer.echo(line)
+
+
+@jobs_app.command("stop")
+def stop_job(job: JobId, address: Address = None) -> None:
+    """Stop a job and wait until it has ended."""
+    from cluster import jobs
+    from cluster.session import session
+
+    with session(_named(address)) as ray:
+        jobs.stop(ray, job)
+        typer.echo(f"{job}: {jobs.show(ray, job).status}")
+
+
+@adapters_app.command("list")
+def list_adapters(store: Store = DEFAULT_STORE) -> None:
+    """List adapters with their newest version."""
+    from cluster.registry import Registry
+
+    registry = Registry(store)
+    table = Table("adapter", "version", "method", "aliases", "published", box=None)
+    for name in registry.names():
+        newest = registry.resolve(name)
+        aliases = ", ".join(f"{a}={v}" for a, v in registry.aliases(name).items())
+        table.add_row(name, str(newest.version), newest.method, aliases, newest.created_at)
+    Console().print(table)
+
+
+@adapters_app.command("show")
+def show_adapter(ref: Ref, store: Store = DEFAULT_STORE) -> None:
+    """Show one version: files, lineage, metrics."""
+    from cluster.registry import Registry
+
+    registry = Registry(store)
+    version = registry.resolve(ref)
+    _print_pairs(
+        {
+            "adapter": version.ref,
+            "versions": ", ".join(str(v.version) for v in registry.versions(version.name)),
+            "aliases": registry.aliases(version.name),
+            "method": version.method,
+            "base_model": version.base_model,
+            "published": version.created_at,
+            "content": version.content_hash,
+            **{f"file {name}": f"{e.bytes:,} bytes" for name, e in version.files.items()},
+            **version.card,
+        }
+    )
+
+
+@adapters_app.command("import")
+def import_adapter(
+    name: Annotated[str, typer.Argument(help="Name to publish it under.")],
+    folder: Annotated[Path, typer.Argument(help="A folder as PEFT's save_pretrained writes it.")],
+    store: Store = DEFAULT_STORE,
+) -> None:
+    """Publish a plain PEFT folder as the next version of NAME."""
+    from cluster.registry import Registry
+
+    typer.echo(f"published {Registry(store).import_folder(name, folder).ref}")
+
+
+@adapters_app.command("alias")
+def set_alias(
+    ref: Ref,
+    alias: Annotated[str, typer.Argument(help="For example: stable.")],
+    store: Store = DEFAULT_STORE,
+) -> None:
+    """Make NAME:ALIAS mean the version REF."""
+    from cluster.registry import Registry
+
+    registry = Registry(store)
+    version = registry.resolve(ref)
+    registry.set_alias(version.name, alias, version.version)
+    typer.echo(f"{version.name}:{alias} is now {version.ref}")
+
+
+@adapters_app.command("verify")
+def verify_adapter(ref: Ref, store: Store = DEFAULT_STORE) -> None:
+    """Read every file of a version again and compare it with its hash."""
+    from cluster.registry import Registry
+
+    version = Registry(store).verify(ref)
+    size = sum(entry.bytes for entry in version.files.values())
+    typer.echo(f"{version.ref}: {len(version.files)} files, {size:,} bytes, as published")
+
+
+def main() -> None:
+    """The console script: a GraftError becomes one message and its exit code, never a traceback."""
+    try:
+        _build()(standalone_mode=False)
+    except GraftError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        sys.exit(outcome_of(error).exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(INTERRUPTED)
+
+
+def _build() -> Callable[..., Any]:
+    """The app with the commands of the other rooms in front."""
+    order = {"train": 0, "serve": 1, "generate": 2}
+    found = entry_points(group="graft.commands")
+    for entry in sorted(found, key=lambda entry: (order.get(entry.name, 9), entry.name)):
+        app.command(entry.name)(entry.load())
+    app.add_typer(jobs_app, name="jobs")
+    app.add_typer(adapters_app, name="adapters")
+    return app
+
+
+def _named(address: str | None) -> str:
+    """The cluster to ask about jobs: never one that we would start only to find it empty."""
+    import os
+
+    return address or os.environ.get("RAY_ADDRESS") or "auto"
+
+
+def _print_pairs(pairs: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False)
+    for key, value in pairs.items():
+        table.add_row(key, str(value), style=None)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

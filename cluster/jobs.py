@@ -1,0 +1,188 @@
+"""Ray Jobs: submit, list, show, follow the log, stop, wait.
+
+The code travels with the job (Ray's `py_modules`), so a cluster needs only the dependencies and
+always runs the submitter's version. Knows processes and logs; what a job does is its entrypoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ClusterError, JobFailedError, NotFoundError
+from cluster.session import Session
+
+PACKAGES = ("cluster", "training", "serving")
+# What a job needs of the submitter's environment: credentials of the store, Graft's own settings.
+PASSED_PREFIXES = ("AWS_", "GOOGLE_", "GRAFT_", "OMP_", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+POLL_S = 0.5
+_LOG_LINES_IN_ERROR = 15
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """One job as Ray knows it. `status` is PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+
+    id: str
+    status: str
+    name: str
+    entrypoint: str
+    message: str
+    started_at_s: float | None
+    ended_at_s: float | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job has ended, one way or another."""
+        return self.status in ("STOPPED", "SUCCEEDED", "FAILED")
+
+
+def submit(
+    session: Session,
+    module: str,
+    arguments: Sequence[str],
+    *,
+    name: str,
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """Start `python -m module *arguments` on the cluster; returns the job's id.
+
+    The job runs with this Python where its path exists on the cluster's head (the same machine or
+    image), else with the head's `python`; GRAFT_PYTHON names another.
+    """
+    passed = {k: v for k, v in os.environ.items() if k.startswith(PASSED_PREFIXES)}
+    runtime_env = {
+        "py_modules": [str(_package_folder(package)) for package in PACKAGES],
+        "excludes": ["**/__pycache__"],
+        "env_vars": {**passed, **(env or {})},
+    }
+    python = shlex.quote(os.environ.get("GRAFT_PYTHON", sys.executable))
+    entrypoint = (
+        f"P={python}; command -v $P >/dev/null || P=python; "
+        f"exec $P -m {module} {shlex.join(arguments)}"
+    )
+    with _faults(session):
+        client = _client(session)
+        return str(
+            client.submit_job(
+                entrypoint=entrypoint, runtime_env=runtime_env, metadata={"graft_name": name}
+            )
+        )
+
+
+def list_jobs(session: Session) -> list[JobInfo]:
+    """Every submitted job, newest first."""
+    with _faults(session):
+        found = [_info(details) for details in _client(session).list_jobs()]
+    found = [info for info in found if info.id]
+    return sorted(found, key=lambda info: info.started_at_s or 0, reverse=True)
+
+
+def show(session: Session, job_id: str) -> JobInfo:
+    """One job. Raises NotFoundError."""
+    with _faults(session, job_id):
+        return _info(_client(session).get_job_info(job_id))
+
+
+def stop(session: Session, job_id: str) -> None:
+    """Ask a job to end, and wait until it has. Raises NotFoundError."""
+    with _faults(session, job_id):
+        _client(session).stop_job(job_id)
+    while not show(session, job_id).is_over:
+        time.sleep(POLL_S)
+
+
+def logs(session: Session, job_id: str, *, follow: bool = False) -> Iterator[str]:
+    """The job's log, line by line; with `follow`, until the job ends. Raises NotFoundError."""
+    with _faults(session, job_id):
+        client = _client(session)
+        if not follow:
+            yield from str(client.get_job_logs(job_id)).splitlines()
+            return
+        with asyncio.Runner() as runner:
+            chunks = client.tail_job_logs(job_id)
+            partial = ""
+            while True:
+                try:
+                    chunk = runner.run(anext(chunks))
+                except StopAsyncIteration:
+                    break
+                *lines, partial = (partial + str(chunk)).split("\n")
+                yield from lines
+            if partial:
+                yield partial
+
+
+def wait(session: Session, job_id: str) -> JobInfo:
+    """Wait until the job has ended well.
+
+    Raises:
+        JobFailedError: it failed or was stopped; the message carries the end of its log.
+    """
+    while not (info := show(session, job_id)).is_over:
+        time.sleep(POLL_S)
+    if info.status == "SUCCEEDED":
+        return info
+    tail = "\n".join([*logs(session, job_id)][-_LOG_LINES_IN_ERROR:])
+    reason = (info.message or "no reason given").splitlines()[0].split(", last available logs")[0]
+    raise JobFailedError(f"job {job_id} ({info.name}): {info.status}: {reason}\n{tail}")
+
+
+def _package_folder(package: str) -> Path:
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ClusterError(f"package {package!r} is not installed beside Graft; install it anew")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _client(session: Session) -> Any:
+    # Any: Ray's client is typed, but its details are optional everywhere.
+    from ray.job_submission import JobSubmissionClient
+
+    # Ray tells of every upload and every closed socket at INFO.
+    for name in ("ray.dashboard", "ray._private", "ray.job_submission"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return JobSubmissionClient(session.dashboard_url)
+
+
+def _info(details: Any) -> JobInfo:
+    metadata = details.metadata or {}
+    return JobInfo(
+        id=details.submission_id or "",
+        status=str(getattr(details.status, "value", details.status)),
+        name=metadata.get("graft_name", ""),
+        entrypoint=details.entrypoint or "",
+        message=details.message or "",
+        started_at_s=details.start_time / 1000 if details.start_time else None,
+        ended_at_s=details.end_time / 1000 if details.end_time else None,
+    )
+
+
+@contextmanager
+def _faults(session: Session, job_id: str | None = None) -> Generator[None]:
+    """Turn what Ray's client raises into Graft's errors."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError) as error:
+        text = str(error)
+        if job_id is not None and ("404" in text or "does not exist" in text):
+            raise NotFoundError(
+                f"job {job_id!r}: not on the cluster at {session.dashboard_url}; "
+                "`graft jobs list` shows what is"
+            ) from error
+        if "401" in text or "403" in text or "nauthorized" in text:
+            raise ClusterError(
+                f"cluster {session.dashboard_url}: refuses our token; put the cluster's token "
+                "into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            ) from error
+        raise ClusterError(f"cluster {session.dashboard_url}: {text.splitlines()[0]}") from error

@@ -1,0 +1,143 @@
+"""Find a Ray cluster, or start one on this machine that ends with us.
+
+Ray gives anybody who reaches its ports the right to run code, so a cluster that Graft starts asks
+for a token and listens on loopback alone. Knows addresses; what runs there is for jobs and the
+serving app. Ray is imported only when a session begins.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cluster.errors import ClusterError
+
+CONNECT_TIMEOUT_S = 5.0
+# A laptop's demo must not claim a third of its memory for objects that Graft hardly uses.
+LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Session:
+    """A reachable cluster. `address` is None where only its dashboard's URL is known."""
+
+    address: str | None
+    dashboard_url: str
+    started_here: bool
+
+
+@contextmanager
+def session(address: str | None = None, *, num_cpus: int | None = None) -> Generator[Session]:
+    """Connect to a cluster, or start one that is stopped, every process of it, on exit.
+
+    Looked for in this order: `address` ("host:port" of a cluster that this machine is a node of,
+    "auto", or "http://host:8265" for submitting from anywhere), RAY_ADDRESS, a cluster already
+    running on this machine; else one is started here with `num_cpus` (default: all).
+
+    Raises:
+        ClusterError: the cluster named does not answer or refuses our token.
+    """
+    named = address or os.environ.get("RAY_ADDRESS") or _running_here()
+    if named and urlsplit(named).scheme in ("http", "https"):
+        _check_reachable(named)
+        yield Session(address=None, dashboard_url=named.rstrip("/"), started_here=False)
+        return
+    if named == "auto" or (named and named == address == "auto"):
+        named = _running_here()
+        if named is None:
+            raise ClusterError("address 'auto': no Ray cluster runs on this machine")
+    info = _connect(named) if named else _start(num_cpus)
+    import ray
+
+    try:
+        url = str(info["webui_url"] or "")
+        if not url:
+            raise ClusterError(
+                f"Ray cluster {named}: has no dashboard, which jobs need; "
+                "start its head with `ray start --head --include-dashboard=true`"
+            )
+        yield Session(str(info["address"]), f"http://{url}", started_here=named is None)
+    finally:
+        ray.shutdown()
+
+
+def _running_here() -> str | None:
+    """The address that `ray start` left on this machine, if something still listens there."""
+    try:
+        found = Path(tempfile.gettempdir(), "ray", "ray_current_cluster").read_text().strip()
+        _check_reachable(found)
+    except (OSError, ClusterError):
+        return None
+    return found or None
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ClusterError within seconds where Ray itself would wait for minutes."""
+    parts = urlsplit(address if "//" in address else f"//{address}")
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        port = None
+    if not parts.hostname or port is None:
+        raise ClusterError(f"Ray address {address!r}: write host:port or http://host:8265")
+    try:
+        socket.create_connection((parts.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"Ray cluster {address}: does not answer ({error.strerror or error}); "
+            "check the address, or leave it out to start a cluster on this machine"
+        ) from error
+
+
+def _connect(address: str) -> dict[str, Any]:
+    _check_reachable(address)
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    try:
+        context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"Ray cluster {address}: refuses our token; put the cluster's token into "
+            "~/.ray/auth_token or RAY_AUTH_TOKEN"
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"Ray cluster {address}: cannot be joined: {error}") from error
+    return dict(context.address_info)
+
+
+def _start(num_cpus: int | None) -> dict[str, Any]:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Despite its name this is what decides, on any platform, whether a node that we start calls
+    # itself 127.0.0.1 or by its outer address. Read when ray is imported.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    try:
+        context: Any = ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=_free_port(),
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (OSError, ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"Ray could not be started on this machine: {error}") from error
+    return dict(context.address_info)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

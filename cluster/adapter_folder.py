@@ -28,8 +28,8 @@ _CHECK_CHUNK_BYTES = 64 * 2**20
 
 # safetensors dtype -> bytes per element, and for floats the unsigned view and exponent mask by
 # which NaN and Inf are told without a library that knows the dtype.
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
-_DTYPE_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1}
+_BYTES_BY_SIZE = {8: ("F64", "I64"), 4: ("F32", "I32"), 2: ("F16", "BF16", "I16"), 1: ("I8", "U8")}
+_DTYPE_BYTES = {dtype: size for size, dtypes in _BYTES_BY_SIZE.items() for dtype in dtypes}
 _EXPONENT: dict[str, tuple[str, int]] = {
     "F64": ("<u8", 0x7FF0000000000000),
     "F32": ("<u4", 0x7F800000),

@@ -23,10 +23,10 @@ from typing import Any
 
 from cluster.adapter_folder import CONFIG, WEIGHTS, check_finite, open_adapter_folder
 from cluster.errors import AdapterError, ConflictError, NotFoundError, SpecError, StoreError
+from cluster.names import NAME, check_name
 from cluster.spec import nearest
 from cluster.store import Store, open_store
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 MANIFEST = "manifest.json"
 SCHEMA = 1
 # What a version holds; anything else in the folder (optimiser states, pickles) stays behind.
@@ -118,11 +118,11 @@ class Registry:
             raise NotFoundError(
                 f"adapter {ref[:120]!r}: not a reference; write name, name@version or name:alias"
             )
-        name, number, alias = match.groups()
+        name, number, alias = str(match[1]), match[2], match[3]
         existing = self._existing(name)
-        if alias == "latest" or (number is None and alias is None):
+        if alias == "latest" or (not number and not alias):
             return self._read(name, existing[-1])
-        if alias is not None:
+        if alias:
             known = self.aliases(name)
             if alias not in known:
                 raise NotFoundError(
@@ -223,15 +223,6 @@ class Registry:
             raise AdapterError(f"adapter {name}@{number}: made by a newer Graft; update this one")
         files = {file: FileEntry(**entry) for file, entry in raw.pop("files").items()}
         return AdapterVersion(files=files, **raw)
-
-
-def check_name(name: str, what: str) -> None:
-    """Raise SpecError unless `name` is a legal name for an adapter or alias."""
-    if not NAME.fullmatch(name):
-        raise SpecError(
-            f"{what} name {name[:120]!r}: use 1 to 100 of a-z, 0-9, '.', '_' and '-', "
-            "beginning with a letter or digit"
-        )
 
 
 def _folder(name: str, number: int) -> str:

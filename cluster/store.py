@@ -26,8 +26,8 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, from_url
 
 from cluster.errors import ConflictError, NotFoundError, SpecError, StoreError
+from cluster.names import absolute_uri, local_folder
 
-SCHEMES = ("file", "s3", "gs")
 _KEY = re.compile(r"[A-Za-z0-9._@+=-]+(/[A-Za-z0-9._@+=-]+)*")
 _CHUNK_BYTES = 8 * 2**20
 
@@ -103,7 +103,7 @@ class Store:
 
     def local_path(self) -> Path | None:
         """The folder on this machine's file system, or None for object storage."""
-        return _local_folder(self.uri)
+        return local_folder(self.uri)
 
 
 def open_store(uri: str) -> Store:
@@ -115,23 +115,8 @@ def open_store(uri: str) -> Store:
     return Store(uri)
 
 
-def absolute_uri(uri: str) -> str:
-    """`uri` with a relative local folder made absolute, so that it means the same everywhere."""
-    scheme = urlsplit(uri).scheme
-    if not uri or (scheme and scheme not in SCHEMES):
-        known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise SpecError(f"store {uri!r}: use a local folder or one of {known}")
-    if scheme == "file":
-        return str(Path(urlsplit(uri).path))
-    return uri.rstrip("/") if scheme else str(Path(uri).absolute())
-
-
-def _local_folder(uri: str) -> Path | None:
-    return None if urlsplit(uri).scheme else Path(uri)
-
-
 def _open(uri: str) -> Any:
-    folder = _local_folder(uri)
+    folder = local_folder(uri)
     if folder is not None:
         if folder.exists() and not folder.is_dir():
             raise SpecError(f"store {uri}: is a file; name a folder")

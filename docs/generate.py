@@ -11,9 +11,10 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic_core import PydanticUndefined
+
 from cluster.errors import OUTCOMES
 from cluster.spec import Spec
-from pydantic_core import PydanticUndefined
 from serving.spec import ServingSpec
 from training.spec import TrainingSpec
 
@@ -57,7 +58,14 @@ def type_name(annotation: object) -> str:
 def spec_table(cls: type[Spec]) -> str:
     """One spec as a Markdown section."""
     doc = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-    lines = [f"### {cls.__name__}", "", doc, "", "| key | type | default | meaning |", "|---|---|---|---|"]
+    lines = [
+        f"### {cls.__name__}",
+        "",
+        doc,
+        "",
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
     for name, field in cls.model_fields.items():
         if field.default_factory is not None:
             default = "see type" if list(specs_in(field.annotation)) else "`{}`"
@@ -85,7 +93,11 @@ def spec_section(title: str, root: type[Spec]) -> str:
 
 def error_section() -> str:
     """The error table, as users meet it."""
-    lines = ["## Errors", "", "| error | HTTP | `type` | `code` | exit code | retry helps | meaning |"]
+    lines = [
+        "## Errors",
+        "",
+        "| error | HTTP | `type` | `code` | exit code | retry helps | meaning |",
+    ]
     lines.append("|---|---|---|---|---|---|---|")
     for cls, outcome in OUTCOMES.items():
         doc = inspect.cleandoc(cls.__doc__ or "").splitlines()[0]

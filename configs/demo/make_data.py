@@ -101,9 +101,9 @@ def with_frequent_words(texts: Iterable[str], *, at_least: int) -> list[str]:
 def write(name: str, columns: dict[str, list[str]]) -> None:
     """One Arrow IPC file, every column a string."""
     table = pa.table({key: pa.array(values, pa.string()) for key, values in columns.items()})
-    with pa.OSFile(str(FOLDER / f"{name}.arrow"), "wb") as sink:
-        with pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+    path = str(FOLDER / f"{name}.arrow")
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 def write_task(name: str, rows: list[tuple[str, str]], instruction: str) -> list[str]:

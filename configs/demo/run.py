@@ -9,29 +9,27 @@ non-zero if one of its own checks fails.
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-from cluster import jobs
-from cluster.errors import GraftError, outcome_of
-from cluster.registry import AdapterVersion, Registry
-from cluster.session import Session, session
-from cluster.spec import load_spec
 from rich.console import Console
-from rich.table import Table
-from serving.app import running
-from serving.client import Client
-from serving.spec import ServingSpec
+
+from cluster import jobs
+from cluster.registry import AdapterVersion, Registry
+from cluster.session import Session
+from cluster.spec import load_spec
 from training.command import submit
 from training.spec import TrainingSpec
 
 HERE = Path(__file__).parent
-TASKS = {"category": "lora", "initials": "bitfit", "words": "prompt_tuning", "title": "prefix_tuning"}
+TASKS = {
+    "category": "lora",
+    "initials": "bitfit",
+    "words": "prompt_tuning",
+    "title": "prefix_tuning",
+}
 BASE = "demo-base"
 MAX_TOKENS = 24
 # What must hold on every run.
@@ -88,4 +86,6 @@ def write_requests(path: Path, versions: dict[str, AdapterVersion]) -> None:
 
 def alpaca_prompt(row: dict[str, str]) -> str:
     """The `alpaca_short` layout that the adapters were trained on."""
-    return f"### Instruction:\n{row['instruction']}\n\n### Input:\n{row['input']}\n\n### Response:\n"
+    return (
+        f"### Instruction:\n{row['instruction']}\n\n### Input:\n{row['input']}\n\n### Response:\n"
+    )

@@ -1,0 +1,46 @@
+"""The methods: how each is built on a model and saved as an adapter folder.
+
+One file per family, one row per kind in `METHODS`. A method that PEFT has is PEFT's, and saved as
+PEFT saves it; the others use the same folder shape. Runs without Ray and without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.methods import bitfit, lora, soft_prompt
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method. `attach` freezes the base and returns the model to train; `save` writes its
+    adapter folder; `load` puts a folder saved by it onto a fresh base."""
+
+    attach: Callable[[Any, Any, str], torch.nn.Module]
+    save: Callable[[Any, Path], None]
+    load: Callable[[Any, Path], torch.nn.Module]
+
+
+_PEFT = (lora.save_peft, lora.load_peft)
+METHODS: Mapping[str, Method] = {
+    "lora": Method(lora.attach, *_PEFT),
+    "bitfit": Method(bitfit.attach, bitfit.save, bitfit.load),
+    "prompt_tuning": Method(soft_prompt.attach_prompt_tuning, *_PEFT),
+    "prefix_tuning": Method(soft_prompt.attach_prefix_tuning, *_PEFT),
+}
+
+
+def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that the method trains, by their name in the model."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trained, all) parameters; tied ones count once, ZeRO-3 shards by their full size."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)

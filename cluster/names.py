@@ -1,0 +1,37 @@
+"""Names and places as users write them: adapter names, store URIs. Touches no storage."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cluster.errors import SpecError
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+SCHEMES = ("file", "s3", "gs")
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise SpecError unless `name` is a legal name for an adapter or alias."""
+    if not NAME.fullmatch(name):
+        raise SpecError(
+            f"{what} name {name[:120]!r}: use 1 to 100 of a-z, 0-9, '.', '_' and '-', "
+            "beginning with a letter or digit"
+        )
+
+
+def absolute_uri(uri: str) -> str:
+    """`uri` with a local folder made absolute, so that it means the same everywhere."""
+    scheme = urlsplit(uri).scheme
+    if not uri or (scheme and scheme not in SCHEMES):
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise SpecError(f"store {uri!r}: use a local folder or one of {known}")
+    if scheme == "file":
+        return str(Path(urlsplit(uri).path))
+    return uri.rstrip("/") if scheme else str(Path(uri).absolute())
+
+
+def local_folder(uri: str) -> Path | None:
+    """The folder on this machine's file system, or None for object storage."""
+    return None if urlsplit(uri).scheme else Path(uri)

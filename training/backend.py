@@ -1,0 +1,121 @@
+"""How a step's gradients become an update: one interface, plain torch here, ZeRO in zero.py.
+
+The loop sees only this. A backend's state is the trained parameters and AdamW's two moments in
+full, by parameter name, whatever is sharded: it fits any backend, stage and number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from training.methods import trainable_parameters
+from training.spec import OptimizerSpec
+
+# The keys of a state: "param/<name>", "exp_avg/<name>", "exp_avg_sq/<name>".
+PARTS = ("param", "exp_avg", "exp_avg_sq")
+
+
+class Backend(Protocol):
+    """What the loop needs of an optimiser. Every method is collective: all workers call it."""
+
+    model: Any
+
+    def set_learning_rate(self, value: float) -> None:
+        """Before the step's first micro-batch."""
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add one micro-batch's share of the step's loss; shares of all workers sum up to it."""
+        ...
+
+    def finish_step(self) -> float:
+        """Clip, update, clear; returns the gradient's norm before clipping."""
+        ...
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """Parameters and moments in full, float32 on CPU, by the keys of PARTS."""
+        ...
+
+    def load_full_state(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """Go on from `full_state` as it was after `step` updates."""
+        ...
+
+    @contextmanager
+    def whole_parameters(self) -> Generator[None]:
+        """A scope in which every trained parameter of the model is whole on rank 0."""
+        ...
+
+
+def build_optimizer(model: torch.nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
+    """AdamW over the trained parameters."""
+    return torch.optim.AdamW(
+        list(trainable_parameters(model).values()),
+        lr=spec.learning_rate,
+        betas=spec.betas,
+        eps=spec.eps,
+        weight_decay=spec.weight_decay,
+    )
+
+
+class PlainBackend:
+    """AdamW on every worker, gradients summed over workers: ZeRO stage 0, or no DeepSpeed."""
+
+    def __init__(self, model: torch.nn.Module, spec: OptimizerSpec) -> None:
+        self.model = model
+        self._parameters = trainable_parameters(model)
+        self._optimizer = build_optimizer(model, spec)
+        self._max_norm = spec.max_grad_norm or float("inf")
+
+    def set_learning_rate(self, value: float) -> None:
+        """See Backend."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = value
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See Backend."""
+        loss.backward()
+
+    def finish_step(self) -> float:
+        """See Backend."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            sizes = [gradient.numel() for gradient in gradients]
+            for gradient, summed in zip(gradients, flat.split(sizes), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """See Backend."""
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self._parameters.items():
+            moments: Any = self._optimizer.state[parameter]
+            state[f"param/{name}"] = parameter.detach()
+            for part in PARTS[1:]:
+                state[f"{part}/{name}"] = moments.get(part, torch.zeros_like(parameter))
+        return {key: value.float().cpu().clone() for key, value in state.items()}
+
+    def load_full_state(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """See Backend."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(state[f"param/{name}"])
+                moments = {p: state[f"{p}/{name}"].to(parameter, copy=True) for p in PARTS[1:]}
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    **moments,
+                }
+
+    @contextmanager
+    def whole_parameters(self) -> Generator[None]:
+        """See Backend."""
+        yield

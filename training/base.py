@@ -1,0 +1,73 @@
+"""The base model and its tokenizer from a folder; never from a hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.errors import BaseModelError
+
+
+def check_base_folder(path: str) -> dict[str, Any]:
+    """The folder's config.json. Raises BaseModelError unless it is a whole base-model folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise BaseModelError(f"base_model {path}: is not a folder; download the model first")
+    try:
+        config: Any = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"base_model {path}: has no readable config.json; name the folder that "
+            "save_pretrained wrote"
+        ) from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise BaseModelError(f"base_model {path}: config.json names no model_type")
+    if not any(folder.glob("*.safetensors")):
+        raise BaseModelError(
+            f"base_model {path}: has no .safetensors weights; pickles are refused"
+        )
+    if not any(folder.glob("tokenizer*")):
+        raise BaseModelError(f"base_model {path}: has no tokenizer files")
+    return config
+
+
+def load_tokenizer(path: str) -> Any:
+    """The base's tokenizer. Raises BaseModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise BaseModelError(
+            f"base_model {path}: its tokenizer does not load: {error}"
+        ) from error
+
+
+def load_base(path: str, dtype: torch.dtype) -> Any:
+    """The causal LM with its weights, in eval mode off, on CPU. Raises BaseModelError."""
+    from transformers import AutoModelForCausalLM
+
+    check_base_folder(path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BaseModelError(f"base_model {path}: cannot be loaded: {error}") from error
+
+
+def empty_base(path: str) -> Any:
+    """The causal LM's structure without weights (meta device): what a plan needs."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_base_folder(path)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(path, local_files_only=True)
+            )
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"base_model {path}: is no causal LM: {error}") from error

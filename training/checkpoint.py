@@ -1,0 +1,48 @@
+"""A checkpoint: the backend's full state and the place in the data, in safetensors and JSON.
+
+Independent of ZeRO stage and number of workers, and no pickle. The random state needs no bytes:
+data order and dropout are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from cluster.errors import DataError
+
+STATE = "state.safetensors"
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after `step` updates. `curve` holds (step, mean loss per label token)."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    global_batch_size: int = 0
+    curve: tuple[tuple[int, float], ...] = ()
+
+
+def write_checkpoint(folder: Path, state: Mapping[str, torch.Tensor], progress: Progress) -> None:
+    """Write both files into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(state), folder / STATE)
+    (folder / PROGRESS).write_text(json.dumps(asdict(progress)))
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], Progress]:
+    """What `write_checkpoint` wrote. Raises DataError if it is not whole."""
+    try:
+        raw = json.loads((folder / PROGRESS).read_text())
+        curve = tuple((int(step), float(loss)) for step, loss in raw.pop("curve"))
+        return load_file(folder / STATE), Progress(curve=curve, **raw)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"checkpoint {folder}: cannot be read ({error}); delete it") from error

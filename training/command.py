@@ -1,0 +1,129 @@
+"""`graft train`: check everything here, show the plan, submit the job."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from cluster.session import Session
+    from training.spec import TrainingSpec
+
+_CHECKED_ROWS = 200
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will do, as far as it can be told without weights."""
+
+    trainable_parameters: int
+    all_parameters: int
+    rows: int
+    steps: int
+    checkpoints: int
+
+    def __str__(self) -> str:
+        share = self.trainable_parameters / self.all_parameters
+        return (
+            f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters ({share:.3%}), "
+            f"{self.rows:,} rows, {self.steps:,} steps, {self.checkpoints} checkpoints"
+        )
+
+
+def train(
+    spec: Annotated[Path, typer.Argument(help="The job's YAML, as in configs/training.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key: method.r=16. Repeatable.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster: host:port, auto, or http://host:8265 [env: RAY_ADDRESS]."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print the log until the job ends.")
+    ] = False,
+) -> None:
+    """Train an adapter as a Ray job and publish it.
+
+    The spec, the base folder, the first rows and the target modules are checked here, before
+    anything starts. On a cluster that this command itself starts, it follows to the end.
+    """
+    from cluster import jobs
+    from cluster.session import session
+    from cluster.spec import load_spec
+    from training.spec import TrainingSpec
+
+    job = absolute_paths(load_spec(TrainingSpec, spec, set_ or ()))
+    typer.echo(f"{spec}: {plan(job)}")
+    with session(address) as ray:
+        job_id = submit(job, ray)
+        typer.echo(f"job {job_id} on {ray.dashboard_url}")
+        if not follow and not ray.started_here:
+            typer.echo(f"follow it with: graft jobs logs {job_id} --follow")
+            return
+        try:
+            for line in jobs.logs(ray, job_id, follow=True):
+                typer.echo(readable(line))
+        except KeyboardInterrupt:
+            jobs.stop(ray, job_id)
+            raise
+        jobs.wait(ray, job_id)
+
+
+def submit(spec: TrainingSpec, session: Session) -> str:
+    """Submit the job; returns its id."""
+    from cluster import jobs
+
+    threads = str(max(1, int(spec.workers.cpus)))
+    return jobs.submit(
+        session,
+        "training.job",
+        [json.dumps(spec.model_dump(mode="json"))],
+        name=spec.output.name,
+        # Ray would give each process as many threads as the node has cores.
+        env={"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "DS_BUILD_OPS": "0"},
+    )
+
+
+def plan(spec: TrainingSpec) -> Plan:
+    """Check the base, the first rows and the targets, without weights and without Ray.
+
+    Raises:
+        CallerError: the first thing found wrong, with its remedy.
+    """
+    from training.base import check_base_folder, empty_base, load_tokenizer
+    from training.data import tokenize
+    from training.formats import open_table
+    from training.loop import count_steps
+    from training.methods import METHODS, count_parameters
+
+    check_base_folder(spec.base_model)
+    table = open_table(spec.data.train)
+    tokenizer = load_tokenizer(spec.base_model)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenize(spec.data, tokenizer, Path(folder, "head.arrow"), limit=_CHECKED_ROWS)
+    base = empty_base(spec.base_model)
+    model = METHODS[spec.method.kind].attach(base, spec.method, spec.base_model)
+    trained, total = count_parameters(model)
+    steps = count_steps(spec, table.num_rows)
+    checkpoints = -(-steps // spec.checkpoint_every_steps)
+    return Plan(trained, total, table.num_rows, steps, checkpoints)
+
+
+def absolute_paths(spec: TrainingSpec) -> TrainingSpec:
+    """The spec with local paths made absolute: the job runs in another folder."""
+    data = spec.data.model_copy(update={"train": str(Path(spec.data.train).absolute())})
+    base = str(Path(spec.base_model).absolute())
+    return spec.model_copy(update={"data": data, "base_model": base})
+
+
+def readable(line: str) -> str:
+    """A log line without the process name and colours that Ray puts around it."""
+    import re
+
+    return re.sub(r"^(\x1b\[\d+m)?\([^()]*pid=\d+[^()]*\)(\x1b\[0m)? ", "", line)

@@ -1,0 +1,146 @@
+"""The job on the cluster: tokenise once, train under Ray Train, publish.
+
+    python -m training.job '<spec as JSON>'      (what `graft train` submits)
+
+The driver reads the data before Ray is imported, because Ray registers Arrow extension types
+whose loading runs code. Workers get URIs and small values; the base is read by each from storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+from cluster.errors import ConflictError, GraftError, JobFailedError, outcome_of
+from cluster.registry import AdapterVersion, Registry
+from cluster.spec import parse_spec
+from cluster.store import Store, open_store
+from training.data import DataReport, fingerprint, tokenize
+from training.spec import TrainingSpec
+
+LIBRARIES = ("raygraft", "torch", "transformers", "peft", "deepspeed", "ray")
+
+
+def run_job(spec: TrainingSpec) -> AdapterVersion:
+    """Train what `spec` says and publish it. Runs on the cluster.
+
+    Raises:
+        GraftError: the data, the base or the run failed; nothing was published.
+    """
+    began = time.monotonic()
+    store = open_store(spec.output.store)
+    tokens_key, report = _prepare_tokens(spec, store)
+    print(f"data: {report.summary()}", flush=True)
+    run_name = f"{spec.output.name}-{int(time.time())}"
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = _train(spec, tokens_key, run_name, Path(folder))
+        card = _card(spec, report, metrics, time.monotonic() - began)
+        published = Registry(store).publish(spec.output.name, Path(folder), card=card)
+    print(f"published {published.ref} in {spec.output.store}", flush=True)
+    return published
+
+
+def _prepare_tokens(spec: TrainingSpec, store: Store) -> tuple[str, DataReport]:
+    """The key of the tokenised file in the store, made now unless it is there already."""
+    from training.base import load_tokenizer
+
+    key = f"cache/tokens/{fingerprint(spec.data, spec.base_model)}"
+    if store.exists(f"{key}.json"):
+        return key, DataReport(**json.loads(store.read(f"{key}.json")))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tokens.arrow")
+        report = tokenize(spec.data, load_tokenizer(spec.base_model), path)
+        for name, data in (("arrow", path.read_bytes()), ("json", _json_bytes(asdict(report)))):
+            with suppress(ConflictError):  # another job made the same file meanwhile
+                store.create(f"{key}.{name}", data)
+    return key, report
+
+
+def _train(spec: TrainingSpec, tokens_key: str, run_name: str, folder: Path) -> Mapping[str, Any]:
+    """Run Ray Train to the end and unpack the adapter into `folder`; returns the metrics."""
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from training.worker import ADAPTER_FOLDER, train_worker
+
+    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    workers = spec.workers
+    resources = {"CPU": float(workers.cpus), "GPU": float(workers.gpus)}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"spec": spec.model_dump(mode="json"), "tokens": tokens_key},
+        torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker={k: v for k, v in resources.items() if v},
+        ),
+        run_config=RunConfig(
+            name=run_name,
+            storage_path=_ray_storage(spec.output.store),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=spec.checkpoints_kept),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        raise JobFailedError(f"training failed: {_cause(error)}") from error
+    checkpoint = result.checkpoint
+    if checkpoint is None or result.metrics is None:
+        raise JobFailedError("training ended without a checkpoint; see the log above")
+    with checkpoint.as_directory() as directory:
+        for file in Path(directory, ADAPTER_FOLDER).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    return result.metrics
+
+
+def _card(
+    spec: TrainingSpec, report: DataReport, metrics: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    config = Path(spec.base_model, "config.json").read_bytes()
+    return {
+        "spec": spec.model_dump(mode="json"),
+        "data": {"fingerprint": fingerprint(spec.data, spec.base_model), **asdict(report)},
+        "metrics": dict(metrics),
+        "job_seconds": round(seconds, 1),
+        "base_config_sha256": hashlib.sha256(config).hexdigest(),
+        "libraries": {library: version(library) for library in LIBRARIES},
+    }
+
+
+def _ray_storage(uri: str) -> str:
+    return f"{uri}/runs"
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason that Ray Train wrapped, on one line where it is one of ours."""
+    failures = cast("dict[int, BaseException]", getattr(error, "worker_failures", {}))
+    inner: BaseException = next(iter(failures.values()), error)
+    while (cause := getattr(inner, "cause", None) or inner.__cause__) is not None:
+        inner = cause
+    return inner.message if isinstance(inner, GraftError) else f"{type(inner).__name__}: {inner}"
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value).encode()
+
+
+if __name__ == "__main__":
+    try:
+        run_job(parse_spec(TrainingSpec, json.loads(sys.argv[1]), source="submitted spec"))
+    except GraftError as failure:
+        print(f"error: {failure.message}", flush=True)
+        sys.exit(outcome_of(failure).exit_code)

@@ -1,0 +1,201 @@
+"""One worker's run: steps in a fixed order, log lines, checkpoints.
+
+A run is a pure function of the spec, the data and the base: which rows a step takes follows from
+(seed, step), dropout from (seed, step, rank). So a run that goes on from a checkpoint equals one
+that was never disturbed. Knows a Backend and rows; no Ray, no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from cluster.errors import JobFailedError
+from training.backend import Backend
+from training.checkpoint import Progress
+from training.data import IGNORE, TokenRows, epoch_batches, micro_batches
+from training.spec import OptimizerSpec, TrainingSpec
+from training.step import Batch, collate, loss_sum
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which worker this is."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """What the log tells every few steps. `tokens_per_s` counts real tokens of all workers."""
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_s: float
+    eta_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}/{self.steps}  loss {self.loss:.4f}  lr {self.learning_rate:.2e}  "
+            f"grad norm {self.grad_norm:.3f}  {self.tokens_per_s:,.0f} tokens/s  "
+            f"{self.eta_s:.0f} s left"
+        )
+
+
+def count_steps(spec: TrainingSpec, rows: int) -> int:
+    """Optimiser steps of the whole run over `rows` rows."""
+    per_epoch = math.ceil(rows / spec.global_batch_size)
+    return spec.max_steps or max(1, round(spec.epochs * per_epoch))
+
+
+def learning_rate(spec: OptimizerSpec, step: int, steps: int) -> float:
+    """The rate of update `step` (from 0): linear warm-up, then the schedule, ending near 0."""
+    warm_up = math.ceil(spec.warmup_ratio * steps)
+    if step < warm_up:
+        return spec.learning_rate * (step + 1) / warm_up
+    share = (step - warm_up) / max(1, steps - warm_up)
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - share,
+        "cosine": 0.5 * (1 + math.cos(math.pi * share)),
+    }[spec.schedule]
+    return spec.learning_rate * factor
+
+
+def run(
+    spec: TrainingSpec,
+    backend: Backend,
+    rows: TokenRows,
+    *,
+    pad_id: int,
+    place: Place | None = None,
+    start: Progress | None = None,
+    on_log: Callable[[LogLine], None] = print,
+    on_checkpoint: Callable[[Progress], None] | None = None,
+) -> Progress:
+    """Train from `start` to the end; returns where it ended. The caller loaded `start`'s state.
+
+    Raises:
+        JobFailedError: the loss or gradient is no longer finite; names the last good checkpoint.
+    """
+    place, progress = place or Place(), start or Progress()
+    steps = count_steps(spec, len(rows))
+    meter = _Meter(place, progress, steps)
+    plan = _Plan(spec, rows)
+    for step in range(progress.step, steps):
+        rate = learning_rate(spec.optimizer, step, steps)
+        backend.set_learning_rate(rate)
+        torch.manual_seed(hash((spec.seed, step, place.rank)) % 2**63)
+        taken = plan.rows_of(step)
+        label_count = int(rows.label_counts[taken].sum())
+        for part in micro_batches(
+            taken, place.rank, place.world_size, spec.gradient_accumulation_steps
+        ):
+            batch = _load(rows, part, pad_id, place.device)
+            with _precision(spec, place.device):
+                loss = loss_sum(backend.model, batch)
+            backend.backward(loss / label_count)
+            meter.add_loss(loss.detach())
+        grad_norm = backend.finish_step()
+        if not math.isfinite(grad_norm):
+            raise JobFailedError(
+                f"training diverged at step {step + 1}: the gradient is {grad_norm}. The last good "
+                f"checkpoint is step {step - step % spec.checkpoint_every_steps}; lower "
+                "optimizer.learning_rate, or look at the rows of this step"
+            )
+        meter.add_step(label_count, int(rows.lengths[taken].sum()))
+        is_last = step + 1 == steps
+        if (step + 1) % spec.log_every_steps == 0 or is_last:
+            on_log(meter.line(step + 1, rate, grad_norm))
+        if on_checkpoint and ((step + 1) % spec.checkpoint_every_steps == 0 or is_last):
+            on_checkpoint(
+                replace(meter.progress(step + 1), global_batch_size=spec.global_batch_size)
+            )
+    return replace(meter.progress(steps), global_batch_size=spec.global_batch_size)
+
+
+class _Plan:
+    """Which rows each step takes; keeps the order of one epoch at a time."""
+
+    def __init__(self, spec: TrainingSpec, rows: TokenRows) -> None:
+        self._spec, self._lengths = spec, rows.lengths
+        self._per_epoch = math.ceil(len(rows) / spec.global_batch_size)
+        self._epoch: int | None = None
+        self._batches: list[np.ndarray] = []
+
+    def rows_of(self, step: int) -> np.ndarray:
+        epoch, index = divmod(step, self._per_epoch)
+        if epoch != self._epoch:
+            size, seed = self._spec.global_batch_size, self._spec.seed
+            self._batches = epoch_batches(self._lengths, size, seed, epoch)
+            self._epoch = epoch
+        return self._batches[index]
+
+
+class _Meter:
+    """Losses and tokens since the last log line and since the run's first step."""
+
+    def __init__(self, place: Place, start: Progress, steps: int) -> None:
+        self._place, self._start, self._steps = place, start, steps
+        self._began = self._lap = time.monotonic()
+        self._curve = list(start.curve)
+        self._tokens = self._lap_tokens = self._lap_labels = 0
+        self._lap_loss = torch.zeros((), dtype=torch.float64)
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        self._lap_loss += loss.double().cpu()
+
+    def add_step(self, label_count: int, tokens: int) -> None:
+        self._lap_labels += label_count
+        self._lap_tokens += tokens
+        self._tokens += tokens
+
+    def line(self, step: int, rate: float, grad_norm: float) -> LogLine:
+        """Close the lap. Collective: the loss is summed over workers."""
+        if self._place.world_size > 1:
+            self._lap_loss = self._lap_loss.to(self._place.device)
+            dist.all_reduce(self._lap_loss)
+        loss = float(self._lap_loss) / max(1, self._lap_labels)
+        self._curve.append((step, loss))
+        now = time.monotonic()
+        speed = self._lap_tokens / max(now - self._lap, 1e-9)
+        per_step = (now - self._began) / (step - self._start.step)
+        self._lap, self._lap_tokens, self._lap_labels = now, 0, 0
+        self._lap_loss = torch.zeros((), dtype=torch.float64)
+        left = (self._steps - step) * per_step
+        return LogLine(step, self._steps, loss, rate, grad_norm, speed, left)
+
+    def progress(self, step: int) -> Progress:
+        return Progress(
+            step=step,
+            tokens=self._start.tokens + self._tokens,
+            seconds=self._start.seconds + time.monotonic() - self._began,
+            curve=tuple(self._curve),
+        )
+
+
+def _load(rows: TokenRows, part: np.ndarray, pad_id: int, device: torch.device) -> Batch:
+    """The rows of a micro-batch. A worker that has none left still takes part in the collective
+    calls of the step, with one row of which nothing is learned."""
+    if len(part):
+        return collate([rows.row(int(i)) for i in part], pad_id, device)
+    ids, labels = rows.row(int(rows.lengths.argmin()))
+    return collate([(ids, [IGNORE] * len(labels))], pad_id, device)
+
+
+def _precision(spec: TrainingSpec, device: torch.device) -> torch.autocast | nullcontext[None]:
+    if spec.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

@@ -1,0 +1,114 @@
+"""BitFit (Ben Zaken et al. 2021, arXiv:2106.10199): train bias terms alone.
+
+PEFT has no BitFit. The folder has PEFT's shape: adapter_config.json with `peft_type` BITFIT, and
+adapter_model.safetensors with `base_model.model.<module>.bias`, each the whole bias after
+training (float32 [out]). A bias that the base lacks counts as zero there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
+
+from cluster.adapter_folder import CONFIG, WEIGHTS, open_adapter_folder
+from cluster.errors import AdapterError, SpecError
+from training.spec import BitFitSpec
+
+PEFT_TYPE = "BITFIT"
+SCHEMA = 1
+_KEY = re.compile(r"base_model\.model\.(.+)\.bias")
+
+
+def attach(model: Any, spec: BitFitSpec, base_path: str) -> torch.nn.Module:
+    """Freeze `model` but the targeted biases, adding zeros where a linear module has none.
+
+    Raises:
+        SpecError: `target_modules` matches nothing.
+    """
+    model.requires_grad_(False)
+    candidates = biasable_modules(model)
+    chosen = {n: m for n, m in candidates.items() if _targeted(n, spec.target_modules)}
+    if not chosen:
+        names = sorted({name.rsplit(".", 1)[-1] for name in candidates})
+        raise SpecError(
+            f"method.target_modules: {spec.target_modules!r} matches no module of {base_path}; "
+            f"it has {', '.join(names)}"
+        )
+    for module in chosen.values():
+        _trainable_bias(module)
+    model.config._name_or_path = base_path
+    return model
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write the adapter folder of a model that `attach` made and training changed."""
+    biases = {
+        name: parameter.detach().float().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    config = {
+        "peft_type": PEFT_TYPE,
+        "graft_schema": SCHEMA,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.config._name_or_path,
+        "target_modules": sorted(name.removesuffix(".bias") for name in biases),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({f"base_model.model.{n}": b for n, b in biases.items()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2))
+
+
+def load(model: Any, folder: Path) -> torch.nn.Module:
+    """Put the biases of a folder onto `model`, for inference. Raises AdapterError."""
+    opened = open_adapter_folder(folder)
+    modules: Mapping[str, torch.nn.Module] = dict(model.named_modules())
+    with torch.no_grad():
+        for key, value in load_file(folder / WEIGHTS).items():
+            match = _KEY.fullmatch(key)
+            module = modules.get(match[1]) if match else None
+            if module is None:
+                raise AdapterError(f"adapter folder {opened.path}: the base has no {key!r}")
+            _trainable_bias(module).copy_(value)
+    return model.requires_grad_(False)
+
+
+def biasable_modules(model: Any) -> dict[str, torch.nn.Module]:
+    """Modules whose output a bias can shift: linear ones, and any that has a bias already.
+
+    The output embedding is left out: its bias would shift the vocabulary, not a feature.
+    """
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if module is not head
+        and (
+            isinstance(module, (torch.nn.Linear, Conv1D))
+            or isinstance(getattr(module, "bias", None), torch.nn.Parameter)
+        )
+    }
+
+
+def _trainable_bias(module: torch.nn.Module) -> torch.nn.Parameter:
+    bias = getattr(module, "bias", None)
+    if bias is None:
+        weight: Any = module.weight
+        # Only Linear can be without one, and its weight is [out, in].
+        bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+    # In fp32 whatever the base's dtype: updates of a bias are far below bf16's resolution.
+    module.bias = torch.nn.Parameter(bias.detach().float(), requires_grad=True)
+    return module.bias
+
+
+def _targeted(name: str, targets: str | tuple[str, ...]) -> bool:
+    if isinstance(targets, str):
+        return targets == "all" or re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith("." + target) for target in targets)

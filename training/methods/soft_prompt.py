@@ -1,0 +1,40 @@
+"""Prompt tuning and prefix tuning through PEFT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from training.spec import PrefixTuningSpec, PromptTuningSpec
+
+
+def attach_prompt_tuning(model: Any, spec: PromptTuningSpec, base_path: str) -> torch.nn.Module:
+    """Put `num_virtual_tokens` learned embeddings in front of the input."""
+    from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
+
+    text = spec.init_text
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=spec.num_virtual_tokens,
+        prompt_tuning_init=PromptTuningInit.TEXT if text else PromptTuningInit.RANDOM,
+        prompt_tuning_init_text=text,
+        tokenizer_name_or_path=base_path if text else None,
+        base_model_name_or_path=base_path,
+    )
+    return get_peft_model(model, config)
+
+
+def attach_prefix_tuning(model: Any, spec: PrefixTuningSpec, base_path: str) -> torch.nn.Module:
+    """Put `num_virtual_tokens` learned keys and values in front of every layer."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    hidden_size: int = model.config.get_text_config().hidden_size
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=spec.num_virtual_tokens,
+        prefix_projection=spec.projection,
+        encoder_hidden_size=spec.projection_hidden_size or hidden_size,
+        base_model_name_or_path=base_path,
+    )
+    return get_peft_model(model, config)

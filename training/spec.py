@@ -1,0 +1,199 @@
+"""The YAML of a training job. Every field's description is its reference."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from cluster.names import NAME, absolute_uri
+from cluster.spec import Spec
+
+
+class LoraSpec(Spec):
+    """Low-rank adaptation (Hu et al. 2021): W + (alpha / r) B A on chosen linear modules."""
+
+    kind: Literal["lora"] = Field(description="`lora`.")
+    r: PositiveInt = Field(8, description="Rank of each update.")
+    alpha: PositiveFloat = Field(16, description="Scale: the update is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the update's input.")
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (rank-stabilised).")
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="`all-linear`, a list of module-name suffixes, or a regular expression.",
+    )
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default_factory=dict, description="Module-name pattern -> its own rank."
+    )
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="Module-name pattern -> its own alpha."
+    )
+
+
+class BitFitSpec(Spec):
+    """Bias-only training (Ben Zaken et al. 2021); biases that the base lacks start at zero."""
+
+    kind: Literal["bitfit"] = Field(description="`bitfit`.")
+    target_modules: str | tuple[str, ...] = Field(
+        "all",
+        description="`all` linear and norm modules, a list of suffixes, or a regular expression.",
+    )
+
+
+class PromptTuningSpec(Spec):
+    """Prompt tuning (Lester et al. 2021): learned embeddings in front of the input."""
+
+    kind: Literal["prompt_tuning"] = Field(description="`prompt_tuning`.")
+    num_virtual_tokens: PositiveInt = Field(20, description="Length of the prompt, in tokens.")
+    init_text: str | None = Field(
+        None,
+        description="Text whose token embeddings start the prompt (repeated or cut to its length).",
+    )
+
+
+class PrefixTuningSpec(Spec):
+    """Prefix tuning (Li & Liang 2021): learned keys and values in front of every layer."""
+
+    kind: Literal["prefix_tuning"] = Field(description="`prefix_tuning`.")
+    num_virtual_tokens: PositiveInt = Field(20, description="Length of the prefix, in tokens.")
+    projection: bool = Field(
+        False, description="Train through a two-layer MLP; the result is stored without it."
+    )
+    projection_hidden_size: PositiveInt | None = Field(
+        None, description="Width of that MLP; the base's hidden size by default."
+    )
+
+
+MethodSpec = Annotated[
+    LoraSpec | BitFitSpec | PromptTuningSpec | PrefixTuningSpec, Field(discriminator="kind")
+]
+
+
+class DataSpec(Spec):
+    """Where the rows are, and how they become tokens."""
+
+    train: str = Field(
+        description="Folder of `save_to_disk`, or an Arrow IPC, Parquet or JSONL file; on storage "
+        "that every node sees."
+    )
+    format: Literal["auto", "alpaca", "prompt_completion", "chat", "text"] = Field(
+        "auto",
+        description="What the columns mean: instruction/input/output, prompt/completion, messages, "
+        "or text. `auto` tells by their names.",
+    )
+    template: Literal["alpaca", "alpaca_short"] = Field(
+        "alpaca", description="Layout of alpaca rows; `alpaca_short` leaves out the preamble."
+    )
+    max_length: PositiveInt = Field(512, description="Longest row, in tokens.")
+    over_long: Literal["truncate", "drop", "fail"] = Field(
+        "truncate", description="What becomes of a longer row; counted in the log."
+    )
+
+
+class OutputSpec(Spec):
+    """Where the adapter is published."""
+
+    store: str = Field("./graft-store", description="Folder, s3://bucket/prefix or gs://… .")
+    name: str = Field(description="Adapter name; each run publishes its next version.")
+
+    @field_validator("store")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        return absolute_uri(value)
+
+    @field_validator("name")
+    @classmethod
+    def _legal(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError("use a-z, 0-9, '.', '_' and '-', beginning with a letter or digit")
+        return value
+
+
+class OptimizerSpec(Spec):
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay of the two moments.")
+    eps: PositiveFloat = Field(1e-8, description="Added to the root of the second moment.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Course of the learning rate after warm-up; the first two end at 0."
+    )
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of steps spent warming up.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them."
+    )
+
+
+class ZeroSpec(Spec):
+    """DeepSpeed ZeRO: what is sharded over the workers, and what lies in CPU memory."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        2, description="0 nothing, 1 optimiser states, 2 and gradients, 3 and parameters."
+    )
+    offload_optimizer: bool = Field(False, description="Keep optimiser states in CPU memory.")
+    offload_parameters: bool = Field(False, description="Keep parameters in CPU memory (stage 3).")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ZeroSpec:
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError("offload_parameters needs stage 3")
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs stage 1, 2 or 3")
+        return self
+
+
+class WorkersSpec(Spec):
+    """Ray Train's workers."""
+
+    count: PositiveInt = Field(1, description="Number of data-parallel workers.")
+    cpus: PositiveFloat = Field(1, description="CPU cores of each, also its threads.")
+    gpus: float = Field(0, ge=0, description="GPUs of each; 0 trains on CPU.")
+    max_failures: int = Field(
+        3, ge=0, description="Worker failures survived by restarting from the last checkpoint."
+    )
+
+
+class TrainingSpec(Spec):
+    """One training job: base model, method, data, output."""
+
+    base_model: str = Field(description="Folder of a transformers causal LM, seen by every node.")
+    method: MethodSpec = Field(description="How the adapter is built, by `kind`.")
+    data: DataSpec = Field(description="The rows.")
+    output: OutputSpec = Field(description="Where the adapter goes.")
+    optimizer: OptimizerSpec = Field(
+        default_factory=lambda: OptimizerSpec.model_validate({}), description="AdamW."
+    )
+    epochs: PositiveFloat = Field(3, description="Passes over the data.")
+    max_steps: PositiveInt | None = Field(None, description="Stop after so many steps instead.")
+    micro_batch_size: PositiveInt = Field(4, description="Rows of one forward on one worker.")
+    gradient_accumulation_steps: PositiveInt = Field(
+        1, description="Micro-batches per worker and optimiser step."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Of the frozen base and the forward pass; adapters train in fp32."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Of initial values, data order and dropout.")
+    zero: ZeroSpec = Field(
+        default_factory=lambda: ZeroSpec.model_validate({}), description="DeepSpeed ZeRO."
+    )
+    workers: WorkersSpec = Field(
+        default_factory=lambda: WorkersSpec.model_validate({}), description="Ray Train's workers."
+    )
+    checkpoint_every_steps: PositiveInt = Field(
+        100, description="Optimiser steps between checkpoints: what a failure can cost."
+    )
+    checkpoints_kept: PositiveInt = Field(2, description="Older ones are deleted.")
+    log_every_steps: PositiveInt = Field(10, description="Optimiser steps between log lines.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("max_steps") and "epochs" in data:
+            raise ValueError("give epochs or max_steps, not both")
+        return data
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows of one optimiser step over all workers."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.workers.count

@@ -1,0 +1,114 @@
+"""DeepSpeed ZeRO as a backend: settings from the spec, and state that no stage or size binds.
+
+(The name `deepspeed` belongs to the library.) DeepSpeed's own checkpoints are pickles bound to
+stage and world size; here the full values are gathered and set by parameter name instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from training.backend import PARTS, build_optimizer
+from training.methods import trainable_parameters
+from training.spec import TrainingSpec
+
+
+def deepspeed_settings(spec: TrainingSpec) -> dict[str, Any]:
+    """The DeepSpeed configuration that the spec means."""
+    zero: dict[str, Any] = {"stage": spec.zero.stage, "overlap_comm": False}
+    if spec.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if spec.zero.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    if spec.zero.stage == 3:
+        # Small trained tensors are sharded too, or their states would be on every worker.
+        zero["stage3_param_persistence_threshold"] = 0
+    return {
+        "train_micro_batch_size_per_gpu": spec.micro_batch_size,
+        "gradient_accumulation_steps": spec.gradient_accumulation_steps,
+        "gradient_clipping": spec.optimizer.max_grad_norm,  # DeepSpeed's own default is 1.0
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+class ZeroBackend:
+    """AdamW under ZeRO stage 1, 2 or 3. Needs torch.distributed to be initialised."""
+
+    def __init__(self, model: torch.nn.Module, spec: TrainingSpec) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        import deepspeed
+
+        engine: Any
+        optimizer: Any
+        engine, optimizer, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, spec.optimizer),
+            config=deepspeed_settings(spec),
+            dist_init_required=False,
+        )
+        self.model: Any = engine
+        self._optimizer: Any = optimizer
+        self._parameters = trainable_parameters(engine.module)
+        # DeepSpeed averages over workers and micro-batches; the loop hands in shares of a sum.
+        self._scale = float(dist.get_world_size() * spec.gradient_accumulation_steps)
+        # It also runs AdamW once on zeros to make its states, which must not count as a step.
+        self._set_step(0)
+
+    def set_learning_rate(self, value: float) -> None:
+        """See Backend."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = value
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See Backend."""
+        self.model.backward(loss * self._scale)
+        self.model.step()  # updates at the last micro-batch of a step, counts until then
+
+    def finish_step(self) -> float:
+        """See Backend."""
+        return float(self.model.get_global_grad_norm())
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """See Backend."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state: dict[str, Any] = {}
+        for name, parameter in self._parameters.items():
+            state[f"param/{name}"] = safe_get_full_fp32_param(parameter)
+            for part in PARTS[1:]:
+                state[f"{part}/{name}"] = safe_get_full_optimizer_state(parameter, part)
+        return {key: value.detach().float().cpu().clone() for key, value in state.items()}
+
+    def load_full_state(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """See Backend."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, parameter in self._parameters.items():
+            safe_set_full_fp32_param(parameter, state[f"param/{name}"])
+            for part in PARTS[1:]:
+                safe_set_full_optimizer_state(parameter, state[f"{part}/{name}"], part)
+        self._set_step(step)
+
+    @contextmanager
+    def whole_parameters(self) -> Generator[None]:
+        """See Backend."""
+        import deepspeed
+
+        sharded = [p for p in self.model.module.parameters() if hasattr(p, "ds_id")]
+        with deepspeed.zero.GatheredParameters(sharded):
+            yield
+
+    def _set_step(self, step: int) -> None:
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        for moments in inner.state.values():
+            if "step" in moments:
+                moments["step"] = torch.tensor(float(step))

@@ -1,0 +1,1 @@
+"""Serving: requests in, tokens out, any number of adapters on one base model."""

@@ -86,7 +86,12 @@ def submit(spec: TrainingSpec, session: Session) -> str:
         [json.dumps(spec.model_dump(mode="json"))],
         name=spec.output.name,
         # Ray would give each process as many threads as the node has cores.
-        env={"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "DS_BUILD_OPS": "0"},
+        env={
+            "OMP_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+            "DS_BUILD_OPS": "0",
+            "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print every worker's line twice
+        },
     )
 
 
@@ -96,7 +101,7 @@ def plan(spec: TrainingSpec) -> Plan:
     Raises:
         CallerError: the first thing found wrong, with its remedy.
     """
-    from training.base import check_base_folder, empty_base, load_tokenizer
+    from cluster.base_model import check_base_folder, empty_base, load_tokenizer
     from training.data import tokenize
     from training.formats import open_table
     from training.loop import count_steps

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
+from cluster.base_model import encode_prompt
 from cluster.errors import DataError
 from training.formats import detect_format, iterate_rows, open_table
 from training.spec import DataSpec
@@ -79,14 +80,14 @@ def tokenize_row(
         return _tokenize_chat(row["messages"], tokenizer)
     end: list[int] = [tokenizer.eos_token_id]
     if row_format == "text":
-        ids = _without_end(tokenizer(row["text"])["input_ids"], tokenizer) + end
+        ids = encode_prompt(tokenizer, row["text"]) + end
         return ids, list(ids)
     if row_format == "alpaca":
         prompt, response = render_alpaca(row, template), row["output"]
     else:
         prompt, response = row["prompt"], row["completion"]
     # Apart, as at inference: a token never spans the border of prompt and response.
-    before = _without_end(tokenizer(prompt)["input_ids"], tokenizer)
+    before = encode_prompt(tokenizer, prompt)
     after = list(tokenizer(response, add_special_tokens=False)["input_ids"]) + end
     return before + after, [IGNORE] * len(before) + after
 
@@ -231,8 +232,3 @@ def _tokenize_chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list
     ids: list[int] = list(encoded["input_ids"])
     mask: list[int] = encoded["assistant_masks"]
     return ids, [i if learned else IGNORE for i, learned in zip(ids, mask, strict=True)]
-
-
-def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
-    """Drop the end marker that some tokenizers add to every text: the prompt goes on."""
-    return list(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)

@@ -52,7 +52,7 @@ def run_job(spec: TrainingSpec) -> AdapterVersion:
 
 def _prepare_tokens(spec: TrainingSpec, store: Store) -> tuple[str, DataReport]:
     """The key of the tokenised file in the store, made now unless it is there already."""
-    from training.base import load_tokenizer
+    from cluster.base_model import load_tokenizer
 
     key = f"cache/tokens/{fingerprint(spec.data, spec.base_model)}"
     if store.exists(f"{key}.json"):

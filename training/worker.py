@@ -14,7 +14,7 @@ import torch
 from cluster.spec import parse_spec
 from cluster.store import open_store
 from training.backend import Backend, PlainBackend
-from training.base import load_base, load_tokenizer
+from cluster.base_model import load_base, load_tokenizer
 from training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from training.data import TokenRows
 from training.loop import LogLine, Place, count_steps, run
@@ -36,7 +36,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     rows = _open_rows(spec, config["tokens"])
     start = _resume(backend)
     if place.rank == 0:
-        _announce(spec, backend, rows, start)
+        _announce(spec, backend, count_steps(spec, len(rows)), start)
 
     def on_checkpoint(progress: Progress) -> None:
         _report(

@@ -47,6 +47,9 @@ class ZeroBackend:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         import deepspeed
 
+        # Its shared-memory all-reduce would be compiled at first use, for half a minute and only
+        # where there is a compiler; adapters' gradients are megabytes, gloo carries them.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         engine: Any
         optimizer: Any
         engine, optimizer, *_ = deepspeed.initialize(

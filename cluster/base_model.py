@@ -1,14 +1,18 @@
-"""The base model and its tokenizer from a folder; never from a hub."""
+"""The base model and its tokenizer from a folder; never from a hub, never a pickle.
+
+Imports torch and transformers only when a function needs them.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import BaseModelError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_base_folder(path: str) -> dict[str, Any]:
@@ -46,14 +50,26 @@ def load_tokenizer(path: str) -> Any:
         ) from error
 
 
-def load_base(path: str, dtype: torch.dtype) -> Any:
-    """The causal LM with its weights, in eval mode off, on CPU. Raises BaseModelError."""
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a prompt: with the tokenizer's opening tokens, without a closing one."""
+    ids: list[int] = list(tokenizer(text)["input_ids"])
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        ids.pop()
+    return ids
+
+
+def load_base(path: str, dtype: torch.dtype, **options: Any) -> Any:
+    """The causal LM with its weights, on CPU. Raises BaseModelError.
+
+    Args:
+        options: Further ones of `from_pretrained`, such as `attn_implementation`.
+    """
     from transformers import AutoModelForCausalLM
 
     check_base_folder(path)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True
+            path, dtype=dtype, local_files_only=True, use_safetensors=True, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseModelError(f"base_model {path}: cannot be loaded: {error}") from error
@@ -61,6 +77,7 @@ def load_base(path: str, dtype: torch.dtype) -> Any:
 
 def empty_base(path: str) -> Any:
     """The causal LM's structure without weights (meta device): what a plan needs."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_base_folder(path)

@@ -1,0 +1,58 @@
+"""A folder to primitives: once, when an adapter is loaded. One row per method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from cluster.adapter_folder import (
+    CONFIG,
+    WEIGHTS,
+    AdapterFolder,
+    check_finite,
+    fault,
+    open_adapter_folder,
+)
+from serving.adapters.linear import lower_bitfit, lower_lora
+from serving.adapters.primitives import LoweredAdapter
+from serving.adapters.soft_prompt import lower_prefix_tuning, lower_prompt_tuning
+from serving.adapters.target import Target
+
+Lower = Callable[[AdapterFolder, Mapping[str, torch.Tensor], Target], LoweredAdapter]
+
+LOWER: Mapping[str, Lower] = {
+    "LORA": lower_lora,
+    "BITFIT": lower_bitfit,
+    "PROMPT_TUNING": lower_prompt_tuning,
+    "PREFIX_TUNING": lower_prefix_tuning,
+}
+
+
+def lower(path: str | Path, target: Target) -> LoweredAdapter:
+    """Read the adapter folder at `path` and lower it for `target`.
+
+    Raises:
+        AdapterError: naming the file, the reason and the remedy; nothing was loaded.
+    """
+    folder = open_adapter_folder(path)
+    known = LOWER.get(folder.method)
+    if known is None:
+        raise fault(
+            folder.path,
+            CONFIG,
+            f"has peft_type {folder.method[:60]!r}, which is not served yet; "
+            f"served are {', '.join(sorted(LOWER))}",
+        )
+    check_finite(folder)
+    try:
+        tensors = load_file(folder.path / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise fault(folder.path, WEIGHTS, f"cannot be read ({error})") from error
+    wrong = next((k for k, t in tensors.items() if not t.is_floating_point()), None)
+    if wrong is not None:
+        raise fault(folder.path, WEIGHTS, f"has tensor {wrong!r} that is not floating point")
+    return known(folder, tensors, target)

@@ -1,0 +1,65 @@
+"""The primitives: all that the engine can apply, whatever method they came from.
+
+    I in    O out    r rank    P prefix tokens    L layers    K key/value heads    D head size
+
+The engine knows these and no method; a method knows how it lowers to these and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class LinearDelta:
+    """What an adapter adds to one module's output: y + (x A) B + shift.
+
+    For an embedding, x is the one-hot row of the token, so A has a row for each token id. Tensors
+    have the engine's dtype and device; the scale is already in B.
+    """
+
+    a_Ir: torch.Tensor | None = None
+    b_rO: torch.Tensor | None = None
+    shift_O: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class EmbeddingPrefix:
+    """Vectors in front of the first token's embedding, [P, hidden]; their keys and values are
+    what the bare base computes for them."""
+
+    embeddings_PH: torch.Tensor
+
+
+@dataclass(frozen=True)
+class KVPrefix:
+    """Keys and values that every token attends to: [L, P, K, D] each, positions 0 to P - 1."""
+
+    keys_LPKD: torch.Tensor
+    values_LPKD: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LoweredAdapter:
+    """One adapter as primitives: deltas by module name, and at most one prefix."""
+
+    deltas: Mapping[str, LinearDelta] = field(default_factory=dict[str, LinearDelta])
+    prefix: EmbeddingPrefix | KVPrefix | None = None
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Positions that the prefix takes of the context."""
+        if self.prefix is None:
+            return 0
+        if isinstance(self.prefix, EmbeddingPrefix):
+            return self.prefix.embeddings_PH.shape[0]
+        return self.prefix.keys_LPKD.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the deltas."""
+        parts = [t for d in self.deltas.values() for t in (d.a_Ir, d.b_rO, d.shift_O)]
+        return sum(part.nbytes for part in parts if part is not None)

@@ -1,0 +1,114 @@
+"""One step's chunks as flat arrays: tokens, positions, slots, and which adapter's rows are where.
+
+A slot is one token's place in the KV memory: page * page_tokens + offset. Positions count from
+the adapter's prefix on. NumPy only; the runner makes tensors of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from serving.adapters import LoweredAdapter, Segment
+from serving.engine.scheduler import Chunk
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter that the engine holds. Its prefix lies in `pages` of the pool, at `slots`."""
+
+    name: str
+    lowered: LoweredAdapter
+    pages: Sequence[int]
+    slots: np.ndarray
+
+
+@dataclass(frozen=True)
+class Row:
+    """One chunk in the flat step: tokens `start` to `end`, and the slots of its whole context."""
+
+    start: int
+    end: int
+    slots: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step. All arrays int64: [T] tokens, positions, write slots; [N] rows to make logits of."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    write_slots: np.ndarray
+    rows: Sequence[Row]
+    wanted: np.ndarray
+    body: Sequence[Segment]
+    head: Sequence[Segment]
+
+
+def build(
+    chunks: Sequence[Chunk],
+    adapters: Mapping[str, LoadedAdapter],
+    page_tokens: int,
+    *,
+    all_logits: bool = False,
+) -> Batch:
+    """The batch of `chunks`, which are sorted by adapter.
+
+    Args:
+        adapters: By the name that a sequence carries.
+        all_logits: Of every token, not only of those that are sampled from.
+    """
+    ids: list[int] = []
+    positions: list[np.ndarray] = []
+    writes: list[np.ndarray] = []
+    rows: list[Row] = []
+    wanted: list[int] = []
+    for chunk in chunks:
+        sequence, begin = chunk.sequence, len(ids)
+        slots = page_slots(sequence.pages, page_tokens)
+        if sequence.adapter:
+            slots = np.concatenate([adapters[sequence.adapter].slots, slots])
+        first = sequence.prefix_tokens + chunk.start
+        last = first + chunk.count
+        ids += sequence.tokens[chunk.start : chunk.start + chunk.count]
+        positions.append(np.arange(first, last))
+        writes.append(slots[first:last])
+        rows.append(Row(begin, len(ids), slots[:last]))
+        if all_logits:
+            wanted += range(begin, len(ids))
+        elif chunk.is_sampled:
+            wanted.append(len(ids) - 1)
+    names = [chunk.sequence.adapter for chunk in chunks]
+    spans = [(row.start, row.end) for row in rows]
+    places = np.searchsorted(np.array(wanted, dtype=np.int64), np.array(spans, dtype=np.int64))
+    return Batch(
+        ids=np.array(ids, dtype=np.int64),
+        positions=np.concatenate(positions),
+        write_slots=np.concatenate(writes),
+        rows=rows,
+        wanted=np.array(wanted, dtype=np.int64),
+        body=_segments(names, spans, adapters),
+        head=_segments(names, [(int(a), int(b)) for a, b in places], adapters),
+    )
+
+
+def page_slots(pages: Sequence[int], page_tokens: int) -> np.ndarray:
+    """The slots of `pages` in order, int64 [pages * page_tokens]."""
+    first = np.array(pages, dtype=np.int64) * page_tokens
+    return (first[:, None] + np.arange(page_tokens)).ravel()
+
+
+def _segments(
+    names: Sequence[str], spans: Sequence[tuple[int, int]], adapters: Mapping[str, LoadedAdapter]
+) -> list[Segment]:
+    """The contiguous rows of each adapter that has deltas; empty ones left out."""
+    found: list[Segment] = []
+    for name, group in groupby(zip(names, spans, strict=True), key=lambda pair: pair[0]):
+        parts = [span for _, span in group]
+        deltas = adapters[name].lowered.deltas if name else {}
+        if deltas and parts[-1][1] > parts[0][0]:
+            found.append(Segment(parts[0][0], parts[-1][1], deltas))
+    return found

@@ -1,0 +1,108 @@
+"""The YAML of a service. Every field's description is its reference. No torch, no Ray."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+
+from cluster.names import NAME, absolute_uri
+from cluster.spec import Spec
+
+
+class EngineSpec(Spec):
+    """One engine: a base model, its KV pages, the limits of a step."""
+
+    base_model: str = Field(description="Folder of a transformers causal LM, seen by every node.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of weights, activations and KV pages."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="`auto` takes a GPU if the replica has one."
+    )
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads of the forward pass; torch's default if not given."
+    )
+    max_context_tokens: PositiveInt | None = Field(
+        None,
+        description="Longest prompt with answer, in tokens; the base's own limit if not given.",
+    )
+    max_running_requests: PositiveInt = Field(
+        64, description="Requests that generate in one step; more wait."
+    )
+    max_step_tokens: PositiveInt = Field(
+        1024, description="Tokens of one forward pass; longer prompts are cut over several."
+    )
+    page_tokens: PositiveInt = Field(16, description="Tokens of one KV page.")
+    kv_cache_gib: PositiveFloat | None = Field(
+        None,
+        description="Memory for KV pages. If not given: what max_running_requests full contexts "
+        "need, but at most 1 GiB on CPU, or 80 % of the free memory of a GPU.",
+    )
+    max_adapters: PositiveInt = Field(
+        64, description="Adapters held at once; a replica drops the least recently used for others."
+    )
+
+
+class ReplicasSpec(Spec):
+    """Engine replicas: how many, and what each takes of the cluster."""
+
+    min: PositiveInt = Field(1, description="Replicas kept at all times.")
+    max: PositiveInt = Field(1, description="Replicas at the highest load.")
+    cpus: PositiveFloat = Field(1, description="CPU cores of each.")
+    gpus: float = Field(0, ge=0, description="GPUs of each.")
+    target_ongoing_requests: PositiveInt = Field(
+        32, description="Requests in progress per replica that autoscaling aims at."
+    )
+    max_ongoing_requests: PositiveInt = Field(
+        256, description="Requests that a replica accepts; further ones wait at the gateway."
+    )
+
+
+class GatewaySpec(Spec):
+    """The HTTP side."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; loopback by default.")
+    port: NonNegativeInt = Field(8000, le=65535, description="Port; 0 takes a free one.")
+    replicas: PositiveInt = Field(1, description="Gateway processes.")
+    cpus: PositiveFloat = Field(0.5, description="CPU cores reserved for each.")
+    max_body_bytes: PositiveInt = Field(
+        8 * 2**20, description="Longest request body; longer ones get 413."
+    )
+    max_waiting_requests: PositiveInt = Field(
+        4096, description="Requests in progress and waiting per gateway; more get 429."
+    )
+    catalogue_ttl_s: PositiveFloat = Field(
+        2.0, description="Seconds until a newly published version or moved alias is seen."
+    )
+
+
+class ServingSpec(Spec):
+    """One service: a base model and the adapters of one store."""
+
+    name: str = Field(description="Model name of the base in requests.")
+    store: str = Field(
+        "./graft-store", description="Where adapters are: a folder, s3://bucket/prefix or gs://… ."
+    )
+    cache: str = Field(
+        "~/.cache/graft/adapters", description="Folder on each node for verified copies."
+    )
+    engine: EngineSpec = Field(description="The engine of each replica.")
+    replicas: ReplicasSpec = Field(
+        default_factory=lambda: ReplicasSpec.model_validate({}), description="Engine replicas."
+    )
+    gateway: GatewaySpec = Field(
+        default_factory=lambda: GatewaySpec.model_validate({}), description="The HTTP side."
+    )
+
+    @field_validator("store")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        return absolute_uri(value)
+
+    @field_validator("name")
+    @classmethod
+    def _legal(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError("use a-z, 0-9, '.', '_' and '-', beginning with a letter or digit")
+        return value

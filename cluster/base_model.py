@@ -30,9 +30,7 @@ def check_base_folder(path: str) -> dict[str, Any]:
     if not isinstance(config, dict) or "model_type" not in config:
         raise BaseModelError(f"base_model {path}: config.json names no model_type")
     if not any(folder.glob("*.safetensors")):
-        raise BaseModelError(
-            f"base_model {path}: has no .safetensors weights; pickles are refused"
-        )
+        raise BaseModelError(f"base_model {path}: has no .safetensors weights; pickles are refused")
     if not any(folder.glob("tokenizer*")):
         raise BaseModelError(f"base_model {path}: has no tokenizer files")
     return config
@@ -45,15 +43,17 @@ def load_tokenizer(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        raise BaseModelError(
-            f"base_model {path}: its tokenizer does not load: {error}"
-        ) from error
+        raise BaseModelError(f"base_model {path}: its tokenizer does not load: {error}") from error
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """The ids of a prompt: with the tokenizer's opening tokens, without a closing one."""
     ids: list[int] = list(tokenizer(text)["input_ids"])
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+    if (
+        len(ids) > 1
+        and ids[-1] == tokenizer.eos_token_id
+        and not text.endswith(tokenizer.eos_token)
+    ):
         ids.pop()
     return ids
 

@@ -29,8 +29,10 @@ from cluster.store import Store, open_store
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+LATEST = "latest"  # the alias that always means the newest version
 # What a version holds; anything else in the folder (optimiser states, pickles) stays behind.
 PUBLISHED_FILES = (CONFIG, WEIGHTS, "README.md")
+_REF = re.compile(rf"({NAME.pattern})(?:@([0-9]{{1,8}})|:({NAME.pattern}))?")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,28 @@ class AdapterVersion:
     def ref(self) -> str:
         """The exact reference, "name@version"."""
         return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Every whole version (oldest first) and alias in a store, as one listing saw them."""
+
+    versions: Mapping[str, list[int]]
+    aliases: Mapping[tuple[str, str], int]
+
+    def find(self, ref: str) -> tuple[str, int] | None:
+        """The (name, version) that a reference means, or None; as `Registry.resolve`."""
+        match = _REF.fullmatch(ref)
+        numbers = self.versions.get(str(match[1])) if match else None
+        if match is None or numbers is None:
+            return None
+        name, number, alias = str(match[1]), match[2], match[3]
+        if number:
+            return (name, int(number)) if int(number) in numbers else None
+        if alias and alias != LATEST:
+            found = self.aliases.get((name, alias))
+            return None if found is None else (name, found)
+        return name, numbers[-1]
 
 
 class Registry:
@@ -99,13 +123,27 @@ class Registry:
         """Publish a plain PEFT folder made elsewhere; as `publish`, with its origin in the card."""
         return self.publish(name, folder, card={"imported_from": str(folder)})
 
+    def catalog(self) -> Catalog:
+        """Everything there is, by two listings and one small read for each alias."""
+        versions: dict[str, list[int]] = {}
+        for key in self.store.list("adapters"):  # sorted, so versions ascend
+            if key.endswith(f"/{MANIFEST}"):
+                _, name, number, _ = key.split("/")
+                versions.setdefault(name, []).append(int(number))
+        entries: dict[tuple[str, str], str] = {}
+        for key in self.store.list("aliases"):
+            _, name, alias, _ = key.split("/")
+            entries[name, alias] = key  # the last one counts
+        aliases = {at: int(json.loads(self.store.read(k))["version"]) for at, k in entries.items()}
+        return Catalog(versions, aliases)
+
     def names(self) -> list[str]:
         """Every adapter with at least one whole version."""
-        return [name for name in self.store.list_folders("adapters") if self._numbers(name)]
+        return sorted(self.catalog().versions)
 
     def versions(self, name: str) -> list[AdapterVersion]:
         """The whole versions of `name`, oldest first. Raises NotFoundError."""
-        return [self._read(name, number) for number in self._existing(name)]
+        return [self.read(name, number) for number in self._existing(name)]
 
     def resolve(self, ref: str) -> AdapterVersion:
         """The version that "name" (the newest), "name@3" or "name:alias" means now.
@@ -113,27 +151,27 @@ class Registry:
         Raises:
             NotFoundError: naming what is nearest.
         """
-        match = re.fullmatch(rf"({NAME.pattern})(?:@([0-9]{{1,8}})|:({NAME.pattern}))?", ref)
+        match = _REF.fullmatch(ref)
         if match is None:
             raise NotFoundError(
                 f"adapter {ref[:120]!r}: not a reference; write name, name@version or name:alias"
             )
         name, number, alias = str(match[1]), match[2], match[3]
         existing = self._existing(name)
-        if alias == "latest" or (not number and not alias):
-            return self._read(name, existing[-1])
+        if alias == LATEST or (not number and not alias):
+            return self.read(name, existing[-1])
         if alias:
             known = self.aliases(name)
             if alias not in known:
                 raise NotFoundError(
                     f"adapter {name!r} has no alias {alias!r}{nearest(alias, known)}"
                 )
-            return self._read(name, known[alias])
+            return self.read(name, known[alias])
         if int(number) not in existing:
             raise NotFoundError(
                 f"adapter {name!r} has no version {number}; the newest is {existing[-1]}"
             )
-        return self._read(name, int(number))
+        return self.read(name, int(number))
 
     def aliases(self, name: str) -> dict[str, int]:
         """The aliases of `name` and the versions that they mean now."""
@@ -150,7 +188,7 @@ class Registry:
             ConflictError: somebody moved the alias at the same moment.
         """
         check_name(alias, "alias")
-        if alias == "latest":
+        if alias == LATEST:
             raise SpecError("alias 'latest' always means the newest version; choose another name")
         self.resolve(f"{name}@{version}")
         folder = f"aliases/{name}/{alias}"
@@ -217,7 +255,8 @@ class Registry:
             raise NotFoundError(f"adapter {name!r} is not in {self.store.uri}{known}")
         return numbers
 
-    def _read(self, name: str, number: int) -> AdapterVersion:
+    def read(self, name: str, number: int) -> AdapterVersion:
+        """The manifest of a version. Raises NotFoundError."""
         raw = json.loads(self.store.read(f"{_folder(name, number)}/{MANIFEST}"))
         if raw.pop("schema") != SCHEMA:
             raise AdapterError(f"adapter {name}@{number}: made by a newer Graft; update this one")

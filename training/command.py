@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,17 @@ if TYPE_CHECKING:
     from training.spec import TrainingSpec
 
 _CHECKED_ROWS = 200
+# Ray's process name and colours, and its time stamps.
+_DECORATION = re.compile(
+    r"^(\x1b\[\d+m)?(\([^()]*pid=\d+[^()]*\))?(\x1b\[0m)? ?"
+    r"(\[?\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\S* ?\S* \S+:\d+ -- )?"
+)
+_NOISE = (
+    "Warning:", "warnings.warn(", "return func(*args", "Loading weights", "Reporting training",
+    "Checkpoint successfully", "Runtime env is", "Running entrypoint", "Requesting resources",
+    "Attempting to start", "Setting up process group", "world_rank=", "core_worker.cc",
+    "Started training worker group", "built successfully",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,9 @@ def train(
             return
         try:
             for line in jobs.logs(ray, job_id, follow=True):
-                typer.echo(readable(line))
+                text = readable(line)
+                if text is not None:
+                    typer.echo(text)
         except KeyboardInterrupt:
             jobs.stop(ray, job_id)
             raise
@@ -102,8 +116,8 @@ def plan(spec: TrainingSpec) -> Plan:
         CallerError: the first thing found wrong, with its remedy.
     """
     from cluster.base_model import check_base_folder, empty_base, load_tokenizer
+    from cluster.tables import open_table
     from training.data import tokenize
-    from training.formats import open_table
     from training.loop import count_steps
     from training.methods import METHODS, count_parameters
 
@@ -127,8 +141,7 @@ def absolute_paths(spec: TrainingSpec) -> TrainingSpec:
     return spec.model_copy(update={"data": data, "base_model": base})
 
 
-def readable(line: str) -> str:
-    """A log line without the process name and colours that Ray puts around it."""
-    import re
-
-    return re.sub(r"^(\x1b\[\d+m)?\([^()]*pid=\d+[^()]*\)(\x1b\[0m)? ", "", line)
+def readable(line: str) -> str | None:
+    """A log line without what Ray puts around it; None for one that only Ray's developers read."""
+    text = _DECORATION.sub("", line).rstrip()
+    return None if not text or any(noise in text for noise in _NOISE) else text

@@ -22,7 +22,8 @@ import pyarrow.ipc
 
 from cluster.base_model import encode_prompt
 from cluster.errors import DataError
-from training.formats import detect_format, iterate_rows, open_table
+from cluster.tables import open_table
+from training.formats import detect_format, iterate_rows
 from training.spec import DataSpec
 
 IGNORE = -100
@@ -175,7 +176,7 @@ class TokenRows:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64 [rows]."""
-        return pc.list_value_length(self._ids).to_numpy().astype(np.int64)
+        return pc.call_function("list_value_length", [self._ids]).to_numpy().astype(np.int64)
 
     @cached_property
     def label_counts(self) -> np.ndarray:

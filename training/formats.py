@@ -1,7 +1,7 @@
-"""Rows from files: `save_to_disk` folders, Arrow IPC, Parquet and JSONL, checked column by column.
+"""What a row means: alpaca, prompt/completion, chat messages, plain text; checked cell by cell.
 
-Knows file formats and what an alpaca, prompt/completion, chat or text row is; no tokens. Every
-fault is a DataError that names the file, the row and the remedy.
+Knows columns, no tokens and no files. Every fault is a DataError that names the file, the row and
+the remedy.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.ipc
-import pyarrow.json
-import pyarrow.parquet as pq
 
 from cluster.errors import DataError
 
@@ -26,34 +23,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 OPTIONAL = {"alpaca": ("input",)}
 _BATCH_ROWS = 4096
-_STREAM_MAGIC = b"\xff\xff\xff\xff"
-
-
-def open_table(path: str | Path) -> pa.Table:
-    """The rows at `path` as one Arrow table, memory-mapped where the format allows.
-
-    Raises:
-        DataError: missing, corrupt, of an unknown kind, empty, or with an Arrow extension type
-            (whose loading may run code).
-    """
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"data {path}: does not exist; check data.train")
-    try:
-        table = _read(path)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"data {path}: cannot be read: {reason}") from error
-    for field in table.schema:
-        metadata: dict[bytes, bytes] = field.metadata or {}
-        if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in metadata:
-            raise DataError(
-                f"data {path}: column {field.name!r} has an Arrow extension type, which can carry "
-                "code; write the column as a plain type"
-            )
-    if table.num_rows == 0:
-        raise DataError(f"data {path}: has no rows")
-    return table
 
 
 def detect_format(table: pa.Table, asked: str, path: str | Path) -> str:
@@ -93,39 +62,6 @@ def iterate_rows(table: pa.Table, row_format: str, path: str | Path) -> Iterator
             _check_row(row, row_format, number, path)
             yield row
             number += 1
-
-
-def _read(path: Path) -> pa.Table:
-    if path.is_dir():
-        return _read_saved_dataset(path)
-    suffix = path.suffix.lower()
-    if suffix in (".arrow", ".ipc", ".feather"):
-        return _read_ipc(path)
-    if suffix in (".parquet", ".pq"):
-        return pq.read_table(path, memory_map=True)
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        return pyarrow.json.read_json(path)
-    raise ValueError(f"unknown kind {suffix!r}; use .arrow, .parquet, .jsonl or a dataset folder")
-
-
-def _read_ipc(path: Path) -> pa.Table:
-    source = pa.memory_map(str(path))
-    if source.read(4) == _STREAM_MAGIC:
-        source.seek(0)
-        return pyarrow.ipc.open_stream(source).read_all()
-    source.seek(0)
-    return pyarrow.ipc.open_file(source).read_all()
-
-
-def _read_saved_dataset(path: Path) -> pa.Table:
-    if (path / "dataset_dict.json").exists():
-        raise ValueError("holds several splits; name one, for example " + str(path / "train"))
-    if not (path / "state.json").exists():
-        raise ValueError("is not a folder that datasets' save_to_disk wrote (no state.json)")
-    from datasets import load_from_disk
-
-    dataset: Any = load_from_disk(str(path)).with_format("arrow")
-    return dataset[:]
 
 
 def _check_row(row: dict[str, Any], row_format: str, number: int, path: str | Path) -> None:

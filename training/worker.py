@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from cluster.base_model import load_base, load_tokenizer
 from cluster.spec import parse_spec
 from cluster.store import open_store
 from training.backend import Backend, PlainBackend
-from cluster.base_model import load_base, load_tokenizer
 from training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from training.data import TokenRows
 from training.loop import LogLine, Place, count_steps, run

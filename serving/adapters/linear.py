@@ -161,7 +161,9 @@ def _pattern(patterns: Mapping[str, object], module: str) -> str:
 
 def _change_of_bias(bias_O: torch.Tensor, shape: ModuleShape) -> torch.Tensor:
     own = shape.bias
-    return bias_O.float() - (own.float().cpu() if own is not None and own.shape == bias_O.shape else 0)
+    return bias_O.float() - (
+        own.float().cpu() if own is not None and own.shape == bias_O.shape else 0
+    )
 
 
 def _fit_shift(

@@ -54,7 +54,9 @@ def _read(
         raise fault(folder.path, CONFIG, "is of an encoder-decoder; decoders alone are served")
     if set(tensors) != {_KEY}:
         raise fault(folder.path, WEIGHTS, f"must hold {_KEY!r} alone; it has {sorted(tensors)[:5]}")
-    tokens = number(folder, folder.config.get("num_virtual_tokens"), "num_virtual_tokens", whole=True)
+    tokens = number(
+        folder, folder.config.get("num_virtual_tokens"), "num_virtual_tokens", whole=True
+    )
     tensor = tensors[_KEY]
     if tuple(tensor.shape) != (tokens, width):
         raise fault(

@@ -1,8 +1,8 @@
 """The engine and its offline API. Runs without Ray and without HTTP.
 
-    engine = Engine(EngineSpec(base_model="path/to/base"))
-    engine.add_adapter("support-bot", "path/to/adapter")
-    engine.generate([GenerationRequest(prompt="Hello", adapter="support-bot")])
+engine = Engine(EngineSpec(base_model="path/to/base"))
+engine.add_adapter("support-bot", "path/to/adapter")
+engine.generate([GenerationRequest(prompt="Hello", adapter="support-bot")])
 """
 
 from serving.engine.engine import Engine, EngineStats

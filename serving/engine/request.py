@@ -88,11 +88,10 @@ class GenerationRequest:
             "seed",
             f"seed is {self.seed!r}; it must be a 64-bit whole number",
         )
-        stops_are_texts = not isinstance(self.stop, str) and all(
-            isinstance(stop, str) and stop for stop in self.stop
-        )
         _require(
-            stops_are_texts and len(self.stop) <= MAX_STOP_STRINGS,
+            not isinstance(self.stop, str)
+            and all(self.stop)
+            and len(self.stop) <= MAX_STOP_STRINGS,
             "stop",
             f"stop must be at most {MAX_STOP_STRINGS} texts, none of them empty",
         )
@@ -148,9 +147,7 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require(condition: bool, param: str, message: str) -> None:

@@ -193,7 +193,9 @@ class Runner:
             raise BaseModelError(f"{name}: {error.message}") from error
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BaseModelError(f"{name} cannot be served with paged attention: {reason}") from error
+            raise BaseModelError(
+                f"{name} cannot be served with paged attention: {reason}"
+            ) from error
         expected = torch.cat([logits[-1:] for logits in reference])
         scale = max(1e-6, float(expected.abs().max()))
         difference = float((found - expected).abs().max()) / scale
@@ -217,7 +219,9 @@ class Runner:
             logits = self._run(
                 {
                     "input_ids": torch.from_numpy(
-                        np.concatenate([s[a:b] for s, (a, b) in zip(sequences, bounds, strict=True)])
+                        np.concatenate(
+                            [s[a:b] for s, (a, b) in zip(sequences, bounds, strict=True)]
+                        )
                     ).to(self.device)[None]
                 },
                 np.concatenate([np.arange(a, b) for a, b in bounds]),

@@ -1,0 +1,82 @@
+"""A running service: the application on a Ray cluster, reachable over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.errors import ClusterError, ConflictError
+from cluster.session import Session
+from serving.spec import ServingSpec
+
+
+def checked(spec: ServingSpec) -> ServingSpec:
+    """`spec` with local paths made absolute, after the base's folder was looked at.
+
+    Raises:
+        BaseModelError: the base is not a whole folder; nothing was started.
+    """
+    from cluster.base_model import check_base_folder
+
+    base = str(Path(spec.engine.base_model).absolute())
+    check_base_folder(base)
+    cache = str(Path(spec.cache).expanduser().absolute())
+    engine = spec.engine.model_copy(update={"base_model": base})
+    return spec.model_copy(update={"engine": engine, "cache": cache})
+
+
+@contextmanager
+def running(spec: ServingSpec, session: Session) -> Generator[str]:
+    """Deploy `spec` on the session's cluster; yields its URL once every part answers, and takes
+    it down on exit.
+
+    Raises:
+        ConflictError: the port is taken.
+        ClusterError: the replicas do not come up; the message has their reason.
+    """
+    if session.address is None:
+        raise ClusterError(
+            f"{session.dashboard_url}: serving needs a node of the cluster; run `graft serve` on "
+            "one, with --address auto"
+        )
+    spec = checked(spec)
+    port = _port(spec)
+    # Ray Serve tells of each deployment and proxy at INFO.
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    from ray import serve
+
+    from serving.deployment import build
+
+    for name in ("ray.serve", "ray"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    serve.start(http_options={"host": spec.gateway.host, "port": port})
+    try:
+        try:
+            serve.run(build(spec), name=spec.name, route_prefix="/")
+        except RuntimeError as error:
+            raise ClusterError(f"service {spec.name!r} did not come up: {error}") from error
+        host = "127.0.0.1" if spec.gateway.host in ("0.0.0.0", "::") else spec.gateway.host
+        yield f"http://{host}:{port}"
+    finally:
+        serve.delete(spec.name)
+        # A cluster of our own ends with the session; on another, Serve may have other work.
+        if not session.started_here and not serve.status().applications:
+            serve.shutdown()
+
+
+def _port(spec: ServingSpec) -> int:
+    """The port to listen on, known to be free. Raises ConflictError."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((spec.gateway.host, spec.gateway.port))
+        except OSError as error:
+            raise ConflictError(
+                f"gateway.port {spec.gateway.port} on {spec.gateway.host}: {error.strerror}; "
+                "choose another, or 0 for a free one"
+            ) from error
+        return int(probe.getsockname()[1])

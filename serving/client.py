@@ -1,0 +1,362 @@
+"""The Python client: one prompt, many, a stream, or a whole file; sync and async.
+
+    with Client("http://127.0.0.1:8000") as client:
+        client.generate(["Hello"], adapter="support-bot")
+        client.generate_file("questions.arrow", "answers.arrow", adapter="support-bot")
+
+Failures that a retry may mend are retried with growing pauses; others raise the server's error as
+the class of cluster.errors that it was there. No torch, no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypedDict, TypeVar, Unpack
+
+import httpx2
+from anyio.from_thread import start_blocking_portal
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
+from tenacity.wait import wait_random_exponential
+
+from cluster.errors import (
+    OUTCOMES,
+    AuthenticationError,
+    GraftError,
+    NotFoundError,
+    OperationError,
+    OverloadedError,
+    RequestError,
+    UnavailableError,
+)
+from serving.batch_file import BatchReport, run_batch
+from serving.protocol import DONE, ModelCard
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+R = TypeVar("R")
+
+_BY_CODE = {o.code: cls for cls, o in OUTCOMES.items() if o.code is not None}
+_BY_STATUS: Mapping[int, type[GraftError]] = {
+    401: AuthenticationError,
+    404: NotFoundError,
+    429: OverloadedError,
+    502: UnavailableError,
+    503: UnavailableError,
+    504: UnavailableError,
+}
+
+
+class Options(TypedDict, total=False):
+    """How to continue a prompt; what is left out is the server's default, but temperature is 0
+    and max_tokens 64."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: Sequence[str]
+    ignore_eos: bool
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class AsyncClient:
+    """A connection pool to one service.
+
+    Args:
+        base_url: Where `graft serve` listens, without /v1.
+        api_key: Sent as a bearer token.
+        timeout_s: Longest wait for an answer, or for the next piece of a stream.
+        max_attempts: Tries of one request, the first included.
+        concurrency: Requests in progress at once.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        max_attempts: int = 8,
+        concurrency: int = 64,
+    ) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        timeout = httpx2.Timeout(timeout_s, connect=10.0)
+        self.base_url = base_url.rstrip("/")
+        self.concurrency = concurrency
+        self._http = httpx2.AsyncClient(
+            base_url=self.base_url, headers=headers, limits=limits, timeout=timeout, trust_env=False
+        )
+        self._max_attempts = max_attempts
+        self._base_name: str | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._http.aclose()
+
+    async def models(self) -> list[ModelCard]:
+        """The base, first, and every adapter."""
+        body = await self._retrying(lambda: self._json("GET", "/v1/models"))
+        return [ModelCard.model_validate(card) for card in body["data"]]
+
+    async def generate(
+        self, prompts: Sequence[Prompt], *, adapter: str | None = None, **options: Unpack[Options]
+    ) -> list[Generation]:
+        """Continue each prompt (a text, token ids, or chat messages); answers in their order.
+
+        Args:
+            adapter: A name, name@version or name:alias; None for the base.
+
+        Raises:
+            GraftError: the first that failed; the others are dropped.
+        """
+        gate = asyncio.Semaphore(self.concurrency)
+
+        async def one(prompt: Prompt) -> Generation:
+            async with gate:
+                return await self.generate_one(prompt, adapter=adapter, **options)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(prompt)) for prompt in prompts]
+        except* GraftError as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def generate_one(
+        self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[Options]
+    ) -> Generation:
+        """Continue one prompt. Raises GraftError."""
+        path, body = await self._request(prompt, adapter, options)
+        answer = await self._retrying(lambda: self._json("POST", path, body))
+        choice, usage = answer["choices"][0], answer["usage"]
+        text = choice["text"] if "text" in choice else choice["message"]["content"]
+        return Generation(
+            text, choice["finish_reason"], usage["prompt_tokens"], usage["completion_tokens"]
+        )
+
+    async def stream(
+        self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[Options]
+    ) -> AsyncGenerator[str]:
+        """The text of one answer as it comes. Not retried once it has begun.
+
+        Raises:
+            GraftError: the server failed, or the stream ended before the answer did.
+        """
+        path, body = await self._request(prompt, adapter, options)
+        try:
+            async with self._http.stream("POST", path, json={**body, "stream": True}) as response:
+                if response.status_code >= 400:
+                    await response.aread()
+                    raise _error(response.status_code, response.text)
+                async for line in response.aiter_lines():
+                    if not line.startswith("data: "):
+                        continue
+                    data = line.removeprefix("data: ")
+                    if data == DONE:
+                        return
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise _error(500, data)
+                    for choice in event["choices"]:
+                        piece = choice.get("text") or choice.get("delta", {}).get("content")
+                        if piece:
+                            yield piece
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from error
+        raise OperationError(f"{self.base_url}: the stream ended before the answer did; try again")
+
+    async def generate_file(
+        self,
+        source: str | Path,
+        target: str | Path,
+        *,
+        adapter: str | None = None,
+        adapter_column: str | None = None,
+        overwrite: bool = False,
+        progress: bool = True,
+        **options: Unpack[Options],
+    ) -> BatchReport:
+        """Answer every row of a file; see `serving.batch_file`.
+
+        Raises:
+            CallerError: the file cannot be used; nothing was sent.
+        """
+        return await run_batch(
+            self,
+            Path(source),
+            Path(target),
+            adapter=adapter,
+            adapter_column=adapter_column,
+            overwrite=overwrite,
+            progress=progress,
+            options=dict(options),
+        )
+
+    async def _request(
+        self, prompt: Prompt, adapter: str | None, options: Options
+    ) -> tuple[str, dict[str, Any]]:
+        """Path and body for a prompt."""
+        if adapter is None and self._base_name is None:
+            self._base_name = (await self.models())[0].id
+        model = self._base_name if adapter is None else adapter
+        body: dict[str, Any] = {"model": model, "max_tokens": 64, "temperature": 0.0, **options}
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            return "/v1/chat/completions", {**body, "messages": list(prompt)}
+        return "/v1/completions", {**body, "prompt": prompt}
+
+    async def _json(self, method: str, path: str, body: Any = None) -> Any:
+        try:
+            response = await self._http.request(method, path, json=body)
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from error
+        if response.status_code >= 400:
+            raise _error(response.status_code, response.text)
+        try:
+            return response.json()
+        except ValueError as error:
+            raise OperationError(f"{self.base_url}{path}: the answer is cut short") from error
+
+    async def _retrying(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self._max_attempts),
+            wait=wait_random_exponential(multiplier=0.2, max=10),
+            retry=retry_if_exception(lambda e: isinstance(e, GraftError) and e.retryable),
+            reraise=True,
+        )
+        async for attempt in retrying:
+            with attempt:
+                return await call()
+        raise AssertionError("tenacity re-raises the last failure")
+
+    def _unreachable(self, error: Exception) -> UnavailableError:
+        return UnavailableError(
+            f"{self.base_url}: {str(error) or type(error).__name__}; is the service running?"
+        )
+
+
+class Client:
+    """`AsyncClient` for code without an event loop: the same methods, blocking.
+
+    Raises the same errors. Use it with `with`, or call `close`.
+    """
+
+    def __init__(self, base_url: str = "http://127.0.0.1:8000", **settings: Any) -> None:
+        self._portal_scope = start_blocking_portal()
+        self._portal = self._portal_scope.__enter__()
+        self._async = self._portal.call(lambda: _make(base_url, settings))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._portal.call(self._async.close)
+        self._portal_scope.__exit__(None, None, None)
+
+    def models(self) -> list[ModelCard]:
+        """See AsyncClient."""
+        return self._portal.call(self._async.models)
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, adapter: str | None = None, **options: Unpack[Options]
+    ) -> list[Generation]:
+        """See AsyncClient."""
+        return self._portal.call(lambda: self._async.generate(prompts, adapter=adapter, **options))
+
+    def stream(
+        self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[Options]
+    ) -> Iterator[str]:
+        """See AsyncClient."""
+
+        async def pieces() -> AsyncGenerator[str]:
+            async with aclosing(self._async.stream(prompt, adapter=adapter, **options)) as stream:
+                async for piece in stream:
+                    yield piece
+
+        generator = pieces()
+        try:
+            while (piece := self._portal.call(lambda: anext(generator, None))) is not None:
+                yield piece
+        finally:
+            self._portal.call(generator.aclose)
+
+    def generate_file(
+        self,
+        source: str | Path,
+        target: str | Path,
+        *,
+        adapter: str | None = None,
+        adapter_column: str | None = None,
+        overwrite: bool = False,
+        progress: bool = True,
+        **options: Unpack[Options],
+    ) -> BatchReport:
+        """See AsyncClient."""
+        # As a task, so that an interrupt here ends it there, with what it has kept.
+        future = self._portal.start_task_soon(
+            lambda: self._async.generate_file(
+                source,
+                target,
+                adapter=adapter,
+                adapter_column=adapter_column,
+                overwrite=overwrite,
+                progress=progress,
+                **options,
+            )
+        )
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+
+async def _make(base_url: str, settings: Mapping[str, Any]) -> AsyncClient:
+    return AsyncClient(base_url, **settings)
+
+
+def _error(status: int, text: str) -> GraftError:
+    """The server's error as the class that it was there."""
+    try:
+        detail = json.loads(text)["error"]
+        message, code, param = str(detail["message"]), str(detail.get("code")), detail.get("param")
+    except (ValueError, KeyError, TypeError):
+        message, code, param = f"HTTP {status}: {text[:200]}", "", None
+    fallback = OperationError if status >= 500 else RequestError
+    cls = _BY_CODE.get(code) or _BY_STATUS.get(status) or fallback
+    return cls(message, param=param) if issubclass(cls, RequestError) else cls(message)

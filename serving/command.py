@@ -1,0 +1,91 @@
+"""`graft serve` and `graft generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def serve(
+    spec: Annotated[Path, typer.Argument(help="The service's YAML, as in configs/serving.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key: gateway.port=0. Repeatable.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster: host:port or auto [env: RAY_ADDRESS].")
+    ] = None,
+) -> None:
+    """Serve a base model and every adapter of a store over HTTP, until interrupted."""
+    import signal
+    import threading
+
+    from cluster.session import session
+    from cluster.spec import load_spec
+    from serving.app import checked, running
+    from serving.spec import ServingSpec
+
+    service = checked(load_spec(ServingSpec, spec, set_ or ()))
+    stop = threading.Event()
+    # A supervisor's SIGTERM takes the service down as Ctrl-C does.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop.set())
+    with session(address) as ray, running(service, ray) as url:
+        typer.echo(f"{service.name} and the adapters of {service.store}: {url}/v1")
+        while not stop.wait(0.5):
+            pass
+        typer.echo("stopping")
+
+
+def generate(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="Rows with a column prompt or messages.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The rows with their answers: .arrow, …")
+    ],
+    adapter: Annotated[str | None, typer.Option(help="NAME, NAME@VERSION or NAME:ALIAS.")] = None,
+    adapter_column: Annotated[
+        str | None, typer.Option(help="Column that names each row's adapter.")
+    ] = None,
+    url: Annotated[str, typer.Option(envvar="GRAFT_URL", help="Of the service.")] = DEFAULT_URL,
+    api_key: Annotated[str | None, typer.Option(envvar="GRAFT_API_KEY", help="If it asks.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of one answer.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests in progress at once.")] = 64,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Answer every row of a file through a running service.
+
+    An interrupted call keeps its answers; the same call again goes on from there.
+    """
+    from cluster.errors import JobFailedError
+    from serving.client import Client, Options
+
+    options: Options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    if seed is not None:
+        options["seed"] = seed
+    if stop:
+        options["stop"] = stop
+    with Client(url, api_key=api_key, concurrency=concurrency) as client:
+        report = client.generate_file(
+            source,
+            target,
+            adapter=adapter,
+            adapter_column=adapter_column,
+            overwrite=overwrite,
+            progress=not quiet,
+            **options,
+        )
+    typer.echo(f"{target}: {report}")
+    if report.failed:
+        raise JobFailedError(
+            f"{report.failed} of {report.rows} rows failed; their column 'error' says why"
+        )

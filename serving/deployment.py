@@ -1,0 +1,174 @@
+"""The two Ray Serve deployments: engine replicas, and gateways in front of them.
+
+What they do is in `replica` and `gateway`; here is only how Ray starts and calls them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from ray import serve
+
+from cluster.errors import GraftError, UnavailableError
+from cluster.registry import AdapterVersion
+from cluster.spec import parse_spec
+from serving.engine.request import GenerationRequest, TokenOutput
+from serving.spec import ServingSpec
+
+
+class EngineReplica:
+    """A deployment of `serving.replica.Replica`."""
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        from serving.replica import Replica
+
+        self._replica = Replica(parse_spec(ServingSpec, spec))
+
+    async def generate(
+        self, request: GenerationRequest, adapter: AdapterVersion | None, stream: bool
+    ) -> AsyncGenerator[TokenOutput]:
+        """One request's outputs; Ray cancels the generator when the caller leaves."""
+        outputs = self._replica.generate(request, adapter, stream=stream)
+        try:
+            async for output in outputs:
+                yield output
+        finally:
+            await outputs.aclose()
+
+    async def answers(self) -> bool:
+        """For the gateway's /health."""
+        await self._replica.check_health()
+        return True
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Read by Ray Serve every second, for the router."""
+        return {"adapters": self._replica.adapters}
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve; raising makes it replace this replica."""
+        await self._replica.check_health()
+
+
+class RayBackend:
+    """serving.gateway.service.Backend over a Serve handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._streaming = handle.options(stream=True)
+        self._plain = handle
+
+    async def generate(
+        self, request: GenerationRequest, adapter: AdapterVersion | None, *, stream: bool
+    ) -> AsyncGenerator[TokenOutput]:
+        """See Backend."""
+        model_id = adapter.ref if adapter else ""
+        handle = self._streaming.options(multiplexed_model_id=model_id)
+        outputs: Any = handle.generate.remote(request, adapter, stream)
+        is_over = False
+        try:
+            async for output in outputs:
+                is_over = output.finish_reason is not None
+                yield output
+        except GraftError:
+            raise
+        except Exception as error:
+            raise _unwrapped(error) from error
+        finally:
+            if not is_over:
+                outputs.cancel()
+
+    async def check_health(self) -> None:
+        """See Backend."""
+        try:
+            await self._plain.answers.remote()
+        except Exception as error:
+            raise UnavailableError("no replica answers yet; try again soon") from error
+
+
+class Gateway:
+    """A deployment of the HTTP app."""
+
+    def __init__(self, spec: Mapping[str, Any], engines: Any) -> None:
+        self._spec = parse_spec(ServingSpec, spec)
+        self._engines = engines
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from cluster.base_model import load_tokenizer
+        from cluster.registry import Registry
+        from serving.catalogue import Catalogue
+        from serving.gateway.routes import create_app
+        from serving.gateway.service import Service
+
+        spec = self._spec
+        catalogue = Catalogue(
+            Registry(spec.store),
+            base_name=spec.name,
+            base_folder=spec.engine.base_model,
+            ttl_s=spec.gateway.catalogue_ttl_s,
+        )
+        service = Service(
+            RayBackend(self._engines),
+            catalogue,
+            load_tokenizer(spec.engine.base_model),
+            max_waiting=spec.gateway.max_waiting_requests,
+        )
+        return create_app(service, max_body_bytes=spec.gateway.max_body_bytes)
+
+
+def build(spec: ServingSpec) -> Any:
+    """The Ray Serve application of `spec`."""
+    from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+    from serving.router import STATS_PERIOD_S, AdapterRouter
+
+    document = spec.model_dump(mode="json")
+    passed = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "GOOGLE_", "GRAFT_"))}
+    env = {"env_vars": {**passed, "TOKENIZERS_PARALLELISM": "false"}}
+    threads = str(spec.engine.threads or max(1, int(spec.replicas.cpus)))
+    # Any: Serve's decorators are typed for their other uses.
+    deployment: Any = serve.deployment
+    ingress: Any = serve.ingress()
+    router = RequestRouterConfig.model_validate(
+        {
+            "request_router_class": AdapterRouter,
+            "request_routing_stats_period_s": STATS_PERIOD_S,
+        }
+    )
+    engines = deployment(
+        EngineReplica,
+        name="engine",
+        max_ongoing_requests=spec.replicas.max_ongoing_requests,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=spec.replicas.min,
+            max_replicas=max(spec.replicas.min, spec.replicas.max),
+            target_ongoing_requests=spec.replicas.target_ongoing_requests,
+        ),
+        request_router_config=router,
+        ray_actor_options={
+            "num_cpus": spec.replicas.cpus,
+            "num_gpus": spec.replicas.gpus,
+            "runtime_env": {"env_vars": {**env["env_vars"], "OMP_NUM_THREADS": threads}},
+        },
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    gateways = deployment(
+        ingress(Gateway),
+        name="gateway",
+        num_replicas=spec.gateway.replicas,
+        max_ongoing_requests=spec.gateway.max_waiting_requests,
+        ray_actor_options={"num_cpus": spec.gateway.cpus, "runtime_env": env},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    return gateways.bind(document, engines.bind(document))
+
+
+def _unwrapped(error: Exception) -> Exception:
+    """What the replica raised, without Ray's wrapping; a dead replica as UnavailableError."""
+    from ray.exceptions import RayActorError, RayTaskError
+
+    if isinstance(error, RayTaskError):
+        return error.cause
+    if isinstance(error, RayActorError):
+        return UnavailableError("the replica that ran this request died; try again")
+    return error

@@ -1,0 +1,83 @@
+"""A request's bytes to a checked body, or an error that names the field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from cluster.errors import RequestError
+from cluster.spec import nearest
+from serving.gateway.errors import BodyTooLargeError
+
+B = TypeVar("B", bound=BaseModel)
+
+
+async def read_body(request: Request, cls: type[B], *, max_bytes: int) -> B:
+    """The body of `request` as `cls`.
+
+    Raises:
+        RequestError: it is too long, not JSON, or not a `cls`.
+    """
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > max_bytes:
+            raise BodyTooLargeError(f"the body is over {max_bytes:,} bytes; send less at once")
+        parts.append(part)
+    data = _parse(b"".join(parts))
+    if not isinstance(data, dict):
+        raise RequestError(f"the body is a JSON {_kind(data)}; send an object")
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise _describe(error, cls) from error
+    except RecursionError as error:
+        raise RequestError("the body is nested too deep") from error
+
+
+def _parse(raw: bytes) -> Any:
+    if not raw:
+        raise RequestError("the body is empty; send a JSON object")
+
+    def refuse(literal: str) -> None:
+        raise RequestError(f"the body has {literal}, which is not JSON")
+
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=refuse)
+    except RecursionError as error:
+        raise RequestError("the body is nested too deep") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not UTF-8 (byte {error.start})") from error
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}") from error
+
+
+def _describe(error: ValidationError, cls: type[BaseModel]) -> RequestError:
+    """The first fault that is most to the point, with its field."""
+    faults = error.errors(include_url=False, include_context=False)
+    fault = faults[0]
+    location = [str(part) for part in fault["loc"]]
+    field = location[0] if location else None
+    # Of a union, pydantic names each member that did not fit; the field's name says enough.
+    path = ".".join(part for part in location if part.isidentifier() or part.isdigit())
+    if fault["type"] == "extra_forbidden":
+        known = cls.model_fields if len(location) == 1 else ()
+        message = f"{path}: unknown parameter{nearest(location[-1], known)}"
+    elif fault["type"] == "missing":
+        message = f"{path}: required, and not given"
+    else:
+        text = fault["msg"].removeprefix("Value error, ")
+        others = {str(f["loc"][0]) for f in faults if f["loc"]}
+        if len(faults) > 1 and others == {field}:
+            text = "; or ".join(dict.fromkeys(f["msg"] for f in faults))
+        message = f"{path or 'body'}: {text[:1].lower()}{text[1:]}"
+    return RequestError(message, param=field)
+
+
+def _kind(value: Any) -> str:
+    kinds = {str: "string", list: "list", bool: "boolean", type(None): "null"}
+    return kinds.get(type(value), "number")

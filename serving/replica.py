@@ -1,0 +1,134 @@
+"""One replica's work without Ray: an engine, and adapters fetched from the store when asked for.
+
+An adapter is fetched, verified and lowered in a thread while other requests go on, once for all
+requests that wait for it; when the engine is full, the least recently used idle one leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+
+from cluster.errors import OverloadedError
+from cluster.registry import AdapterVersion, Registry
+from serving.adapters import LoweredAdapter
+from serving.engine import Engine, EngineStats, GenerationRequest, TokenOutput
+from serving.engine_thread import EngineThread
+from serving.spec import ServingSpec
+
+_ROOM_POLL_S = 0.05
+_ROOM_TIMEOUT_S = 30.0
+
+
+class _NotLoadedError(Exception):
+    """The adapter left the engine between its check and the request's start."""
+
+
+class Replica:
+    """Serves `spec` from this process. Raises BaseModelError."""
+
+    def __init__(self, spec: ServingSpec) -> None:
+        self._thread = EngineThread(Engine(spec.engine))
+        self._registry = Registry(spec.store)
+        self._cache = Path(spec.cache).expanduser()
+        self._loading: dict[str, asyncio.Task[LoweredAdapter]] = {}
+
+    @property
+    def adapters(self) -> list[str]:
+        """References of the adapters that are loaded now."""
+        return self._thread.engine.adapters
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's counts."""
+        return self._thread.engine.stats
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can run."""
+        return self._thread.is_alive
+
+    async def generate(
+        self, request: GenerationRequest, adapter: AdapterVersion | None, *, stream: bool
+    ) -> AsyncGenerator[TokenOutput]:
+        """As serving.gateway.service.Backend. Raises GraftError before the first output."""
+        outputs = self._start(request, adapter)
+        async with aclosing(outputs):
+            if stream:
+                async for output in outputs:
+                    yield output
+                return
+            tokens: list[int] = []
+            texts: list[str] = []
+            async for output in outputs:
+                tokens += output.token_ids
+                texts.append(output.text)
+                if output.finish_reason is not None:
+                    yield TokenOutput(
+                        output.request_id,
+                        tuple(tokens),
+                        "".join(texts),
+                        output.finish_reason,
+                        output.error,
+                    )
+
+    def stop(self) -> None:
+        """End the engine and every request."""
+        self._thread.stop()
+
+    async def check_health(self) -> None:
+        """Raise UnavailableError if the engine has stopped."""
+        await self._thread.call(lambda: None)
+
+    async def _start(
+        self, request: GenerationRequest, adapter: AdapterVersion | None
+    ) -> AsyncGenerator[TokenOutput]:
+        """Start the request with its adapter in the engine, waiting for room if it is full."""
+        waited_s = 0.0
+        while True:
+            lowered: LoweredAdapter | None = None
+            if adapter is not None and adapter.ref not in self._thread.engine.adapters:
+                lowered = await self._load(adapter)
+
+            def prepare(lowered: LoweredAdapter | None = lowered) -> None:
+                engine = self._thread.engine
+                if adapter is None or adapter.ref in engine.adapters:
+                    return
+                if lowered is None:
+                    raise _NotLoadedError
+                engine.install_adapter(adapter.ref, lowered, evict=True)
+
+            outputs = self._thread.generate(request, prepare)
+            async with aclosing(outputs):
+                try:
+                    output = await anext(outputs)
+                except _NotLoadedError:
+                    continue
+                except OverloadedError:
+                    # Every adapter that is held has requests; one of them will end.
+                    if waited_s >= _ROOM_TIMEOUT_S:
+                        raise
+                    waited_s += _ROOM_POLL_S
+                    await asyncio.sleep(_ROOM_POLL_S)
+                    continue
+                while output.finish_reason is None:
+                    yield output
+                    output = await anext(outputs)
+                yield output
+                return
+
+    async def _load(self, adapter: AdapterVersion) -> LoweredAdapter:
+        """Fetch and lower, once for all who ask at the same time."""
+        task = self._loading.get(adapter.ref)
+        if task is None:
+            task = asyncio.create_task(asyncio.to_thread(self._fetch, adapter))
+            self._loading[adapter.ref] = task
+            task.add_done_callback(lambda _: self._loading.pop(adapter.ref, None))
+        # Shielded: one of the waiting clients may leave.
+        return await asyncio.shield(task)
+
+    def _fetch(self, adapter: AdapterVersion) -> LoweredAdapter:
+        folder = self._registry.fetch(adapter, self._cache)
+        return self._thread.engine.lower(folder)

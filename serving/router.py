@@ -1,0 +1,81 @@
+"""Which replica a request goes to: one that holds its adapter, unless it is much busier.
+
+The choice is a pure function, tested alone; around it is what Ray Serve asks of a request router.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+from ray.serve.request_router import (
+    FIFOMixin,
+    PendingRequest,
+    ReplicaID,
+    RequestRouter,
+    RunningReplica,
+)
+
+STATS_PERIOD_S = 1.0
+# By how many requests a holder may be busier than the least busy replica, which would have to
+# load the adapter first.
+HOLDER_SLACK = 16
+_REMEMBERED = 10_000
+
+
+def rank(loads: Mapping[str, int], holders: Set[str], *, slack: int = HOLDER_SLACK) -> list[str]:
+    """The replicas of `loads` (requests in progress by id) in order of preference."""
+    if not loads:
+        return []
+    least = min(loads.values())
+
+    def cost(replica: str) -> tuple[int, int, str]:
+        is_welcome = replica in holders and loads[replica] <= least + slack
+        return (0 if is_welcome else 1, loads[replica], replica)
+
+    return sorted(loads, key=cost)
+
+
+class AdapterRouter(FIFOMixin, RequestRouter):
+    """Routes by `rank`. Which replica holds what comes from their statistics, and until those
+    arrive from where the last request for that adapter went."""
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Called by Ray Serve once."""
+        self._sent: OrderedDict[str, str] = OrderedDict()
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """Called by Ray Serve for each request; the first list that has a free replica counts."""
+        by_id = {r.replica_id.unique_id: r for r in candidate_replicas}
+        queue_lengths = self.replica_queue_len_cache
+        loads = {i: queue_lengths.get(r.replica_id) or 0 for i, r in by_id.items()}
+        adapter = _adapter_of(pending_request)
+        holders = {i for i, r in by_id.items() if adapter in _held(r)}
+        if adapter in self._sent:
+            holders.add(self._sent[adapter])
+        return [[by_id[replica]] for replica in rank(loads, holders)]
+
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
+    ) -> None:
+        """Called by Ray Serve: remember who will now load the adapter."""
+        adapter = _adapter_of(pending_request)
+        if adapter:
+            self._sent[adapter] = replica_id.unique_id
+            self._sent.move_to_end(adapter)
+            if len(self._sent) > _REMEMBERED:
+                self._sent.popitem(last=False)
+
+
+def _adapter_of(pending: PendingRequest | None) -> str:
+    return pending.metadata.multiplexed_model_id if pending is not None else ""
+
+
+def _held(replica: RunningReplica) -> Sequence[str]:
+    stats: Mapping[str, Any] = replica.routing_stats or {}
+    return stats.get("adapters", ())

@@ -1,0 +1,68 @@
+"""Adapter folders of every method with weights that matter, as training would leave them."""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from training.methods import METHODS, trainable_parameters
+from training.spec import BitFitSpec
+
+
+def load(base: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+def _peft(config: peft.PeftConfig) -> Callable[[Path], Any]:
+    # A copy: PEFT writes what it learns of the base into the config.
+    return lambda base: peft.get_peft_model(load(base), copy.deepcopy(config))
+
+
+def _bitfit(base: Path) -> Any:
+    return METHODS["bitfit"].attach(load(base), BitFitSpec(kind="bitfit"), str(base))
+
+
+_CAUSAL = {"task_type": "CAUSAL_LM"}
+# name -> base folder -> a model with the method on it.
+VARIANTS: Mapping[str, Callable[[Path], Any]] = {
+    "lora": _peft(peft.LoraConfig(**_CAUSAL, r=4, lora_alpha=9, target_modules="all-linear")),
+    "lora_patterns": _peft(
+        peft.LoraConfig(
+            **_CAUSAL,
+            r=4,
+            use_rslora=True,
+            target_modules="all-linear",
+            rank_pattern={r"0\.(self_attn\.q_proj|attn\.c_attn)": 2},
+            alpha_pattern={r"1\..*(down_proj|c_proj)": 3},
+            lora_bias=True,
+        )
+    ),
+    "bitfit": _bitfit,
+    "prompt_tuning": _peft(peft.PromptTuningConfig(**_CAUSAL, num_virtual_tokens=5)),
+    "prefix_tuning": _peft(peft.PrefixTuningConfig(**_CAUSAL, num_virtual_tokens=21)),
+    "prefix_projection": _peft(
+        peft.PrefixTuningConfig(
+            **_CAUSAL, num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=24
+        )
+    ),
+}
+
+
+def make_adapter(variant: str, base: Path, folder: Path, seed: int = 1) -> Path:
+    """The folder of an adapter whose every trained weight is random."""
+    torch.manual_seed(seed)
+    model = VARIANTS[variant](base)
+    randomize(model)
+    METHODS["bitfit" if variant == "bitfit" else "lora"].save(model, folder)
+    return folder
+
+
+def randomize(model: Any) -> None:
+    """Move every trained weight away from where the method starts."""
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter) * 0.3)

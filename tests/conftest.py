@@ -1,0 +1,95 @@
+"""Tiny bases of several families and a byte tokenizer, built in memory, saved once per run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+VOCABULARY = 261  # 256 bytes, then <|end|> and four chat markers
+CONTEXT = 128
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+    "pad_token_id": 256,
+}
+_LLAMA_LIKE = {
+    **_COMMON,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**_LLAMA_LIKE),
+    "qwen3": lambda: transformers.Qwen3Config(**_LLAMA_LIKE, head_dim=16, tie_word_embeddings=True),
+    "mistral": lambda: transformers.MistralConfig(**_LLAMA_LIKE, sliding_window=9),
+    "gpt2": lambda: transformers.GPT2Config(
+        **_COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT
+    ),
+    "bloom": lambda: transformers.BloomConfig(**_COMMON, hidden_size=32, n_layer=2, n_head=4),
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_tokenizer() -> Any:
+    """Every byte is a token, so any text round-trips and half characters occur."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(special)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT,
+    )
+
+
+def make_base(family: str, folder: Path, seed: int = 0) -> Path:
+    """A base of that family with random weights large enough that tokens differ."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.generation_config.eos_token_id = 256
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of the base of a family, made at first use."""
+    made: dict[str, Path] = {}
+
+    def base(family: str) -> Path:
+        if family not in made:
+            made[family] = make_base(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return base
+
+
+@pytest.fixture(autouse=True, scope="session")
+def two_threads() -> None:
+    """Many threads on tiny matrices only fight for the cores."""
+    torch.set_num_threads(2)

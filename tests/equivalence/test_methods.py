@@ -1,0 +1,136 @@
+"""Every method, on several families: Graft's logits and greedy tokens are PEFT's."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapters import VARIANTS, load, make_adapter
+
+from serving.engine import Engine, EngineSpec, GenerationRequest, ScoreRequest
+from training import load_adapter
+
+FAMILIES = ["llama", "qwen3", "mistral", "gpt2"]
+TOLERANCE = 1e-4
+NEW_TOKENS = 64
+PROMPTS = [
+    [72, 101, 108, 108, 111],
+    [7],
+    list(range(40, 70)),
+    [200, 13, 13, 99, 5, 6, 7, 8, 9, 1, 2],
+]
+
+
+class Setup:
+    """One family: an engine with every adapter, and what PEFT says."""
+
+    def __init__(self, base: Path, folder: Path) -> None:
+        self.base = base
+        self.folders = {v: make_adapter(v, base, folder / v) for v in VARIANTS}
+        self.engine = Engine(EngineSpec(base_model=str(base), max_step_tokens=48))
+        for variant, path in self.folders.items():
+            self.engine.add_adapter(variant, path)
+        self._references: dict[str | None, Any] = {}
+
+    def reference(self, variant: str | None) -> Any:
+        if variant not in self._references:
+            model = load(self.base)
+            adapted = model if variant is None else load_adapter(model, self.folders[variant])
+            self._references[variant] = adapted.eval()
+        return self._references[variant]
+
+    @torch.no_grad()
+    def reference_logits(self, variant: str | None, ids: list[int]) -> torch.Tensor:
+        """[tokens, vocabulary], without the rows of virtual tokens."""
+        model = self.reference(variant)
+        return model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :].float()
+
+    def reference_greedy(self, variant: str | None, prompt: list[int]) -> list[int]:
+        ids = list(prompt)
+        for _ in range(NEW_TOKENS):
+            ids.append(int(self.reference_logits(variant, ids)[-1].argmax()))
+        return ids[len(prompt) :]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def setup(
+    request: pytest.FixtureRequest,
+    bases: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Setup:
+    return Setup(bases(request.param), tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("variant", [None, *VARIANTS])
+def test_logits_are_those_of_peft(setup: Setup, variant: str | None) -> None:
+    scored = setup.engine.score([ScoreRequest(prompt, variant) for prompt in PROMPTS])
+    for prompt, logits in zip(PROMPTS, scored, strict=True):
+        expected = setup.reference_logits(variant, prompt)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_adapter_changes_the_logits(setup: Setup, variant: str) -> None:
+    """Otherwise the test above would show nothing."""
+    adapted, plain = setup.engine.score([ScoreRequest(PROMPTS[0], v) for v in (variant, None)])
+    assert (adapted - plain).abs().max() > 0.05
+
+
+def test_greedy_tokens_are_those_of_peft_alone_and_mixed(setup: Setup) -> None:
+    cases = [(variant, prompt) for prompt in PROMPTS[:2] for variant in (None, *VARIANTS)]
+    requests = [
+        GenerationRequest(
+            prompt_token_ids=prompt, adapter=variant, max_tokens=NEW_TOKENS, ignore_eos=True
+        )
+        for variant, prompt in cases
+    ]
+    expected = [setup.reference_greedy(variant, prompt) for variant, prompt in cases]
+    mixed = [result.token_ids for result in setup.engine.generate(requests)]
+    assert mixed == expected
+    for request, tokens in zip(requests, expected, strict=True):
+        assert setup.engine.generate([request])[0].token_ids == tokens
+    setup.engine.check()
+
+
+def test_peft_loads_what_graft_published(setup: Setup) -> None:
+    """The folders of methods that PEFT has are plain PEFT folders."""
+    for variant in set(VARIANTS) - {"bitfit"}:
+        model = peft.PeftModel.from_pretrained(load(setup.base), setup.folders[variant]).eval()
+        with torch.no_grad():
+            found = model(input_ids=torch.tensor([PROMPTS[2]])).logits[0, -len(PROMPTS[2]) :]
+        expected = setup.reference_logits(variant, PROMPTS[2])
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_lora_on_embedding_and_head(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = bases("llama")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=3, target_modules=["embed_tokens", "lm_head", "q_proj"]
+    )
+    torch.manual_seed(2)
+    model = peft.get_peft_model(load(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    engine = Engine(EngineSpec(base_model=str(base)))
+    engine.add_adapter("a", tmp_path)
+    logits = engine.score([ScoreRequest(PROMPTS[2], "a"), ScoreRequest(PROMPTS[2])])
+    with torch.no_grad():
+        ids = torch.tensor([PROMPTS[2]])
+        torch.testing.assert_close(logits[0], model(ids).logits[0], atol=TOLERANCE, rtol=0)
+        with model.disable_adapter():
+            torch.testing.assert_close(logits[1], model(ids).logits[0], atol=TOLERANCE, rtol=0)
+
+
+def test_a_family_without_the_attention_interface_is_refused_by_name(
+    bases: Callable[[str], Path],
+) -> None:
+    from cluster.errors import BaseModelError
+
+    with pytest.raises(BaseModelError, match="Bloom"):
+        Engine(EngineSpec(base_model=str(bases("bloom")), max_context_tokens=64))

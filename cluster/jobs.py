@@ -150,7 +150,7 @@ def _client(session: Session) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     # Ray tells of every upload and every closed socket at INFO.
-    for name in ("ray.dashboard", "ray._private", "ray.job_submission"):
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return JobSubmissionClient(session.dashboard_url)
 

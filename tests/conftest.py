@@ -1,6 +1,7 @@
 """Tiny bases of several families and a byte tokenizer, built in memory, saved once per run."""
 
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,34 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def two_threads() -> None:
     """Many threads on tiny matrices only fight for the cores."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """A real S3 endpoint on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """Makes a fresh bucket; the AWS variables point at the endpoint."""
+    import boto3
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+
+    def make() -> str:
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        client: Any = boto3.client("s3", region_name="us-east-1", endpoint_url=s3_endpoint)
+        client.create_bucket(Bucket=name)
+        return f"s3://{name}/prefix"
+
+    return make

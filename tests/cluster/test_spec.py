@@ -1,0 +1,121 @@
+"""YAML specs: all errors at once, nearest names, overrides; every preset loads."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.errors import SpecError
+from cluster.spec import load_spec, parse_spec
+from serving.spec import ServingSpec
+from training.spec import TrainingSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = {
+    "base_model": "base",
+    "method": {"kind": "lora"},
+    "data": {"train": "rows.arrow"},
+    "output": {"name": "mine"},
+}
+
+
+def message(data: dict[str, object]) -> str:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(TrainingSpec, data)
+    return caught.value.message
+
+
+def test_all_errors_come_at_once_each_with_its_path() -> None:
+    text = message({**GOOD, "epochs": -1, "zero": {"stage": 4}, "data": {}, "precison": "bf16"})
+    assert "4 errors" in text
+    for part in ("epochs: ", "zero.stage: ", "data.train: required", "precison: unknown key"):
+        assert part in text
+
+
+def test_an_unknown_key_gets_the_nearest_known_one() -> None:
+    assert "did you mean 'precision'?" in message({**GOOD, "precison": "bf16"})
+    assert "did you mean 'alpha'?" in message({**GOOD, "method": {"kind": "lora", "alhpa": 1}})
+
+
+def test_an_unknown_method_gets_the_nearest_known_one() -> None:
+    text = message({**GOOD, "method": {"kind": "prefix_tunning"}})
+    assert "'prefix_tunning'" in text
+    assert "did you mean 'prefix_tuning'?" in text
+    assert "method.kind: required" in message({**GOOD, "method": {}})
+
+
+def test_a_wrong_choice_gets_the_nearest_known_one() -> None:
+    assert "did you mean 'bf16'?" in message({**GOOD, "precision": "bf61"})
+
+
+def test_rules_between_fields() -> None:
+    assert "needs stage 3" in message({**GOOD, "zero": {"offload_parameters": True}})
+    assert "not both" in message({**GOOD, "epochs": 1, "max_steps": 5})
+
+
+def test_overrides_are_yaml_and_reach_nested_keys(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    overrides = ["method.r=4", "optimizer.betas=[0.8, 0.9]", "output.name=other"]
+    spec = load_spec(TrainingSpec, path, overrides)
+    assert (spec.method.kind, getattr(spec.method, "r", 0)) == ("lora", 4)
+    assert spec.optimizer.betas == (0.8, 0.9)
+    assert spec.output.name == "other"
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [("method.r", "key=value"), ("=3", "key=value"), ("seed.x=3", "value, not a section"),
+     ("method.r=[", "not valid YAML")],
+)  # fmt: skip
+def test_malformed_overrides_are_named(tmp_path: Path, override: str, part: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, "seed": 1}))
+    with pytest.raises(SpecError, match=part):
+        load_spec(TrainingSpec, path, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("- a\n- b\n", "not a mapping"), ("a: [", "not valid YAML"), ("", "not a mapping")],
+)
+def test_files_that_are_no_spec(tmp_path: Path, text: str, part: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=part):
+        load_spec(TrainingSpec, path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"gone\.yaml: cannot be read"):
+        load_spec(TrainingSpec, tmp_path / "gone.yaml")
+
+
+def test_a_spec_never_changes() -> None:
+    spec = parse_spec(TrainingSpec, GOOD)
+    with pytest.raises(ValueError, match="frozen"):
+        spec.seed = 1  # type: ignore[misc]
+
+
+TRAINING = sorted([*ROOT.glob("configs/training/*.yaml"), *ROOT.glob("configs/demo/*.yaml")])
+TRAINING = [path for path in TRAINING if path.name != "serving.yaml"]
+SERVING = sorted([*ROOT.glob("configs/serving/*.yaml"), ROOT / "configs/demo/serving.yaml"])
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_training_preset_loads_and_its_files_are_there(path: Path) -> None:
+    spec = load_spec(TrainingSpec, path)
+    assert (ROOT / spec.data.train).exists()
+    assert (ROOT / spec.base_model / "config.json").exists()
+
+
+@pytest.mark.parametrize("path", SERVING, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_serving_preset_loads(path: Path) -> None:
+    load_spec(ServingSpec, path)
+
+
+def test_there_is_a_training_preset_for_every_method() -> None:
+    from training.methods import METHODS
+
+    presets = {path.stem for path in (ROOT / "configs/training").glob("*.yaml")}
+    assert presets == set(METHODS)

@@ -1,0 +1,198 @@
+"""Rows to tokens: what each format means, where the loss falls, what becomes of bad rows."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import byte_tokenizer
+
+from cluster.errors import DataError
+from cluster.tables import write_table
+from training.data import (
+    IGNORE,
+    DataReport,
+    TokenRows,
+    epoch_batches,
+    fingerprint,
+    micro_batches,
+    render_alpaca,
+    tokenize,
+)
+from training.spec import DataSpec
+
+TOKENIZER = byte_tokenizer()
+END = TOKENIZER.eos_token_id
+CHAT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo"},
+    {"role": "user", "content": "more"},
+    {"role": "assistant", "content": "no"},
+]
+
+
+def run(
+    tmp_path: Path, rows: list[dict[str, Any]], tokenizer: Any = TOKENIZER, **settings: Any
+) -> tuple[DataReport, TokenRows]:
+    write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    spec = DataSpec(train=str(tmp_path / "rows.parquet"), **settings)
+    report = tokenize(spec, tokenizer, tmp_path / "tokens.arrow")
+    return report, TokenRows(tmp_path / "tokens.arrow")
+
+
+def learned(ids: list[int], labels: list[int]) -> str:
+    assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
+    return TOKENIZER.decode([label for label in labels if label != IGNORE])
+
+
+def test_alpaca_learns_the_response_alone(tmp_path: Path) -> None:
+    rows = [{"instruction": "Say it", "input": "now", "output": "done"},
+            {"instruction": "Say it", "input": None, "output": "ok"}]  # fmt: skip
+    report, tokens = run(tmp_path, rows, template="alpaca_short")
+    assert learned(*tokens.row(0)) == "done<|end|>"
+    assert learned(*tokens.row(1)) == "ok<|end|>"
+    text = TOKENIZER.decode(tokens.row(0)[0])
+    assert text == (
+        "### Instruction:\nSay it\n\n### Input:\nnow\n\n### Response:\ndone<|end|>"
+    )  # fmt: skip
+    assert "### Input" not in TOKENIZER.decode(tokens.row(1)[0])
+    assert (report.rows, report.kept, report.label_tokens) == (2, 2, 8)
+
+
+def test_the_long_template_has_the_preamble_of_alpaca() -> None:
+    with_input = render_alpaca({"instruction": "i", "input": "x"}, "alpaca")
+    without = render_alpaca({"instruction": "i", "input": ""}, "alpaca")
+    assert with_input.startswith("Below is an instruction that describes a task, paired with")
+    assert without.startswith("Below is an instruction that describes a task. Write")
+
+
+def test_prompt_and_completion(tmp_path: Path) -> None:
+    _, tokens = run(tmp_path, [{"prompt": "2+2=", "completion": "4"}])
+    assert learned(*tokens.row(0)) == "4<|end|>"
+
+
+def test_plain_text_is_learned_whole(tmp_path: Path) -> None:
+    report, tokens = run(tmp_path, [{"text": "abc"}])
+    assert learned(*tokens.row(0)) == "abc<|end|>"
+    assert report.label_tokens == 3  # the first token is predicted from nothing
+
+
+def test_chat_learns_every_assistant_turn_alone(tmp_path: Path) -> None:
+    _, tokens = run(tmp_path, [{"messages": CHAT}])
+    assert learned(*tokens.row(0)) == "yo<|end|>no<|end|>"
+
+
+def test_chat_without_generation_marks_is_refused(tmp_path: Path) -> None:
+    bare = byte_tokenizer()
+    bare.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match="generation"):
+        run(tmp_path, [{"messages": CHAT}], bare)
+    bare.chat_template = None
+    with pytest.raises(DataError, match="chat template"):
+        run(tmp_path, [{"messages": CHAT}], bare)
+
+
+@pytest.mark.parametrize(
+    ("over_long", "counted"), [("truncate", "truncated"), ("drop", "dropped"), ("fail", None)]
+)
+def test_longer_rows(tmp_path: Path, over_long: str, counted: str | None) -> None:
+    rows = [{"text": "a" * 50}, {"text": "b" * 5}]
+    if counted is None:
+        with pytest.raises(DataError, match="row 0 has 51 tokens"):
+            run(tmp_path, rows, max_length=20, over_long=over_long)
+        return
+    report, tokens = run(tmp_path, rows, max_length=20, over_long=over_long)
+    assert getattr(report, counted) == 1
+    assert counted in report.summary()
+    assert max(tokens.lengths) <= 20
+
+
+def test_rows_without_a_learned_token_are_counted_out(tmp_path: Path) -> None:
+    rows = [{"prompt": "p" * 40, "completion": "c"}, {"prompt": "p", "completion": "c"}]
+    report, tokens = run(tmp_path, rows, max_length=20)
+    assert (report.without_label, report.kept, len(tokens)) == (1, 1, 1)
+    with pytest.raises(DataError, match="no row is left to learn from"):
+        run(tmp_path, rows[:1], max_length=20)
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"instruction": "i", "output": None}], "row 0: column 'output' holds NoneType"),
+        ([{"instruction": "i", "output": "o"}, {"instruction": "i", "output": None}], "row 1"),
+        ([{"text": 3}], "'text' holds int"),
+        ([{"text": b"x"}], "'text' holds bytes"),
+        ([{"text": {"a": 1}}], "'text' holds dict"),
+        ([{"messages": []}], "row 0: messages"),
+        ([{"messages": [{"role": "user", "content": None}]}], "row 0: messages"),
+        ([{"question": "q", "answer": "a"}], "fit no known format"),
+    ],
+)
+def test_bad_cells_are_named(tmp_path: Path, rows: list[dict[str, Any]], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        run(tmp_path, rows)
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="needs column 'output'; the file has instruction"):
+        run(tmp_path, [{"instruction": "i"}], format="alpaca")
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    column = pa.array([b"ok", b"\xff\xfe"]).view(pa.binary())
+    text = pa.StringArray.from_buffers(2, *column.buffers()[1:])
+    write_table(pa.table({"text": text}), tmp_path / "rows.arrow")
+    spec = DataSpec(train=str(tmp_path / "rows.arrow"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        tokenize(spec, TOKENIZER, tmp_path / "tokens.arrow")
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    endless = byte_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(DataError, match="end-of-sequence"):
+        run(tmp_path, [{"text": "abc"}], endless)
+
+
+def test_counts_agree_with_the_rows(tmp_path: Path) -> None:
+    report, tokens = run(tmp_path, [{"prompt": "p" * n, "completion": "c" * n} for n in (1, 5, 9)])
+    assert tokens.lengths.tolist() == [3, 11, 19]
+    assert tokens.label_counts.tolist() == [2, 6, 10]
+    assert (report.tokens, report.label_tokens) == (33, 18)
+
+
+def test_the_fingerprint_follows_all_that_shapes_the_tokens(
+    tmp_path: Path, bases: Callable[[str], Path]
+) -> None:
+    write_table(pa.table({"text": ["abc"]}), tmp_path / "rows.parquet")
+    base = str(bases("llama"))
+    spec = DataSpec(train=str(tmp_path / "rows.parquet"))
+    first = fingerprint(spec, base)
+    assert fingerprint(spec, base) == first
+    assert fingerprint(spec.model_copy(update={"max_length": 9}), base) != first
+    write_table(pa.table({"text": ["abd"]}), tmp_path / "rows.parquet")
+    assert fingerprint(spec, base) != first
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 1000])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_each_row_is_seen_once_per_epoch_on_any_number_of_workers(
+    rows: int, world_size: int
+) -> None:
+    lengths = np.random.default_rng(0).integers(1, 50, rows)
+    seen: list[int] = []
+    for batch in epoch_batches(lengths, 6, seed=3, epoch=1):
+        for rank in range(world_size):
+            for part in micro_batches(batch, rank, world_size, accumulation=2):
+                seen += part.tolist()
+    assert sorted(seen) == list(range(rows))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    lengths = np.arange(1, 301)
+    order = [np.concatenate(epoch_batches(lengths, 4, *at)).tolist() for at in
+             ((0, 0), (0, 0), (0, 1), (1, 0))]  # fmt: skip
+    assert order[0] == order[1]
+    assert order[0] != order[2] != order[3] != order[0]

@@ -1,0 +1,148 @@
+"""The four methods: what is trained, what is saved, and that it loads where it should."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapters import load, randomize
+from conftest import byte_tokenizer
+from safetensors.torch import load_file
+
+from cluster.errors import AdapterError, SpecError
+from cluster.spec import parse_spec
+from training import load_adapter
+from training.methods import METHODS, count_parameters, trainable_parameters
+from training.spec import TrainingSpec
+
+Bases = Callable[[str], Path]
+FAMILIES = ["llama", "gpt2"]
+
+
+def attach(base: Path, **method: Any) -> tuple[Any, Any]:
+    """(model, its spec) of a method on a fresh base."""
+    spec = parse_spec(
+        TrainingSpec,
+        {
+            "base_model": str(base),
+            "method": method,
+            "data": {"train": "x"},
+            "output": {"name": "x"},
+        },
+    ).method
+    torch.manual_seed(0)
+    return METHODS[spec.kind].attach(load(base), spec, str(base)), spec
+
+
+CASES: list[dict[str, Any]] = [
+    {"kind": "lora", "r": 3, "rank_pattern": {"q_proj": 2}},
+    {"kind": "bitfit"},
+    {"kind": "prompt_tuning", "num_virtual_tokens": 4},
+    {"kind": "prompt_tuning", "num_virtual_tokens": 4, "init_text": "Say it"},
+    {"kind": "prefix_tuning", "num_virtual_tokens": 4},
+    {"kind": "prefix_tuning", "num_virtual_tokens": 4, "projection": True},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values()))[:40])
+def test_a_saved_adapter_loads_to_the_same_logits(
+    bases: Bases, family: str, case: dict[str, Any], tmp_path: Path
+) -> None:
+    base = bases(family)
+    model, spec = attach(base, **case)
+    randomize(model)
+    METHODS[spec.kind].save(model, tmp_path)
+    ids = torch.arange(20)[None] % 250
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        found = load_adapter(load(base), tmp_path)(ids).logits
+        plain = load(base)(ids).logits
+    assert (expected - found).abs().max() < 1e-5
+    assert (expected[:, -20:] - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["kind"] != "bitfit"], ids=str)
+def test_what_peft_knows_plain_peft_loads(
+    bases: Bases, case: dict[str, Any], tmp_path: Path
+) -> None:
+    model, spec = attach(bases("llama"), **case)
+    randomize(model)
+    METHODS[spec.kind].save(model, tmp_path)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        found = peft.PeftModel.from_pretrained(load(bases("llama")), str(tmp_path)).eval()(ids)
+        assert (model.eval()(ids).logits - found.logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values()))[:40])
+def test_only_the_methods_parameters_get_gradients(
+    bases: Bases, family: str, case: dict[str, Any]
+) -> None:
+    model, _ = attach(bases(family), **case)
+    ids = torch.arange(12)[None]
+    model(ids).logits.square().mean().backward()
+    trained = trainable_parameters(model)
+    assert 0 < count_parameters(model)[0] == sum(p.numel() for p in trained.values())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name in trained), name
+
+
+def test_bitfit_adds_zero_biases_where_there_are_none_and_starts_as_the_base(bases: Bases) -> None:
+    base = load(bases("llama"))
+    assert not any(name.endswith("bias") for name, _ in base.named_parameters())
+    model, _ = attach(bases("llama"), kind="bitfit")
+    names = set(trainable_parameters(model))
+    assert "model.layers.0.self_attn.q_proj.bias" in names
+    assert "lm_head.bias" not in names
+    ids = torch.arange(12)[None]
+    assert torch.equal(model.eval()(ids).logits, base.eval()(ids).logits)
+
+
+def test_bitfit_trains_the_biases_that_are_there(bases: Bases) -> None:
+    model, _ = attach(bases("gpt2"), kind="bitfit")
+    own = {n for n, _ in load(bases("gpt2")).named_parameters() if n.endswith("bias")}
+    assert set(trainable_parameters(model)) == own
+
+
+def test_bitfit_targets_by_suffix_and_by_expression(bases: Bases) -> None:
+    by_list, _ = attach(bases("llama"), kind="bitfit", target_modules=["q_proj"])
+    by_regex, _ = attach(bases("llama"), kind="bitfit", target_modules=r".*\.q_proj")
+    expected = {f"model.layers.{i}.self_attn.q_proj.bias" for i in (0, 1)}
+    assert set(trainable_parameters(by_list)) == set(trainable_parameters(by_regex)) == expected
+
+
+@pytest.mark.parametrize("kind", ["lora", "bitfit"])
+def test_a_target_that_matches_nothing_lists_what_there_is(bases: Bases, kind: str) -> None:
+    with pytest.raises(SpecError, match=r"'qproj'.* matches no module .*q_proj"):
+        attach(bases("llama"), kind=kind, target_modules=["qproj"])
+
+
+def test_init_text_starts_from_the_texts_embeddings(bases: Bases) -> None:
+    model, _ = attach(bases("llama"), kind="prompt_tuning", num_virtual_tokens=8, init_text="abc")
+    (prompt,) = trainable_parameters(model).values()
+    ids = byte_tokenizer()("abc" * 3)["input_ids"][:8]
+    assert torch.equal(prompt, load(bases("llama")).get_input_embeddings().weight[ids])
+
+
+def test_a_projected_prefix_is_stored_without_its_mlp(bases: Bases, tmp_path: Path) -> None:
+    model, spec = attach(
+        bases("llama"), kind="prefix_tuning", num_virtual_tokens=4, projection=True,
+        projection_hidden_size=16,
+    )  # fmt: skip
+    assert count_parameters(model)[0] > 1000
+    METHODS[spec.kind].save(model, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key: tuple(t.shape) for key, t in stored.items()} == {
+        "prompt_embeddings": (4, 2 * 2 * 2 * 8)
+    }
+
+
+def test_an_adapter_for_another_base_is_refused(bases: Bases, tmp_path: Path) -> None:
+    model, spec = attach(bases("gpt2"), kind="bitfit")
+    METHODS[spec.kind].save(model, tmp_path)
+    with pytest.raises(AdapterError, match="the base has no"):
+        load_adapter(load(bases("llama")), tmp_path)

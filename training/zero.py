@@ -63,7 +63,7 @@ class ZeroBackend:
         self._parameters = trainable_parameters(engine.module)
         # DeepSpeed averages over workers and micro-batches; the loop hands in shares of a sum.
         self._scale = float(dist.get_world_size() * spec.gradient_accumulation_steps)
-        # It also runs AdamW once on zeros to make its states, which must not count as a step.
+        # Stage 3 runs AdamW once on zeros to make its states, which must not count as a step.
         self._set_step(0)
 
     def set_learning_rate(self, value: float) -> None:
@@ -93,12 +93,13 @@ class ZeroBackend:
 
     def load_full_state(self, state: Mapping[str, torch.Tensor], step: int) -> None:
         """See Backend."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
+        self._make_moments()
         for name, parameter in self._parameters.items():
-            safe_set_full_fp32_param(parameter, state[f"param/{name}"])
-            for part in PARTS[1:]:
-                safe_set_full_optimizer_state(parameter, state[f"{part}/{name}"], part)
+            values = [state[f"{part}/{name}"] for part in PARTS]
+            if hasattr(parameter, "ds_id"):
+                _set_shards(parameter, *values)
+            else:
+                _set_whole(parameter, *values)
         self._set_step(step)
 
     @contextmanager
@@ -110,8 +111,49 @@ class ZeroBackend:
         with deepspeed.zero.GatheredParameters(sharded):
             yield
 
+    def _make_moments(self) -> None:
+        """DeepSpeed has no moments to set before its first step has made them."""
+        zero = self._optimizer
+        is_sharded = hasattr(zero, "fp32_partitioned_groups_flat")  # stage 3
+        for partition in (
+            zero.fp32_partitioned_groups_flat
+            if is_sharded
+            else zero.single_partition_of_fp32_groups
+        ):
+            moments = {part: torch.zeros_like(partition) for part in PARTS[1:]}
+            zero.optimizer.state[partition] = {"step": torch.tensor(0.0), **moments}
+        if not is_sharded:
+            zero._lazy_init_hp_params_optimizer_state()
+
     def _set_step(self, step: int) -> None:
         inner = getattr(self._optimizer, "optimizer", self._optimizer)
         for moments in inner.state.values():
             if "step" in moments:
                 moments["step"] = torch.tensor(float(step))
+
+
+def _set_whole(parameter: Any, *values: torch.Tensor) -> None:
+    """Set the value and the two moments of a parameter of stage 1 or 2."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    safe_set_full_fp32_param(parameter, values[0])
+    parameter.data.copy_(values[0])  # the forward's own copy, which only a step would refresh
+    for part, value in zip(PARTS[1:], values[1:], strict=True):
+        safe_set_full_optimizer_state(parameter, value, part)
+
+
+def _set_shards(parameter: Any, *values: torch.Tensor) -> None:
+    """The same for stage 3, shard by shard: DeepSpeed's call for whole values fails where the
+    number of workers does not divide the parameter, and leaves the forward's copy as it was."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    size = parameter.ds_tensor.numel()
+    shards: list[torch.Tensor] = []
+    for value in values:
+        padded = torch.zeros(size * dist.get_world_size())
+        padded[: value.numel()] = value.flatten()
+        shards.append(padded.narrow(0, size * dist.get_rank(), size))
+    safe_set_local_fp32_param(parameter, shards[0])
+    parameter.ds_tensor.data.copy_(shards[0])
+    for part, shard in zip(PARTS[1:], shards[1:], strict=True):
+        safe_set_local_optimizer_state(parameter, shard, part)

@@ -1,0 +1,176 @@
+"""The same run however it is cut: over workers, accumulation, ZeRO stages, and interruptions."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from conftest import byte_tokenizer
+from torch.nn.functional import cross_entropy
+from workers import Case, run_case, run_cases, state_of, weights_of
+
+from cluster.tables import write_table
+from training.data import IGNORE, tokenize
+from training.loop import Place
+from training.methods import METHODS
+from training.spec import DataSpec
+from training.step import collate, loss_sum
+
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "r": 4},
+    "bitfit": {"kind": "bitfit"},
+    "prompt_tuning": {"kind": "prompt_tuning", "num_virtual_tokens": 4},
+    "prefix_tuning": {"kind": "prefix_tuning", "num_virtual_tokens": 4, "projection": True},
+}
+STEPS, HALF = 6, 3
+# name -> (micro-batch, accumulation, ZeRO) of runs on two workers; 8 rows a step in all.
+TWO_WORKERS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "2x4": (4, 1, {"stage": 0}),
+    "2x2x2": (2, 2, {"stage": 0}),
+    "zero1": (4, 1, {"stage": 1}),
+    "zero2": (4, 1, {"stage": 2}),
+    "zero2-accumulated": (2, 2, {"stage": 2}),
+    "zero2-offload": (4, 1, {"stage": 2, "offload_optimizer": True}),
+    "zero3": (4, 1, {"stage": 3}),
+    "zero3-offload": (4, 1, {"stage": 3, "offload_optimizer": True, "offload_parameters": True}),
+}
+ALONE = (8, 1, {"stage": 0})
+
+
+def spec(
+    base: Path, method: str, how: tuple[int, int, dict[str, Any]], workers: int = 1
+) -> dict[str, Any]:
+    micro, accumulation, zero = how
+    return {
+        "base_model": str(base),
+        "method": METHOD_SETTINGS[method],
+        "data": {"train": "unused"},
+        "output": {"name": "unused"},
+        "optimizer": {"learning_rate": 0.005, "weight_decay": 0.01, "max_grad_norm": 0.5},
+        "max_steps": STEPS,
+        "micro_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "zero": zero,
+        "workers": {"count": workers},
+        "checkpoint_every_steps": HALF,
+        "log_every_steps": 1,
+        "seed": 5,
+    }
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of very different lengths, so that padding and counts matter; 8 do not divide them."""
+    folder = tmp_path_factory.mktemp("tokens")
+    rows = [{"prompt": "ab" * (i % 7 + 1), "completion": "cd" * (i % 5 + 1)} for i in range(29)]
+    write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    tokenize(DataSpec(train=str(folder / "rows.parquet")), byte_tokenizer(), folder / "tokens")
+    return folder / "tokens"
+
+
+@pytest.fixture(scope="module")
+def runs(
+    bases: Callable[[str], Path], tokens: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder of finished runs: METHOD-alone (one worker) and METHOD-<how> of TWO_WORKERS."""
+    folder, base = tmp_path_factory.mktemp("runs"), bases("llama")
+    cases: list[Case] = []
+    for method in METHOD_SETTINGS:
+        alone = Case(spec(base, method, ALONE), folder / f"{method}-alone")
+        run_case(alone, tokens, Place())
+        for name, how in TWO_WORKERS.items():
+            settings = spec(base, method, how, workers=2)
+            cases.append(Case(settings, folder / f"{method}-{name}"))
+            half = folder / f"{method}-{name}" / f"checkpoint-{HALF}"
+            cases.append(Case(settings, folder / f"{method}-{name}-resumed", half))
+    run_cases(2, cases, tokens)
+    return folder
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[key] - other[key]).abs().max()) for key in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+@pytest.mark.parametrize("how", TWO_WORKERS)
+def test_however_a_step_is_cut_the_weights_are_the_same(runs: Path, method: str, how: str) -> None:
+    alone, cut = runs / f"{method}-alone", runs / f"{method}-{how}"
+    assert difference(weights_of(alone), weights_of(cut)) < 1e-5
+    assert difference(state_of(alone), state_of(cut)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+@pytest.mark.parametrize("how", TWO_WORKERS)
+def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
+    runs: Path, method: str, how: str
+) -> None:
+    whole, resumed = runs / f"{method}-{how}", runs / f"{method}-{how}-resumed"
+    assert (whole / f"checkpoint-{HALF}").is_dir()
+    assert not (resumed / f"checkpoint-{HALF}").exists()
+    files = [run / "adapter" / "adapter_model.safetensors" for run in (whole, resumed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert difference(state_of(whole), state_of(resumed)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["zero1", "zero2", "zero3"])
+def test_a_checkpoint_of_any_stage_resumes_on_one_worker_without_deepspeed(
+    runs: Path, how: str, bases: Callable[[str], Path], tokens: Path, tmp_path: Path
+) -> None:
+    settings = spec(bases("llama"), "lora", ALONE)
+    half = runs / f"lora-{how}" / f"checkpoint-{HALF}"
+    run_case(Case(settings, tmp_path, half), tokens, Place())
+    assert difference(weights_of(runs / "lora-alone"), weights_of(tmp_path)) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+def test_training_lowers_the_loss(
+    method: str, bases: Callable[[str], Path], tokens: Path, tmp_path: Path
+) -> None:
+    settings = {**spec(bases("llama"), method, ALONE), "max_steps": 30}
+    settings["optimizer"] = {"learning_rate": 0.5 if method == "prompt_tuning" else 0.02}
+    losses = run_case(Case(settings, tmp_path), tokens, Place())
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+def test_the_loss_is_that_of_the_whole_logits(method: str, bases: Callable[[str], Path]) -> None:
+    """Logits at label positions alone, against the textbook: all logits, shifted, masked."""
+    from adapters import load
+
+    from cluster.spec import parse_spec
+    from training.spec import TrainingSpec
+
+    base = bases("llama")
+    settings = parse_spec(TrainingSpec, spec(base, method, ALONE)).method
+    model = METHODS[settings.kind].attach(load(base), settings, str(base)).eval()
+    rows = [([1, 2, 3, 4, 5], [IGNORE, IGNORE, 3, 4, 5]), ([9, 8, 7], [9, 8, 7])]
+    batch = collate(rows, 0, torch.device("cpu"))
+    expected = torch.tensor(0.0)
+    for ids, labels in rows:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :]
+        expected += cross_entropy(logits[:-1], torch.tensor(labels[1:]), reduction="sum")
+    assert abs(float(loss_sum(model, batch) - expected)) < 1e-4
+
+
+def test_divergence_names_the_last_good_checkpoint(
+    bases: Callable[[str], Path], tokens: Path, tmp_path: Path
+) -> None:
+    from cluster.errors import JobFailedError
+
+    broken = tmp_path / "base"
+    shutil.copytree(bases("llama"), broken)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    settings = spec(broken, "lora", ALONE)
+    with pytest.raises(JobFailedError, match="diverged at step 1: the gradient is nan"):
+        run_case(Case(settings, tmp_path), tokens, Place())

@@ -1,0 +1,86 @@
+"""Training runs in real processes over gloo, without Ray: several runs in one set of processes."""
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from safetensors.torch import load_file
+
+from cluster.spec import parse_spec
+from training.checkpoint import read_checkpoint, write_checkpoint
+from training.data import TokenRows
+from training.loop import LogLine, Place, run
+from training.methods import METHODS
+from training.spec import TrainingSpec
+from training.worker import build_backend
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a spec, where it writes, and the checkpoint folder that it goes on from."""
+
+    spec: Mapping[str, Any]
+    folder: Path
+    resume: Path | None = None
+
+
+def run_case(case: Case, tokens: Path, place: Place) -> list[float]:
+    """Train; rank 0 writes checkpoint-<step>/ and adapter/ into the case's folder."""
+    spec = parse_spec(TrainingSpec, case.spec)
+    backend = build_backend(spec, place)
+    progress = None
+    if case.resume:
+        state, progress = read_checkpoint(case.resume)
+        backend.load_full_state(state, progress.step)
+    losses: list[float] = []
+
+    def on_checkpoint(progress: Any) -> None:
+        state = backend.full_state()
+        if place.rank == 0:
+            write_checkpoint(case.folder / f"checkpoint-{progress.step}", state, progress)
+
+    def on_log(line: LogLine) -> None:
+        losses.append(line.loss)
+
+    run(spec, backend, TokenRows(tokens), pad_id=256, place=place, start=progress,
+        on_log=on_log, on_checkpoint=on_checkpoint)  # fmt: skip
+    with backend.whole_parameters():
+        if place.rank == 0:
+            model = getattr(backend.model, "module", backend.model)
+            METHODS[spec.method.kind].save(model, case.folder / "adapter")
+    return losses
+
+
+def _process(rank: int, world_size: int, port: int, cases: Sequence[Case], tokens: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
+                   "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}  # fmt: skip
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    for case in cases:
+        run_case(case, tokens, Place(rank, world_size))
+    dist.destroy_process_group()
+
+
+def run_cases(world_size: int, cases: Sequence[Case], tokens: Path) -> None:
+    """Every case in `world_size` processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_process, (world_size, port, cases, tokens), world_size)
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The last checkpoint's parameters and moments."""
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return load_file(last / "state.safetensors")
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's weights."""
+    return load_file(folder / "adapter" / "adapter_model.safetensors")

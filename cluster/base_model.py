@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def check_base_folder(path: str) -> dict[str, Any]:
-    """The folder's config.json. Raises BaseModelError unless it is a whole base-model folder."""
+def check_base_folder(path: str, *, with_tokenizer: bool) -> None:
+    """Raise BaseModelError unless `path` is a whole base-model folder; loads nothing."""
     folder = Path(path)
     if not folder.is_dir():
         raise BaseModelError(f"base_model {path}: is not a folder; download the model first")
@@ -31,9 +31,10 @@ def check_base_folder(path: str) -> dict[str, Any]:
         raise BaseModelError(f"base_model {path}: config.json names no model_type")
     if not any(folder.glob("*.safetensors")):
         raise BaseModelError(f"base_model {path}: has no .safetensors weights; pickles are refused")
-    if not any(folder.glob("tokenizer*")):
-        raise BaseModelError(f"base_model {path}: has no tokenizer files")
-    return config
+    if with_tokenizer and not any(folder.glob("tokenizer*")):
+        raise BaseModelError(
+            f"base_model {path}: has no tokenizer files; save the tokenizer into the folder too"
+        )
 
 
 def load_tokenizer(path: str) -> Any:
@@ -64,14 +65,15 @@ def load_base(path: str, dtype: torch.dtype, **options: Any) -> Any:
     Args:
         options: Further ones of `from_pretrained`, such as `attn_implementation`.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    check_base_folder(path)
+    check_base_folder(path, with_tokenizer=False)
     try:
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, local_files_only=True, use_safetensors=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"base_model {path}: cannot be loaded: {error}") from error
 
 
@@ -80,7 +82,7 @@ def empty_base(path: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_base_folder(path)
+    check_base_folder(path, with_tokenizer=False)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(

@@ -13,7 +13,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +33,6 @@ Train adapters on a Ray cluster, publish them, serve them all from one base mode
 Without --address (or RAY_ADDRESS, or a cluster on this machine) a Ray cluster is started here
 and ends with the command. Adapters live in the store: --store, GRAFT_STORE, or ./graft-store.
 """
-INTERRUPTED = 130
 
 app = typer.Typer(
     help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
@@ -182,17 +180,10 @@ def verify_adapter(ref: Ref, store: Store = DEFAULT_STORE) -> None:
 def main() -> None:
     """The console script: a GraftError becomes one message and its exit code, never a traceback."""
     try:
-        _build()(standalone_mode=False)
+        _build()()
     except GraftError as error:
         typer.echo(f"error: {error.message}", err=True)
         sys.exit(outcome_of(error).exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        sys.exit(INTERRUPTED)
 
 
 def _build() -> Callable[..., Any]:

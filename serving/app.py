@@ -23,7 +23,7 @@ def checked(spec: ServingSpec) -> ServingSpec:
     from cluster.base_model import check_base_folder
 
     base = str(Path(spec.engine.base_model).absolute())
-    check_base_folder(base)
+    check_base_folder(base, with_tokenizer=True)
     cache = str(Path(spec.cache).expanduser().absolute())
     engine = spec.engine.model_copy(update={"base_model": base})
     return spec.model_copy(update={"engine": engine, "cache": cache})

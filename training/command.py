@@ -121,7 +121,7 @@ def plan(spec: TrainingSpec) -> Plan:
     from training.loop import count_steps
     from training.methods import METHODS, count_parameters
 
-    check_base_folder(spec.base_model)
+    check_base_folder(spec.base_model, with_tokenizer=True)
     table = open_table(spec.data.train)
     tokenizer = load_tokenizer(spec.base_model)
     with tempfile.TemporaryDirectory() as folder:

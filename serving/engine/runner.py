@@ -114,7 +114,7 @@ class Runner:
                 output = self.model(**inputs, position_ids=positions_T[None], use_cache=False)
         finally:
             self._wanted_N = None
-        return output.logits.float().view(len(wanted), -1)
+        return output.logits[0].float()
 
     def _plan(self, write_T: torch.Tensor, rows: Sequence[Row]) -> AttentionPlan:
         """Rows of one token go together, padded to the longest; longer ones each alone."""

@@ -1,0 +1,73 @@
+"""A whole service in this process: the gateway's app on a real socket, over a real replica."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from adapters import make_adapter
+
+from cluster.base_model import load_tokenizer
+from cluster.registry import Registry
+from serving.catalogue import Catalogue
+from serving.gateway.routes import create_app
+from serving.gateway.service import Service
+from serving.replica import Replica
+from serving.spec import EngineSpec, ServingSpec
+
+BASE_NAME = "tiny"
+CATALOGUE_TTL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that answers at `url`."""
+
+    url: str
+    registry: Registry
+    replica: Replica
+    service: Service
+
+
+def publish(registry: Registry, base: Path, folder: Path, *variants: str) -> None:
+    """One adapter per variant, named like it."""
+    for variant in variants:
+        path = make_adapter(variant, base, folder / variant)
+        registry.publish(variant.replace("_", "-"), path)
+
+
+@contextmanager
+def running(
+    base: Path, folder: Path, *, max_waiting: int = 512, max_body_bytes: int = 2**20, **engine: Any
+) -> Iterator[Running]:
+    """Serve `base` and the adapters of the store under `folder`."""
+    registry = Registry(str(folder / "store"))
+    spec = ServingSpec(
+        name=BASE_NAME,
+        store=registry.store.uri,
+        cache=str(folder / "cache"),
+        engine=EngineSpec(base_model=str(base), **engine),
+    )
+    replica = Replica(spec)
+    catalogue = Catalogue(
+        registry, base_name=BASE_NAME, base_folder=str(base), ttl_s=CATALOGUE_TTL_S
+    )
+    service = Service(replica, catalogue, load_tokenizer(str(base)), max_waiting=max_waiting)
+    app = create_app(service, max_body_bytes=max_body_bytes)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Running(f"http://127.0.0.1:{port}", registry, replica, service)
+    finally:
+        server.should_exit = True
+        thread.join()
+        replica.stop()

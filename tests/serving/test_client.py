@@ -1,0 +1,340 @@
+"""The client against a real service, and against servers that fail in every way."""
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pytest
+from service import BASE_NAME, Running, publish, running
+
+from cluster.errors import (
+    ConflictError,
+    DataError,
+    ModelNotFoundError,
+    OperationError,
+    RequestError,
+    UnavailableError,
+)
+from cluster.tables import open_table, write_table
+from serving.client import AsyncClient, Client
+
+Bases = Callable[[str], Path]
+GREEDY: Any = {"max_tokens": 6, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def service(bases: Bases, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("service")
+    with running(bases("llama"), folder) as service:
+        publish(service.registry, bases("llama"), folder, "lora", "bitfit", "prefix_tuning")
+        yield service
+
+
+@pytest.fixture(scope="module")
+def client(service: Running) -> Iterator[Client]:
+    with Client(service.url) as client:
+        yield client
+
+
+def test_models(client: Client) -> None:
+    assert [card.id for card in client.models()] == [BASE_NAME, "bitfit", "lora", "prefix-tuning"]
+
+
+def test_every_kind_of_prompt(client: Client) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    answers = client.generate(["hi", [104, 105], chat], adapter="lora", **GREEDY)
+    assert [answer.prompt_tokens for answer in answers] == [2, 2, 4]
+    assert {answer.completion_tokens for answer in answers} == {6}
+    (base,) = client.generate(["hi"], **GREEDY)
+    assert base.text != answers[0].text
+
+
+def test_a_stream_is_the_answer(client: Client) -> None:
+    (answer,) = client.generate(["hello"], adapter="bitfit", **GREEDY)
+    assert "".join(client.stream("hello", adapter="bitfit", **GREEDY)) == answer.text
+    stream = client.stream("hello", adapter="bitfit", max_tokens=100)
+    next(stream)
+    stream.close()
+
+
+def test_the_servers_errors_are_raised_as_they_were_there(client: Client) -> None:
+    with pytest.raises(ModelNotFoundError, match="did you mean 'lora'"):
+        client.generate(["x"], adapter="loras")
+    with pytest.raises(RequestError) as caught:
+        client.generate(["x"], top_p=7)
+    assert caught.value.param == "top_p"
+    with pytest.raises(RequestError):
+        list(client.stream("x", top_k=-1))
+
+
+def test_no_service(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    with Client(url, max_attempts=2) as nobody, pytest.raises(UnavailableError, match="running"):
+        nobody.generate(["x"], adapter="a")
+
+
+def rows(count: int, **columns: list[Any]) -> pa.Table:
+    names = [BASE_NAME, "lora", "bitfit", "prefix-tuning"]
+    return pa.table(
+        {
+            "id": list(range(count)),
+            "prompt": [f"question {i}" for i in range(count)],
+            "adapter": [names[i % 4] for i in range(count)],
+            **columns,
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet", "jsonl"])
+def test_a_file_is_answered_row_by_row_in_order(client: Client, tmp_path: Path, kind: str) -> None:
+    write_table(rows(20), tmp_path / f"in.{kind}")
+    report = client.generate_file(
+        tmp_path / f"in.{kind}", tmp_path / f"out.{kind}", adapter_column="adapter",
+        progress=False, **GREEDY,
+    )  # fmt: skip
+    found = open_table(tmp_path / f"out.{kind}").to_pylist()
+    assert (report.rows, report.failed, report.completion_tokens) == (20, 0, 120)
+    assert [row["id"] for row in found] == list(range(20))
+    for row in found[:4]:
+        (alone,) = client.generate([row["prompt"]], adapter=row["adapter"], **GREEDY)
+        assert (row["completion"], row["completion_tokens"]) == (alone.text, 6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"in.{kind}", f"out.{kind}"]
+
+
+def test_chat_rows(client: Client, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    write_table(pa.table({"messages": [chat]}), tmp_path / "in.parquet")
+    client.generate_file(
+        tmp_path / "in.parquet", tmp_path / "out.parquet", adapter="lora", progress=False, **GREEDY
+    )
+    (row,) = open_table(tmp_path / "out.parquet").to_pylist()
+    assert row["completion"] == client.generate([chat], adapter="lora", **GREEDY)[0].text
+
+
+def test_bad_rows_carry_their_error_and_the_rest_is_done(client: Client, tmp_path: Path) -> None:
+    table = pa.table(
+        {"prompt": ["fine", None, "", "x" * 500, "fine", "fine"],
+         "adapter": ["lora", "lora", "lora", "lora", "nobody", None]}
+    )  # fmt: skip
+    write_table(table, tmp_path / "in.arrow")
+    report = client.generate_file(
+        tmp_path / "in.arrow", tmp_path / "out.arrow", adapter_column="adapter", progress=False,
+        **GREEDY,
+    )  # fmt: skip
+    found = open_table(tmp_path / "out.arrow").to_pylist()
+    assert (report.rows, report.failed) == (6, 4)
+    assert [row["error"] is None for row in found] == [True, False, False, False, False, True]
+    assert "context" in found[3]["error"]
+    assert "nobody" in found[4]["error"]
+
+
+def test_files_that_cannot_be_used_are_refused_before_anything_is_sent(
+    client: Client, tmp_path: Path
+) -> None:
+    write_table(rows(2), tmp_path / "in.arrow")
+    source, target = tmp_path / "in.arrow", tmp_path / "out.arrow"
+
+    def run(source: Path = source, target: Path = target, **options: Any) -> None:
+        client.generate_file(source, target, progress=False, **options)
+
+    with pytest.raises(DataError, match=r"gone\.arrow: does not exist"):
+        run(source=tmp_path / "gone.arrow")
+    with pytest.raises(DataError, match="has no column 'model'; it has id, prompt"):
+        run(adapter_column="model")
+    with pytest.raises(DataError, match="not both"):
+        run(adapter="lora", adapter_column="adapter")
+    with pytest.raises(DataError, match="unknown kind"):
+        run(target=tmp_path / "out.xls")
+    write_table(pa.table({"text": ["x"]}), tmp_path / "other.arrow")
+    with pytest.raises(DataError, match="no column 'prompt' or 'messages'"):
+        run(source=tmp_path / "other.arrow")
+    write_table(rows(2, completion=["", ""]), tmp_path / "taken.arrow")
+    with pytest.raises(DataError, match="'completion' is one that is added"):
+        run(source=tmp_path / "taken.arrow")
+    target.write_text("precious")
+    with pytest.raises(ConflictError, match="exists already"):
+        run()
+    assert target.read_text() == "precious"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def heed_interrupts() -> None:
+    """A test run in the background of a shell ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_an_interrupted_file_goes_on_where_it_was(service: Running, tmp_path: Path) -> None:
+    """`graft generate` ended by a signal in the middle; the second call asks only for the rest."""
+    write_table(rows(1000), tmp_path / "in.arrow")
+    arguments = [
+        sys.executable, "-c", "from cluster.cli import main; main()", "generate",
+        str(tmp_path / "in.arrow"), str(tmp_path / "out.arrow"), "--adapter-column", "adapter",
+        "--url", service.url, "--max-tokens", "40", "--concurrency", "4", "--quiet",
+    ]  # fmt: skip
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(
+            arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+        )
+        journal = tmp_path / "out.arrow.partial"
+        before = len(journal.read_text().splitlines()) if journal.exists() else 0
+        deadline = time.monotonic() + 60
+        while not journal.exists() or len(journal.read_text().splitlines()) < before + 20:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.wait(30)
+        assert process.returncode == (130 if number is signal.SIGINT else -number)
+        assert not (tmp_path / "out.arrow").exists()
+    kept = len(journal.read_text().splitlines()) - 1
+    assert 30 < kept < 1000
+    before = service.replica.stats.generated_tokens
+    result = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert "1,000 rows" in result.stdout
+    assert "kept from before" in result.stdout
+    assert service.replica.stats.generated_tokens - before <= (1000 - kept + 1) * 40
+    found = open_table(tmp_path / "out.arrow").to_pylist()
+    assert [row["id"] for row in found] == list(range(1000))
+    assert not any(row["error"] for row in found)
+
+
+def test_a_journal_of_other_options_is_not_mixed_in(client: Client, tmp_path: Path) -> None:
+    write_table(rows(2), tmp_path / "in.arrow")
+    journal = tmp_path / "out.arrow.partial"
+    journal.write_text(json.dumps({"fingerprint": "another"}) + "\n")
+    with pytest.raises(ConflictError, match="another input or other options"):
+        client.generate_file(
+            tmp_path / "in.arrow", tmp_path / "out.arrow", adapter="lora", progress=False
+        )
+    journal.write_text("not a journal\n")
+    with pytest.raises(ConflictError, match="not a journal of ours"):
+        client.generate_file(
+            tmp_path / "in.arrow", tmp_path / "out.arrow", adapter="lora", progress=False
+        )
+
+
+def test_a_line_cut_short_is_asked_again(client: Client, tmp_path: Path) -> None:
+    write_table(rows(8), tmp_path / "in.arrow")
+    whole, cut = tmp_path / "whole.arrow", tmp_path / "cut.arrow"
+    options: Any = {"adapter_column": "adapter", "progress": False, **GREEDY}
+    client.generate_file(tmp_path / "in.arrow", whole, **options)
+
+    class StopError(Exception):
+        pass
+
+    async def some() -> None:
+        """Answer three rows, then stop as a crash would."""
+        async with AsyncClient(client._async.base_url, concurrency=1) as other:
+            answer, count = other.generate_one, 0
+
+            async def limited(*args: Any, **kwargs: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count > 3:
+                    raise StopError
+                return await answer(*args, **kwargs)
+
+            other.generate_one = limited  # type: ignore[method-assign]
+            await other.generate_file(tmp_path / "in.arrow", cut, **options)
+
+    with pytest.raises(ExceptionGroup):
+        asyncio.run(some())
+    journal = tmp_path / "cut.arrow.partial"
+    journal.write_bytes(journal.read_bytes()[:-10])
+    report = client.generate_file(tmp_path / "in.arrow", cut, **options)
+    assert report.resumed == 2
+    assert open_table(cut).to_pylist() == open_table(whole).to_pylist()
+
+
+class Faulty(BaseHTTPRequestHandler):
+    """Answers each request by the next of the class's `answers`."""
+
+    answers: ClassVar[list[Callable[["Faulty"], None]]] = []
+    seen = 0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        answers = type(self).answers
+        type(self).seen += 1
+        answers[min(type(self).seen, len(answers)) - 1](self)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def send(self, status: int, body: bytes, length: int | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+GOOD = json.dumps(
+    {"choices": [{"text": "ok", "finish_reason": "stop"}],
+     "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+).encode()  # fmt: skip
+
+
+@pytest.fixture
+def faulty() -> Iterator[tuple[str, type[Faulty]]]:
+    handler = type("Handler", (Faulty,), {"answers": [], "seen": 0})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", handler
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda h: h.send(503, b'{"error": {"message": "m", "type": "t", "code": "unavailable"}}'),
+        lambda h: h.send(429, b'{"error": {"message": "m", "type": "t", "code": "overloaded"}}'),
+        lambda h: h.send(502, b"<html>bad gateway</html>"),
+        lambda h: h.send(200, GOOD[:20], len(GOOD)),  # the reply is cut
+        lambda h: h.send(200, GOOD[:20]),  # cut, and it does not show in the length
+        lambda h: h.connection.close(),
+    ],
+)
+def test_what_may_mend_is_tried_again(
+    faulty: tuple[str, type[Faulty]], fault: Callable[[Faulty], None]
+) -> None:
+    url, handler = faulty
+    handler.answers = [fault, fault, lambda h: h.send(200, GOOD)]
+    with Client(url) as client:
+        assert client.generate(["x"], adapter="a")[0].text == "ok"
+    assert handler.seen == 3
+
+
+def test_what_cannot_mend_is_not(faulty: tuple[str, type[Faulty]]) -> None:
+    url, handler = faulty
+    handler.answers = [lambda h: h.send(400, b"no JSON at all")]
+    with Client(url) as client, pytest.raises(RequestError, match="HTTP 400: no JSON"):
+        client.generate(["x"], adapter="a")
+    assert handler.seen == 1
+
+
+def test_a_stream_that_just_ends_is_no_success(faulty: tuple[str, type[Faulty]]) -> None:
+    url, handler = faulty
+    event = b'data: {"choices": [{"text": "half"}]}\n\n'
+    handler.answers = [lambda h: h.send(200, event)]
+    with Client(url) as client, pytest.raises(OperationError, match="ended before the answer did"):
+        list(client.stream("x", adapter="a"))
+    failure = (
+        b'data: {"error": {"message": "engine gone", "type": "t", "code": "engine_error"}}\n\n'
+    )
+    handler.answers = [lambda h: h.send(200, event + failure)]
+    with Client(url) as client, pytest.raises(OperationError, match="engine gone"):
+        list(client.stream("x", adapter="a"))

@@ -8,10 +8,11 @@ Ray: each command imports what it needs when it runs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -47,8 +48,8 @@ Address = Annotated[
 Store = Annotated[
     str, typer.Option(envvar="GRAFT_STORE", help="Folder, s3://bucket/prefix or gs://… .")
 ]
-Ref = Annotated[str, typer.Argument(help="NAME, NAME@VERSION or NAME:ALIAS.")]
-JobId = Annotated[str, typer.Argument(help="As `graft jobs list` shows it.")]
+Ref = Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME@VERSION or NAME:ALIAS.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `graft jobs list` shows it.")]
 DEFAULT_STORE = "./graft-store"
 
 
@@ -129,21 +130,23 @@ def show_adapter(ref: Ref, store: Store = DEFAULT_STORE) -> None:
         {
             "adapter": version.ref,
             "versions": ", ".join(str(v.version) for v in registry.versions(version.name)),
-            "aliases": registry.aliases(version.name),
+            "aliases": ", ".join(f"{a}={v}" for a, v in registry.aliases(version.name).items()),
             "method": version.method,
             "base_model": version.base_model,
             "published": version.created_at,
             "content": version.content_hash,
             **{f"file {name}": f"{e.bytes:,} bytes" for name, e in version.files.items()},
-            **version.card,
+            **_flat(version.card),
         }
     )
 
 
 @adapters_app.command("import")
 def import_adapter(
-    name: Annotated[str, typer.Argument(help="Name to publish it under.")],
-    folder: Annotated[Path, typer.Argument(help="A folder as PEFT's save_pretrained writes it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name to publish it under.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="As PEFT's save_pretrained writes it.")
+    ],
     store: Store = DEFAULT_STORE,
 ) -> None:
     """Publish a plain PEFT folder as the next version of NAME."""
@@ -155,7 +158,7 @@ def import_adapter(
 @adapters_app.command("alias")
 def set_alias(
     ref: Ref,
-    alias: Annotated[str, typer.Argument(help="For example: stable.")],
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="For example: stable.")],
     store: Store = DEFAULT_STORE,
 ) -> None:
     """Make NAME:ALIAS mean the version REF."""
@@ -179,6 +182,8 @@ def verify_adapter(ref: Ref, store: Store = DEFAULT_STORE) -> None:
 
 def main() -> None:
     """The console script: a GraftError becomes one message and its exit code, never a traceback."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # libraries warn their developers; who types this is none
     try:
         _build()()
     except GraftError as error:
@@ -202,6 +207,17 @@ def _named(address: str | None) -> str:
     import os
 
     return address or os.environ.get("RAY_ADDRESS") or "auto"
+
+
+def _flat(card: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A card's nested values by their dotted keys."""
+    pairs: dict[str, Any] = {}
+    for key, value in card.items():
+        if isinstance(value, Mapping):
+            pairs |= _flat(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
+        else:
+            pairs[prefix + key] = value
+    return pairs
 
 
 def _print_pairs(pairs: dict[str, Any]) -> None:

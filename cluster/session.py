@@ -83,7 +83,7 @@ def _check_reachable(address: str) -> None:
     """Raise ClusterError within seconds where Ray itself would wait for minutes."""
     parts = urlsplit(address if "//" in address else f"//{address}")
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
         port = None
     if not parts.hostname or port is None:

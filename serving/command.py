@@ -11,7 +11,9 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def serve(
-    spec: Annotated[Path, typer.Argument(help="The service's YAML, as in configs/serving.")],
+    spec: Annotated[
+        Path, typer.Argument(metavar="SPEC.yaml", help="The service's YAML, as in configs/serving.")
+    ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: gateway.port=0. Repeatable.")
     ] = None,

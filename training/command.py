@@ -48,7 +48,9 @@ class Plan:
 
 
 def train(
-    spec: Annotated[Path, typer.Argument(help="The job's YAML, as in configs/training.")],
+    spec: Annotated[
+        Path, typer.Argument(metavar="SPEC.yaml", help="The job's YAML, as in configs/training.")
+    ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: method.r=16. Repeatable.")
     ] = None,

@@ -177,11 +177,11 @@ def heed_interrupts() -> None:
 
 def test_an_interrupted_file_goes_on_where_it_was(service: Running, tmp_path: Path) -> None:
     """`graft generate` ended by a signal in the middle; the second call asks only for the rest."""
-    write_table(rows(1000), tmp_path / "in.arrow")
+    write_table(rows(300), tmp_path / "in.arrow")
     arguments = [
         sys.executable, "-c", "from cluster.cli import main; main()", "generate",
         str(tmp_path / "in.arrow"), str(tmp_path / "out.arrow"), "--adapter-column", "adapter",
-        "--url", service.url, "--max-tokens", "40", "--concurrency", "4", "--quiet",
+        "--url", service.url, "--max-tokens", "16", "--concurrency", "4", "--quiet",
     ]  # fmt: skip
     for number in (signal.SIGINT, signal.SIGKILL):
         process = subprocess.Popen(
@@ -199,14 +199,14 @@ def test_an_interrupted_file_goes_on_where_it_was(service: Running, tmp_path: Pa
         assert process.returncode == (130 if number is signal.SIGINT else -number)
         assert not (tmp_path / "out.arrow").exists()
     kept = len(journal.read_text().splitlines()) - 1
-    assert 30 < kept < 1000
+    assert 30 < kept < 300
     before = service.replica.stats.generated_tokens
     result = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert "1,000 rows" in result.stdout
+    assert "300 rows" in result.stdout
     assert "kept from before" in result.stdout
-    assert service.replica.stats.generated_tokens - before <= (1000 - kept + 1) * 40
+    assert service.replica.stats.generated_tokens - before <= (300 - kept + 1) * 16
     found = open_table(tmp_path / "out.arrow").to_pylist()
-    assert [row["id"] for row in found] == list(range(1000))
+    assert [row["id"] for row in found] == list(range(300))
     assert not any(row["error"] for row in found)
 
 

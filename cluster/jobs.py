@@ -15,14 +15,11 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from cluster.errors import ClusterError, JobFailedError, NotFoundError
-from cluster.session import Session
+from cluster.session import Session, our_code
 
-PACKAGES = ("cluster", "training", "serving")
 # What a job needs of the submitter's environment: credentials of the store, Graft's own settings.
 PASSED_PREFIXES = ("AWS_", "GOOGLE_", "GRAFT_", "OMP_", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
 POLL_S = 0.5
@@ -62,8 +59,7 @@ def submit(
     """
     passed = {k: v for k, v in os.environ.items() if k.startswith(PASSED_PREFIXES)}
     runtime_env = {
-        "py_modules": [str(_package_folder(package)) for package in PACKAGES],
-        "excludes": ["**/__pycache__"],
+        **our_code(),
         "env_vars": {**passed, **(env or {})},
     }
     python = shlex.quote(os.environ.get("GRAFT_PYTHON", sys.executable))
@@ -138,13 +134,6 @@ def wait(session: Session, job_id: str) -> JobInfo:
     raise JobFailedError(f"job {job_id} ({info.name}): {info.status}: {reason}\n{tail}")
 
 
-def _package_folder(package: str) -> Path:
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ClusterError(f"package {package!r} is not installed beside Graft; install it anew")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 def _client(session: Session) -> Any:
     # Any: Ray's client is typed, but its details are optional everywhere.
     from ray.job_submission import JobSubmissionClient
@@ -171,16 +160,18 @@ def _info(details: Any) -> JobInfo:
 @contextmanager
 def _faults(session: Session, job_id: str | None = None) -> Generator[None]:
     """Turn what Ray's client raises into Graft's errors."""
+    from ray.exceptions import AuthenticationError
+
     try:
         yield
-    except (RuntimeError, ConnectionError) as error:
+    except (RuntimeError, ConnectionError, AuthenticationError) as error:
         text = str(error)
         if job_id is not None and ("404" in text or "does not exist" in text):
             raise NotFoundError(
                 f"job {job_id!r}: not on the cluster at {session.dashboard_url}; "
                 "`graft jobs list` shows what is"
             ) from error
-        if "401" in text or "403" in text or "nauthorized" in text:
+        if isinstance(error, AuthenticationError) or "401" in text or "403" in text:
             raise ClusterError(
                 f"cluster {session.dashboard_url}: refuses our token; put the cluster's token "
                 "into ~/.ray/auth_token or RAY_AUTH_TOKEN"

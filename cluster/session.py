@@ -14,13 +14,18 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.errors import ClusterError
 
+PACKAGES = ("cluster", "training", "serving")
 CONNECT_TIMEOUT_S = 5.0
+# Despite its name, "0" here makes Ray on any platform call this machine 127.0.0.1 instead of by
+# its outer address. Read when ray is imported.
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # A laptop's demo must not claim a third of its memory for objects that Graft hardly uses.
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
@@ -69,6 +74,20 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Gener
         ray.shutdown()
 
 
+def our_code() -> dict[str, Any]:
+    """The part of a Ray runtime environment that brings this Graft to every node, so that a
+    cluster needs only the dependencies and always runs its caller's version."""
+    folders: list[str] = []
+    for package in PACKAGES:
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ClusterError(
+                f"package {package!r} is not installed beside Graft; install it anew"
+            )
+        folders.append(next(iter(spec.submodule_search_locations)))
+    return {"py_modules": folders, "excludes": ["**/__pycache__"]}
+
+
 def _running_here() -> str | None:
     """The address that `ray start` left on this machine, if something still listens there."""
     try:
@@ -99,11 +118,20 @@ def _check_reachable(address: str) -> None:
 
 def _connect(address: str) -> dict[str, Any]:
     _check_reachable(address)
+    host, _, port = address.rpartition(":")
+    if host in ("127.0.0.1", "localhost") and not _answers_outside(int(port)):
+        # Ray takes loopback for our outer address, where this cluster does not listen.
+        os.environ.setdefault(LOOPBACK, "0")
     import ray
     from ray.exceptions import AuthenticationError
 
     try:
-        context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        context: Any = ray.init(
+            address=address,
+            runtime_env=our_code(),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except AuthenticationError as error:
         raise ClusterError(
             f"Ray cluster {address}: refuses our token; put the cluster's token into "
@@ -116,9 +144,7 @@ def _connect(address: str) -> dict[str, Any]:
 
 def _start(num_cpus: int | None) -> dict[str, Any]:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    # Despite its name this is what decides, on any platform, whether a node that we start calls
-    # itself 127.0.0.1 or by its outer address. Read when ray is imported.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault(LOOPBACK, "0")
     import ray
 
     try:
@@ -135,6 +161,18 @@ def _start(num_cpus: int | None) -> dict[str, Any]:
     except (OSError, ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"Ray could not be started on this machine: {error}") from error
     return dict(context.address_info)
+
+
+def _answers_outside(port: int) -> bool:
+    """Whether something listens at `port` of this machine's outer address."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # sends nothing; only tells our address
+            outer = probe.getsockname()[0]
+        socket.create_connection((outer, port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _free_port() -> int:

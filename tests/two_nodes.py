@@ -1,0 +1,40 @@
+"""A Ray cluster of two nodes on loopback, started apart from those who use it.
+
+python two_nodes.py    prints {"address", "dashboard"}; ends, nodes and all, with its stdin
+"""
+
+import json
+import logging
+import os
+import socket
+import sys
+from typing import Any
+
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+from ray.cluster_utils import Cluster
+
+CPUS_PER_NODE = 2
+
+
+def main() -> None:
+    """Start, report, wait, stop."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    node: dict[str, Any] = {"num_cpus": CPUS_PER_NODE, "object_store_memory": 256 * 2**20}
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
+    logging.disable(logging.WARNING)
+    cluster = Cluster(initialize_head=True, head_node_args={**node, **dashboard})
+    try:
+        cluster.add_node(**node)
+        cluster.wait_for_nodes()
+        where = {"address": cluster.address, "dashboard": f"http://127.0.0.1:{port}"}
+        print("\n" + json.dumps(where), flush=True)
+        sys.stdin.read()
+    finally:
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,12 @@
 """Tiny bases of several families and a byte tokenizer, built in memory, saved once per run."""
 
+import json
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +130,33 @@ def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
         return f"s3://{name}/prefix"
 
     return make
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A cluster of two nodes with two CPUs each. `env` is what a caller needs to be let in."""
+
+    address: str
+    dashboard: str
+    env: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """Started once, apart from this process; asks for a token."""
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+    script = Path(__file__).parent / "two_nodes.py"
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **secret},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    where = next((line for line in process.stdout if line.startswith("{")), None)
+    assert where is not None, "the cluster did not start; its error is above"
+    yield RayCluster(**json.loads(where), env=secret)
+    process.stdin.close()
+    process.wait(60)

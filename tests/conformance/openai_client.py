@@ -1,0 +1,91 @@
+"""What a user of OpenAI's own client does, run with whatever version of it is installed.
+
+python openai_client.py URL BASE ADAPTER [ADAPTER ...]
+"""
+
+import asyncio
+import sys
+
+import openai
+
+
+def check(url: str, base: str, adapters: list[str]) -> None:
+    """List, complete, chat and stream, with the base and with every adapter by name."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    models = {model.id: model for model in client.models.list()}
+    assert {base, *adapters} <= set(models), models
+    assert client.models.retrieve(adapters[0]).id == adapters[0]
+    said = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "hello"}]
+    texts: set[str] = set()
+    for model in (base, *adapters):
+        ask = {"model": model, "max_tokens": 8, "temperature": 0, "seed": 7}
+        completion = client.completions.create(prompt="hello", **ask)
+        assert completion.usage.total_tokens == (
+            completion.usage.prompt_tokens + completion.usage.completion_tokens
+        )
+        text = completion.choices[0].text
+        texts.add(text)
+        assert completion.choices[0].finish_reason in ("stop", "length")
+        pieces = [
+            chunk.choices[0].text
+            for chunk in client.completions.create(prompt="hello", stream=True, **ask)
+            if chunk.choices
+        ]
+        assert "".join(pieces) == text
+        chat = client.chat.completions.create(messages=said, **ask)
+        assert chat.choices[0].message.role == "assistant"
+        content = ""
+        usage = None
+        stream = client.chat.completions.create(
+            messages=said, stream=True, stream_options={"include_usage": True}, **ask
+        )
+        for chunk in stream:
+            usage = chunk.usage or usage
+            content += "".join(choice.delta.content or "" for choice in chunk.choices)
+        assert content == chat.choices[0].message.content
+        assert usage.completion_tokens == chat.usage.completion_tokens
+        with client.chat.completions.with_streaming_response.create(messages=said, **ask) as raw:
+            assert raw.headers["content-type"].startswith("application/json")
+    assert len(texts) > 1, "adapters answer as the base does"
+    helper(client, adapters[0], said)
+    errors(client, base)
+    asyncio.run(asynchronous(url, adapters))
+
+
+def helper(client: openai.OpenAI, model: str, said: list[dict[str, str]]) -> None:
+    """The client's own accumulating stream."""
+    with client.chat.completions.stream(model=model, messages=said, max_tokens=8) as stream:
+        kinds = {event.type for event in stream}
+    assert {"chunk", "content.delta"} <= kinds, kinds
+
+
+def errors(client: openai.OpenAI, base: str) -> None:
+    """The server's failures arrive as the client's own exceptions."""
+    try:
+        client.completions.create(model="nobody", prompt="x")
+        raise AssertionError("an unknown model was answered")
+    except openai.NotFoundError as error:
+        assert error.code == "model_not_found", error
+    for options in ({"temperature": -1}, {"max_tokens": -5}, {"n": 1000}, {"prompt": []}):
+        try:
+            client.completions.create(**{"model": base, "prompt": "x", **options})
+            raise AssertionError(f"{options} was answered")
+        except openai.BadRequestError as error:
+            assert error.param in options, error
+
+
+async def asynchronous(url: str, adapters: list[str]) -> None:
+    """Many at once through the asynchronous client."""
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        asked = [
+            client.completions.create(model=model, prompt=f"hello {i}", max_tokens=8, temperature=0)
+            for i in range(4)
+            for model in adapters
+        ]
+        answers = await asyncio.gather(*asked)
+    assert [answer.model for answer in answers] == adapters * 4
+
+
+if __name__ == "__main__":
+    check(sys.argv[1], sys.argv[2], sys.argv[3:])
+    print(f"openai {openai.__version__}: conforms")

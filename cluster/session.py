@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import sys
 import tempfile
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +62,8 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Gener
         named = _running_here()
         if named is None:
             raise ClusterError("address 'auto': no Ray cluster runs on this machine")
-    info = _connect(named) if named else _start(num_cpus)
+    with _own_signals():
+        info = _connect(named) if named else _start(num_cpus)
     import ray
 
     try:
@@ -72,6 +76,21 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Gener
         yield Session(str(info["address"]), f"http://{url}", started_here=named is None)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Generator[None]:
+    """Ray makes SIGTERM abort the process; it shall end it in order, or do what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    yield
+    signal.signal(signal.SIGTERM, leave if before in (None, signal.SIG_DFL) else before)
 
 
 def our_code() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -165,7 +165,9 @@ class TrainingSpec(Spec):
         default_factory=lambda: OptimizerSpec.model_validate({}), description="AdamW."
     )
     epochs: PositiveFloat = Field(3, description="Passes over the data.")
-    max_steps: PositiveInt | None = Field(None, description="Stop after so many steps instead.")
+    max_steps: PositiveInt | None = Field(
+        None, description="Stop after so many optimiser steps, whatever `epochs` says."
+    )
     micro_batch_size: PositiveInt = Field(4, description="Rows of one forward on one worker.")
     gradient_accumulation_steps: PositiveInt = Field(
         1, description="Micro-batches per worker and optimiser step."
@@ -185,13 +187,6 @@ class TrainingSpec(Spec):
     )
     checkpoints_kept: PositiveInt = Field(2, description="Older ones are deleted.")
     log_every_steps: PositiveInt = Field(10, description="Optimiser steps between log lines.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_length(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("max_steps") and "epochs" in data:
-            raise ValueError("give epochs or max_steps, not both")
-        return data
 
     @property
     def global_batch_size(self) -> int:

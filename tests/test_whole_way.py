@@ -1,0 +1,322 @@
+"""The whole way on a real Ray cluster of two nodes, by the commands a user types.
+
+Train on both nodes from a preset, publish, serve, ask through clients, generate from a file; kill
+a worker on the way; look at jobs and stop them.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+from conftest import RayCluster
+from safetensors.torch import load_file
+
+from cluster.registry import Registry
+from cluster.tables import open_table, write_table
+from serving.client import Client
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+FAST = ("base_model=configs/demo/base", "max_steps=6", "checkpoint_every_steps=2",
+        "log_every_steps=2", "workers.cpus=1")  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def let_in(ray_cluster: RayCluster) -> Iterator[None]:
+    """The cluster's token, for this process and its children."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in ray_cluster.env.items():
+            patch.setenv(key, value)
+        yield
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "cluster.cli", *map(str, arguments)],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+    )  # fmt: skip
+
+
+def graft(*arguments: object) -> str:
+    """The output of a command that succeeds."""
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def overrides(*pairs: str) -> list[str]:
+    return [part for pair in pairs for part in ("--set", pair)]
+
+
+@pytest.fixture(scope="module")
+def store(
+    s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Registry]]:
+    """A store in a bucket, as two nodes without a shared folder would use it."""
+    import boto3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_REGION", "us-east-1")
+        client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3_endpoint)
+        client.create_bucket(Bucket="adapters")
+        uri = "s3://adapters/team"
+        yield uri, Registry(uri)
+
+
+@pytest.fixture(scope="module")
+def trained(ray_cluster: RayCluster, store: tuple[str, Registry]) -> dict[str, str]:
+    """Output of two `graft train --follow` by preset, at the same time. LoRA's two workers take
+    more than half a node each, so they run on both nodes."""
+    uri, _ = store
+    jobs = {
+        preset: start(
+            "train", f"configs/training/{preset}.yaml", "--address", address, "--follow",
+            *overrides(*FAST, f"output.store={uri}", f"output.name={preset.replace('_', '-')}",
+                       *workers),
+        )
+        for preset, address, workers in (
+            ("lora", ray_cluster.dashboard, ("workers.cpus=3",)),
+            ("prefix_tuning", ray_cluster.address, ("workers.count=1",)),
+        )
+    }  # fmt: skip
+    outputs = {preset: job.communicate(timeout=240)[0] for preset, job in jobs.items()}
+    for preset, job in jobs.items():
+        assert job.returncode == 0, outputs[preset]
+    return outputs
+
+
+def test_training_on_two_nodes_publishes_an_adapter(
+    trained: dict[str, str], store: tuple[str, Registry], tmp_path: Path
+) -> None:
+    _, registry = store
+    output = trained["lora"]
+    assert re.search(r"lora\.yaml: [\d,]+ of [\d,]+ parameters \(\d+\.\d+%\), 1,500 rows", output)
+    assert re.search(r"step 6/6  loss \d+\.\d+  lr ", output)
+    assert "published lora@1" in output
+    version = registry.verify("lora")
+    assert (version.method, version.card["spec"]["workers"]["count"]) == ("LORA", 2)
+    assert version.card["metrics"]["step"] == 6
+    assert version.card["data"]["kept"] == 1500
+    assert set(version.card["libraries"]) >= {"torch", "peft", "ray", "deepspeed"}
+    folder = registry.fetch(version, tmp_path)
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert any(weight.abs().max() > 0 for key, weight in weights.items() if "lora_B" in key)
+
+
+def test_jobs_are_listed_shown_and_logged(ray_cluster: RayCluster, trained: dict[str, str]) -> None:
+    address = ("--address", ray_cluster.dashboard)
+    listed = graft("jobs", "list", *address)
+    assert listed.count("SUCCEEDED") == 2
+    job = re.search(r"job (\S+) on ", trained["lora"])
+    assert job is not None
+    assert "SUCCEEDED" in graft("jobs", "show", job[1], *address)
+    assert "published lora@1" in graft("jobs", "logs", job[1], *address)
+    missing = start("jobs", "show", "nothing", *address)
+    output, _ = missing.communicate(timeout=60)
+    assert (missing.returncode, "'nothing': not on the cluster" in output) == (3, True)
+
+
+def test_a_job_can_be_stopped_and_fails_nobody(
+    ray_cluster: RayCluster, store: tuple[str, Registry]
+) -> None:
+    uri, registry = store
+    address = ("--address", ray_cluster.dashboard)
+    settings = overrides(*FAST, f"output.store={uri}", "output.name=stopped", "max_steps=100000")
+    output = graft("train", "configs/training/bitfit.yaml", *address, *settings)
+    job = re.search(r"job (\S+) on ", output)
+    assert job is not None
+    following = start("jobs", "logs", job[1], "--follow", *address)
+    assert following.stdout is not None
+    next(line for line in following.stdout if "step 2/100000" in line)
+    assert "STOPPED" in graft("jobs", "stop", job[1], *address)
+    following.wait(30)
+    assert "stopped" not in registry.names()
+
+
+def test_a_killed_worker_costs_nothing(
+    ray_cluster: RayCluster, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """SIGKILL in the middle: the job goes on from its last checkpoint, to the same bytes."""
+    rows = {"prompt": [f"p{i}" * (i % 5 + 1) for i in range(64)], "completion": ["done"] * 64}
+    write_table(pa.table(rows), tmp_path / "rows.arrow")
+    store = tmp_path / "store"
+    jobs: dict[str, subprocess.Popen[str]] = {}
+    for name in ("calm", "killed"):
+        jobs[name] = start(
+            "train", "configs/training/prompt_tuning.yaml", "--follow",
+            "--address", ray_cluster.dashboard,
+            *overrides(*FAST, f"base_model={bases('llama')}", f"data.train={tmp_path}/rows.arrow",
+                       "data.format=prompt_completion", f"output.store={store}",
+                       f"output.name={name}", "max_steps=60", "checkpoint_every_steps=10",
+                       "log_every_steps=5"),
+        )  # fmt: skip
+    output = jobs["killed"].stdout
+    assert output is not None
+    lines: list[str] = []
+    worker = 0
+    for line in output:
+        lines.append(line)
+        found = re.search(r"^training: .* process (\d+)", line)
+        worker = int(found[1]) if found else worker
+        if worker and "step 25/60" in line:
+            os.kill(worker, signal.SIGKILL)
+            break
+    lines += list(output)
+    assert jobs["killed"].wait(200) == 0, "".join(lines)
+    jobs["calm"].communicate(timeout=200)
+    assert jobs["calm"].returncode == 0
+    text = "".join(lines)
+    assert "step 25/60" in text
+    resumed = re.search(r"going on from step (\d+)", text)
+    assert resumed is not None, text
+    assert int(resumed[1]) in (10, 20)
+    registry = Registry(str(store))
+    versions = [registry.resolve(name) for name in jobs]
+    assert versions[0].content_hash == versions[1].content_hash
+    curves = [version.card["metrics"]["loss_curve"] for version in versions]
+    assert curves[0] == curves[1]
+
+
+def test_a_job_that_fails_says_why(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """The data's first rows are sound, so only the job meets the bad one."""
+    rows = {"prompt": ["p"] * 300, "completion": ["c"] * 299 + [None]}
+    write_table(pa.table(rows), tmp_path / "rows.arrow")
+    job = start(
+        "train", "configs/training/lora.yaml", "--follow", "--address", ray_cluster.dashboard,
+        *overrides(*FAST, f"data.train={tmp_path}/rows.arrow", f"output.store={tmp_path}/store",
+                   "data.format=prompt_completion"),
+    )  # fmt: skip
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 5
+    assert "row 299: column 'completion' holds NoneType" in output
+    assert "Traceback" not in output
+    assert Registry(str(tmp_path / "store")).names() == []
+
+
+@pytest.fixture(scope="module")
+def service(
+    ray_cluster: RayCluster, trained: dict[str, str], store: tuple[str, Registry],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:  # fmt: skip
+    """The URL of `graft serve` with two replicas; it is stopped by SIGTERM."""
+    settings = overrides(
+        f"store={store[0]}", "engine.base_model=configs/demo/base", "gateway.port=0",
+        "replicas.min=2", "replicas.max=2", f"cache={tmp_path_factory.mktemp('cache')}",
+    )  # fmt: skip
+    process = start(
+        "serve", "configs/serving/local.yaml", "--address", ray_cluster.address, *settings
+    )
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"(http://\S+)/v1", line):
+            break
+    else:
+        pytest.fail("".join(lines))
+    yield found[1]
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+
+
+def test_openais_client_against_the_served_adapters(service: str) -> None:
+    script = ROOT / "tests/conformance/openai_client.py"
+    arguments = [sys.executable, str(script), service, "demo-base", "lora", "prefix-tuning"]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "conforms" in result.stdout
+
+
+def test_a_file_through_the_command(service: str, tmp_path: Path) -> None:
+    names = ["demo-base", "lora", "prefix-tuning", "lora@1"]
+    rows = {"prompt": [f"row {i}" for i in range(40)], "model": [names[i % 4] for i in range(40)]}
+    write_table(pa.table(rows), tmp_path / "in.parquet")
+    output = graft("generate", tmp_path / "in.parquet", tmp_path / "out.parquet", "--url", service,
+                   "--adapter-column", "model", "--max-tokens", "6", "--quiet")  # fmt: skip
+    assert "40 rows" in output
+    found = open_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["prompt"] for row in found] == rows["prompt"]
+    assert not any(row["error"] for row in found)
+    with Client(service) as client:
+        for row in found[:4]:
+            (alone,) = client.generate([row["prompt"]], adapter=row["model"], max_tokens=6)
+            assert alone.text == row["completion"]
+
+
+def test_errors_of_a_replica_keep_their_form_on_the_way(service: str) -> None:
+    from cluster.errors import ContextLengthError, ModelNotFoundError
+
+    with Client(service, max_attempts=1) as client:
+        with pytest.raises(ContextLengthError, match="context"):
+            client.generate(["x " * 5000], adapter="lora")
+        with pytest.raises(ContextLengthError, match="context"):
+            list(client.stream("x " * 5000, adapter="lora"))
+        with pytest.raises(ModelNotFoundError, match="did you mean 'lora'"):
+            client.generate(["x"], adapter="lroa")
+
+
+def test_a_new_version_is_served_without_a_restart(
+    service: str, store: tuple[str, Registry], tmp_path: Path
+) -> None:
+    _, registry = store
+    folder = registry.fetch(registry.resolve("prefix-tuning"), tmp_path)
+    with Client(service, max_attempts=1) as client:
+        registry.publish("fresh", folder)
+        deadline = time.monotonic() + 5
+        while "fresh" not in {card.id for card in client.models()}:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        texts = [client.generate(["hi"], adapter=a)[0].text for a in ("fresh", "prefix-tuning")]
+    assert texts[0] == texts[1]
+
+
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """Ray's socket names must fit into 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="g") as folder:
+        yield folder
+
+
+def test_a_session_of_our_own_ends_with_us(tmp_path: Path, short_folder: str) -> None:
+    """A cluster that Graft starts is asked for a token, and no process of it is left."""
+    code = (
+        "import json, os, urllib.request, urllib.error\n"
+        "from cluster.session import session\n"
+        "from cluster.jobs import list_jobs\n"
+        "with session(num_cpus=1) as ray:\n"
+        "    assert ray.started_here and list_jobs(ray) == []\n"
+        "    try: urllib.request.urlopen(ray.dashboard_url + '/api/jobs/')\n"
+        "    except urllib.error.HTTPError as e: print(json.dumps([ray.dashboard_url, e.code]))\n"
+        "    import psutil\n"
+        "    mine = [p.pid for p in psutil.Process().children(recursive=True)]\n"
+        "    print(json.dumps(mine))\n"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"HOME": str(tmp_path), "TMPDIR": short_folder}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            timeout=120, check=False, cwd=ROOT, env=env)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (url, status), processes = map(json.loads, result.stdout.splitlines()[-2:])
+    assert url.startswith("http://127.0.0.1:")
+    assert status in (401, 403)
+    assert len(processes) > 3
+    deadline = time.monotonic() + 10
+    while left := [pid for pid in processes if psutil.pid_exists(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)

@@ -134,7 +134,7 @@ def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
 
 @dataclass(frozen=True)
 class RayCluster:
-    """A cluster of two nodes with four CPUs each. `env` is what a caller needs to be let in."""
+    """A cluster of two nodes with six CPUs each. `env` is what a caller needs to be let in."""
 
     address: str
     dashboard: str

@@ -13,17 +13,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pyarrow as pa
 import pytest
+from adapters import make_adapter
 from conftest import RayCluster
 from safetensors.torch import load_file
+from workers import Case, run_cases
 
+from cluster.base_model import load_tokenizer
 from cluster.registry import Registry
+from cluster.spec import parse_spec
 from cluster.tables import open_table, write_table
 from serving.client import Client
+from training.data import tokenize
+from training.spec import TrainingSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -78,33 +85,118 @@ def store(
         yield uri, Registry(uri)
 
 
+@dataclass(frozen=True)
+class Small:
+    """The job that is killed: a tiny base and few rows."""
+
+    base: Path
+    rows: Path
+
+    def settings(self) -> tuple[str, ...]:
+        return (
+            f"base_model={self.base}", f"data.train={self.rows}", "data.format=prompt_completion",
+            "max_steps=60", "checkpoint_every_steps=10", "log_every_steps=5",
+        )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def trained(ray_cluster: RayCluster, store: tuple[str, Registry]) -> dict[str, str]:
-    """Output of two `graft train --follow` by preset, at the same time. LoRA's two workers take
-    more than half a node each, so they run on both nodes."""
-    uri, _ = store
-    jobs = {
-        preset: start(
-            "train", f"configs/training/{preset}.yaml", "--address", address, "--follow",
-            *overrides(*FAST, f"output.store={uri}", f"output.name={preset.replace('_', '-')}",
-                       *workers),
-        )
-        for preset, address, workers in (
-            ("lora", ray_cluster.dashboard, ("workers.cpus=3",)),
-            ("prefix_tuning", ray_cluster.address, ("workers.count=1",)),
-        )
-    }  # fmt: skip
-    outputs = {preset: job.communicate(timeout=240)[0] for preset, job in jobs.items()}
-    for preset, job in jobs.items():
-        assert job.returncode == 0, outputs[preset]
-    return outputs
+def small(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Small:
+    path = tmp_path_factory.mktemp("rows") / "small.arrow"
+    rows = {"prompt": [f"p{i}" * (i % 5 + 1) for i in range(64)], "completion": ["done"] * 64}
+    write_table(pa.table(rows), path)
+    return Small(bases("llama"), path)
+
+
+@pytest.fixture(scope="module")
+def train(
+    ray_cluster: RayCluster, store: tuple[str, Registry]
+) -> Callable[..., subprocess.Popen[str]]:
+    """Starts `graft train --follow` with a preset."""
+
+    def run(preset: str, name: str, *settings: str) -> subprocess.Popen[str]:
+        return start(
+            "train", f"configs/training/{preset}.yaml", "--address", ray_cluster.dashboard,
+            "--follow",
+            *overrides(*FAST, f"output.store={store[0]}", f"output.name={name}", *settings),
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def jobs(
+    train: Callable[..., subprocess.Popen[str]], small: Small
+) -> dict[str, subprocess.Popen[str]]:
+    """Jobs by their adapter's name, at the same time: much of a job is start-up.
+
+    The two workers of `lora` take more than half a node each, so they run on both nodes.
+    """
+    bad = small.rows.with_name("bad.arrow")
+    rows = {"prompt": ["p"] * 300, "completion": ["c"] * 299 + [None]}
+    write_table(pa.table(rows), bad)
+    return {
+        "lora": train("lora", "lora", "workers.cpus=4"),
+        "killed": train("prompt_tuning", "killed", *small.settings()),
+        "failed": train("lora", "failed", "data.format=prompt_completion", f"data.train={bad}"),
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(jobs: dict[str, subprocess.Popen[str]]) -> str:
+    """The output of the job whose adapter is served."""
+    output, _ = jobs["lora"].communicate(timeout=240)
+    assert jobs["lora"].returncode == 0, output
+    return output
+
+
+def test_a_killed_worker_costs_nothing(
+    jobs: dict[str, subprocess.Popen[str]], store: tuple[str, Registry], small: Small,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """SIGKILL in the middle: the job goes on from its last checkpoint, to the same bytes that
+    two workers make without Ray and without disturbance."""
+    job = jobs["killed"]
+    assert job.stdout is not None
+    lines: list[str] = []
+    worker = 0
+    for line in job.stdout:
+        lines.append(line)
+        found = re.search(r"^training: .* process (\d+)", line)
+        worker = int(found[1]) if found else worker
+        if worker and "step 25/60" in line:
+            os.kill(worker, signal.SIGKILL)
+            break
+    text = "".join([*lines, *job.stdout])
+    assert job.wait(200) == 0, text
+    resumed = re.search(r"going on from step (\d+)", text)
+    assert resumed is not None, text
+    assert int(resumed[1]) in (10, 20)
+
+    version = store[1].resolve("killed")
+    spec = parse_spec(TrainingSpec, version.card["spec"])
+    tokenize(spec.data, load_tokenizer(spec.base_model), tmp_path / "tokens")
+    run_cases(2, [Case(version.card["spec"], tmp_path)], tmp_path / "tokens")
+    calm = tmp_path / "adapter/adapter_model.safetensors"
+    published = store[1].fetch(version, tmp_path / "cache") / "adapter_model.safetensors"
+    assert published.read_bytes() == calm.read_bytes()
+
+
+def test_a_job_that_fails_says_why(
+    jobs: dict[str, subprocess.Popen[str]], store: tuple[str, Registry]
+) -> None:
+    """The data's first rows are sound, so only the job meets the bad one."""
+    output, _ = jobs["failed"].communicate(timeout=120)
+    assert jobs["failed"].returncode == 5
+    assert "row 299: column 'completion' holds NoneType" in output
+    assert "Traceback" not in output
+    assert "failed" not in store[1].names()
 
 
 def test_training_on_two_nodes_publishes_an_adapter(
-    trained: dict[str, str], store: tuple[str, Registry], tmp_path: Path
+    trained: str, store: tuple[str, Registry], tmp_path: Path
 ) -> None:
     _, registry = store
-    output = trained["lora"]
+    output = trained
     assert re.search(r"lora\.yaml: [\d,]+ of [\d,]+ parameters \(\d+\.\d+%\), 1,500 rows", output)
     assert re.search(r"step 6/6  loss \d+\.\d+  lr ", output)
     assert "published lora@1" in output
@@ -118,105 +210,53 @@ def test_training_on_two_nodes_publishes_an_adapter(
     assert any(weight.abs().max() > 0 for key, weight in weights.items() if "lora_B" in key)
 
 
-def test_jobs_are_listed_shown_and_logged(ray_cluster: RayCluster, trained: dict[str, str]) -> None:
+def test_jobs_are_listed_shown_and_logged(ray_cluster: RayCluster, trained: str) -> None:
     address = ("--address", ray_cluster.dashboard)
-    listed = graft("jobs", "list", *address)
-    assert listed.count("SUCCEEDED") == 2
-    job = re.search(r"job (\S+) on ", trained["lora"])
-    assert job is not None
-    assert "SUCCEEDED" in graft("jobs", "show", job[1], *address)
-    assert "published lora@1" in graft("jobs", "logs", job[1], *address)
+    job = job_id(trained)
+    assert re.search(rf"{job} +lora +SUCCEEDED", graft("jobs", "list", *address))
+    assert "SUCCEEDED" in graft("jobs", "show", job, *address)
+    assert "published lora@1" in graft("jobs", "logs", job, *address)
     missing = start("jobs", "show", "nothing", *address)
     output, _ = missing.communicate(timeout=60)
     assert (missing.returncode, "'nothing': not on the cluster" in output) == (3, True)
 
 
-def test_a_job_can_be_stopped_and_fails_nobody(
-    ray_cluster: RayCluster, store: tuple[str, Registry]
-) -> None:
-    uri, registry = store
-    address = ("--address", ray_cluster.dashboard)
-    settings = overrides(*FAST, f"output.store={uri}", "output.name=stopped", "max_steps=100000")
-    output = graft("train", "configs/training/bitfit.yaml", *address, *settings)
-    job = re.search(r"job (\S+) on ", output)
-    assert job is not None
-    following = start("jobs", "logs", job[1], "--follow", *address)
+def job_id(output: str) -> str:
+    found = re.search(r"job (\S+) on ", output)
+    assert found is not None, output
+    return found[1]
+
+
+def test_a_job_can_be_stopped(
+    ray_cluster: RayCluster, train: Callable[..., subprocess.Popen[str]],
+    store: tuple[str, Registry], small: Small,
+) -> None:  # fmt: skip
+    following = train("bitfit", "stopped", *small.settings(), "max_steps=100000", "workers.count=1")
     assert following.stdout is not None
-    next(line for line in following.stdout if "step 2/100000" in line)
-    assert "STOPPED" in graft("jobs", "stop", job[1], *address)
-    following.wait(30)
-    assert "stopped" not in registry.names()
-
-
-def test_a_killed_worker_costs_nothing(
-    ray_cluster: RayCluster, bases: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """SIGKILL in the middle: the job goes on from its last checkpoint, to the same bytes."""
-    rows = {"prompt": [f"p{i}" * (i % 5 + 1) for i in range(64)], "completion": ["done"] * 64}
-    write_table(pa.table(rows), tmp_path / "rows.arrow")
-    store = tmp_path / "store"
-    jobs: dict[str, subprocess.Popen[str]] = {}
-    for name in ("calm", "killed"):
-        jobs[name] = start(
-            "train", "configs/training/prompt_tuning.yaml", "--follow",
-            "--address", ray_cluster.dashboard,
-            *overrides(*FAST, f"base_model={bases('llama')}", f"data.train={tmp_path}/rows.arrow",
-                       "data.format=prompt_completion", f"output.store={store}",
-                       f"output.name={name}", "max_steps=60", "checkpoint_every_steps=10",
-                       "log_every_steps=5"),
-        )  # fmt: skip
-    output = jobs["killed"].stdout
-    assert output is not None
     lines: list[str] = []
-    worker = 0
-    for line in output:
+    for line in following.stdout:
         lines.append(line)
-        found = re.search(r"^training: .* process (\d+)", line)
-        worker = int(found[1]) if found else worker
-        if worker and "step 25/60" in line:
-            os.kill(worker, signal.SIGKILL)
+        if re.search(r"step \d+/100000", line):
             break
-    lines += list(output)
-    assert jobs["killed"].wait(200) == 0, "".join(lines)
-    jobs["calm"].communicate(timeout=200)
-    assert jobs["calm"].returncode == 0
-    text = "".join(lines)
-    assert "step 25/60" in text
-    resumed = re.search(r"going on from step (\d+)", text)
-    assert resumed is not None, text
-    assert int(resumed[1]) in (10, 20)
-    registry = Registry(str(store))
-    versions = [registry.resolve(name) for name in jobs]
-    assert versions[0].content_hash == versions[1].content_hash
-    curves = [version.card["metrics"]["loss_curve"] for version in versions]
-    assert curves[0] == curves[1]
-
-
-def test_a_job_that_fails_says_why(ray_cluster: RayCluster, tmp_path: Path) -> None:
-    """The data's first rows are sound, so only the job meets the bad one."""
-    rows = {"prompt": ["p"] * 300, "completion": ["c"] * 299 + [None]}
-    write_table(pa.table(rows), tmp_path / "rows.arrow")
-    job = start(
-        "train", "configs/training/lora.yaml", "--follow", "--address", ray_cluster.dashboard,
-        *overrides(*FAST, f"data.train={tmp_path}/rows.arrow", f"output.store={tmp_path}/store",
-                   "data.format=prompt_completion"),
-    )  # fmt: skip
-    output, _ = job.communicate(timeout=120)
-    assert job.returncode == 5
-    assert "row 299: column 'completion' holds NoneType" in output
-    assert "Traceback" not in output
-    assert Registry(str(tmp_path / "store")).names() == []
+    job = job_id("".join(lines))
+    assert "STOPPED" in graft("jobs", "stop", job, "--address", ray_cluster.dashboard)
+    rest, _ = following.communicate(timeout=30)
+    assert (following.returncode, "STOPPED" in rest) == (5, True)
+    assert "stopped" not in store[1].names()
 
 
 @pytest.fixture(scope="module")
 def service(
-    ray_cluster: RayCluster, trained: dict[str, str], store: tuple[str, Registry],
+    ray_cluster: RayCluster, trained: str, store: tuple[str, Registry],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:  # fmt: skip
     """The URL of `graft serve` with two replicas; it is stopped by SIGTERM."""
+    folder = tmp_path_factory.mktemp("service")
+    base = ROOT / "configs/demo/base"
+    store[1].publish("prefix-tuning", make_adapter("prefix_tuning", base, folder / "adapter"))
     settings = overrides(
         f"store={store[0]}", "engine.base_model=configs/demo/base", "gateway.port=0",
-        "replicas.min=2", "replicas.max=2", f"cache={tmp_path_factory.mktemp('cache')}",
+        "replicas.min=2", "replicas.max=2", f"cache={folder}/cache",
     )  # fmt: skip
     process = start(
         "serve", "configs/serving/local.yaml", "--address", ray_cluster.address, *settings

@@ -14,7 +14,7 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0
 
 from ray.cluster_utils import Cluster
 
-CPUS_PER_NODE = 4  # as Ray counts them; the tests' workers mostly wait
+CPUS_PER_NODE = 6  # as Ray counts them; the tests' workers mostly wait
 
 
 def main() -> None:

@@ -185,13 +185,13 @@ def test_an_interrupted_file_goes_on_where_it_was(service: Running, tmp_path: Pa
     ]  # fmt: skip
     for number in (signal.SIGINT, signal.SIGKILL):
         process = subprocess.Popen(
-            arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+            arguments, stderr=subprocess.DEVNULL, text=True, preexec_fn=heed_interrupts
         )
         journal = tmp_path / "out.arrow.partial"
         before = len(journal.read_text().splitlines()) if journal.exists() else 0
         deadline = time.monotonic() + 60
         while not journal.exists() or len(journal.read_text().splitlines()) < before + 20:
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(number)
@@ -204,7 +204,7 @@ def test_an_interrupted_file_goes_on_where_it_was(service: Running, tmp_path: Pa
     result = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert "300 rows" in result.stdout
     assert "kept from before" in result.stdout
-    assert service.replica.stats.generated_tokens - before <= (300 - kept + 1) * 16
+    assert service.replica.stats.generated_tokens - before <= (300 - kept + 8) * 16
     found = open_table(tmp_path / "out.arrow").to_pylist()
     assert [row["id"] for row in found] == list(range(300))
     assert not any(row["error"] for row in found)

@@ -284,7 +284,7 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
      "lora_alpha"),
     ("lora", "rank of another", edit_config(lambda c: c.update(r=5)), "shapes"),
     ("lora", "half a pair", edit_tensors(lambda t: t.pop(A)), "without its pair"),
-    ("lora", "unknown module", edit_tensors(lambda t: t.update({A.replace("q_", "qq_"): t.pop(A)})),
+    ("lora", "unknown module", edit_tensors(lambda t: t.update({A.replace("q_", "x_"): t[A] + 1})),
      "no module"),
     ("lora", "unknown tensor", edit_tensors(lambda t: t.update({"other": torch.ones(2)})), "other"),
     ("lora", "integers", edit_tensors(lambda t: t.update({A: t[A].int()})), "floating point"),

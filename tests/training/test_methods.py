@@ -37,7 +37,7 @@ def attach(base: Path, **method: Any) -> tuple[Any, Any]:
 
 
 CASES: list[dict[str, Any]] = [
-    {"kind": "lora", "r": 3, "rank_pattern": {"q_proj": 2}},
+    {"kind": "lora", "r": 3, "rank_pattern": {"q_proj|c_attn": 2}},
     {"kind": "bitfit"},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4, "init_text": "Say it"},
@@ -119,6 +119,12 @@ def test_bitfit_targets_by_suffix_and_by_expression(bases: Bases) -> None:
 def test_a_target_that_matches_nothing_lists_what_there_is(bases: Bases, kind: str) -> None:
     with pytest.raises(SpecError, match=r"'qproj'.* matches no module .*q_proj"):
         attach(bases("llama"), kind=kind, target_modules=["qproj"])
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_nothing_is_refused(bases: Bases, field: str) -> None:
+    with pytest.raises(SpecError, match=rf"method.{field}: 'qproj' matches no targeted module"):
+        attach(bases("llama"), kind="lora", **{field: {"qproj": 2, "v_proj": 3}})
 
 
 def test_init_text_starts_from_the_texts_embeddings(bases: Bases) -> None:

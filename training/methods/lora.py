@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ def attach(model: Any, spec: LoraSpec, base_path: str) -> torch.nn.Module:
     """Add a LoRA to the targeted linear modules of `model`.
 
     Raises:
-        SpecError: `target_modules` matches nothing; the message lists the module names there are.
+        SpecError: `target_modules` or a pattern matches nothing; the message lists what there is.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -32,7 +34,7 @@ def attach(model: Any, spec: LoraSpec, base_path: str) -> torch.nn.Module:
         base_model_name_or_path=base_path,
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         if "target modules" not in str(error).lower():
             raise
@@ -40,6 +42,25 @@ def attach(model: Any, spec: LoraSpec, base_path: str) -> torch.nn.Module:
             f"method.target_modules: {targets!r} matches no module of {base_path}; "
             f"it has {', '.join(linear_names(model))}"
         ) from error
+    for field, patterns in (
+        ("rank_pattern", spec.rank_pattern),
+        ("alpha_pattern", spec.alpha_pattern),
+    ):
+        tuner: Any = adapted.base_model
+        _check_patterns(field, patterns, tuner.targeted_module_names)
+    return adapted
+
+
+def _check_patterns(field: str, patterns: Iterable[str], targeted: Iterable[str]) -> None:
+    """PEFT only warns of a pattern that nothing matches, and trains without it."""
+    names = list(targeted)
+    for pattern in patterns:
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            last = sorted({name.rsplit(".", 1)[-1] for name in names})
+            raise SpecError(
+                f"method.{field}: {pattern!r} matches no targeted module; they are "
+                f"{', '.join(last)}"
+            )
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:

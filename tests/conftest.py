@@ -146,17 +146,15 @@ def ray_cluster() -> Iterator[RayCluster]:
     """Started once, apart from this process; asks for a token."""
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
     script = Path(__file__).parent / "two_nodes.py"
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(script)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **secret},
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    where = next((line for line in process.stdout if line.startswith("{")), None)
-    assert where is not None, "the cluster did not start; its error is above"
-    yield RayCluster(**json.loads(where), env=secret)
-    process.stdin.close()
-    process.wait(60)
+    ) as process:
+        assert process.stdout is not None
+        where = next((line for line in process.stdout if line.startswith("{")), None)
+        assert where is not None, "the cluster did not start; its error is above"
+        yield RayCluster(**json.loads(where), env=secret)
+        process.communicate(timeout=60)

@@ -216,7 +216,8 @@ def main() -> None:
     if not found:
         console.print("Every check holds.", style="bold green")
     if options.svg is not None:
-        console.save_svg(str(options.svg), title="make demo")
+        picture = console.export_svg(title="make demo")
+        options.svg.write_text(picture.replace(f"{Path.cwd()}/", ""))
     sys.exit(1 if found else 0)
 
 

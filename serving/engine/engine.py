@@ -20,13 +20,11 @@ from cluster.errors import (
     ConflictError,
     ContextLengthError,
     EngineError,
-    ModelNotFoundError,
-    OverloadedError,
     RequestError,
 )
-from cluster.spec import nearest
 from serving.adapters import LoweredAdapter, lower
-from serving.engine.batch import LoadedAdapter, build, page_slots
+from serving.engine.bank import AdapterBank
+from serving.engine.batch import LoadedAdapter, build
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.pages import PagePool
 from serving.engine.request import (
@@ -91,15 +89,14 @@ class Engine:
         except BaseModelError:
             self.tokenizer = None  # token ids alone then
         self._eos = _end_tokens(self.runner.model, self.tokenizer)
-        self._adapters: dict[str, LoadedAdapter] = {}  # least recently used first
-        self._retired: dict[str, LoadedAdapter] = {}  # removed, but some request still runs
+        self._bank = AdapterBank(spec, self.runner, self._pool, self._scheduler)
         self._answers: dict[str, _Answer] = {}
         self._count = self._steps = self._generated = self._preemptions = 0
 
     @property
     def adapters(self) -> list[str]:
         """The names of the adapters that requests can name."""
-        return list(self._adapters)
+        return self._bank.names
 
     @property
     def has_work(self) -> bool:
@@ -119,7 +116,7 @@ class Engine:
             waiting=len(self._scheduler.waiting),
             free_pages=self._pool.num_free,
             num_pages=self._pool.num_pages,
-            adapters=len(self._adapters),
+            adapters=len(self._bank.names),
             steps=self._steps,
             generated_tokens=self._generated,
             preemptions=self._preemptions,
@@ -150,20 +147,7 @@ class Engine:
             ConflictError: the name is taken.
             OverloadedError: no room among adapters or pages.
         """
-        if not name or name in self._adapters:
-            raise ConflictError(f"adapter {name!r}: is loaded already; remove it first")
-        if len(self._adapters) >= self.spec.max_adapters and not (evict and self._evict()):
-            raise OverloadedError(
-                f"adapter {name!r}: {len(self._adapters)} adapters are loaded, which is "
-                "engine.max_adapters; remove one or raise it"
-            )
-        pages = self._prefix_pages(name, lowered)
-        slots = page_slots(pages, self.spec.page_tokens)[: lowered.prefix_tokens]
-        if lowered.prefix is not None:
-            self.runner.write_prefix(lowered.prefix, slots)
-        self.runner.hooks.install(lowered.deltas)
-        self._adapters[name] = LoadedAdapter(_unique(name, self._count), lowered, pages, slots)
-        self._count += 1
+        self._bank.install(name, lowered, evict=evict)
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter away. Requests that use it finish; new ones are refused.
@@ -171,11 +155,7 @@ class Engine:
         Raises:
             ModelNotFoundError: there is no such adapter.
         """
-        loaded = self._adapters.pop(self._known(name))
-        if self._is_used(loaded):
-            self._retired[loaded.name] = loaded
-        else:
-            self._free(loaded)
+        self._bank.remove(name)
 
     def submit(self, request: GenerationRequest, request_id: str | None = None) -> str:
         """Queue a request; it joins at the next step. Returns its id.
@@ -267,7 +247,7 @@ class Engine:
             try:
                 while answer.sequence.num_left:
                     chunks = self._scheduler.schedule()
-                    batch = build(chunks, self._held(), self.spec.page_tokens, all_logits=True)
+                    batch = build(chunks, self._bank.held, self.spec.page_tokens, all_logits=True)
                     parts.append(self.runner.forward(batch).cpu())
                     answer.sequence.num_computed += chunks[0].count
             finally:
@@ -278,7 +258,7 @@ class Engine:
     def check(self) -> None:
         """Raise AssertionError unless pages, sequences and adapters agree (for tests)."""
         self._scheduler.check()
-        held = [page for loaded in self._held().values() for page in loaded.pages]
+        held = [page for loaded in self._bank.held.values() for page in loaded.pages]
         used = [page for sequence in self._scheduler for page in sequence.pages]
         assert not set(held) & set(used), "a request owns a prefix's page"
         assert len(held) + len(used) + self._pool.num_free == self._pool.num_pages
@@ -290,7 +270,7 @@ class Engine:
         ids = self._prompt_ids(request)
         loaded: LoadedAdapter | None = None
         if request.adapter is not None:
-            loaded = self._adapters[self._known(request.adapter)]
+            loaded = self._bank.get(request.adapter)
         prefix = loaded.lowered.prefix_tokens if loaded else 0
         room = self.max_context_tokens - prefix - len(ids)
         wanted = max(min_new_tokens, room) if request.max_tokens is None else request.max_tokens
@@ -330,9 +310,8 @@ class Engine:
     def _start(self, answer: _Answer) -> None:
         if answer.sequence.id in self._answers:
             raise ConflictError(f"request {answer.sequence.id!r}: is in progress already")
-        name = answer.request.adapter
-        if name is not None:
-            self._adapters[name] = self._adapters.pop(name)  # most recently used
+        if answer.request.adapter is not None:
+            self._bank.begin_use(answer.request.adapter)
         self._answers[answer.sequence.id] = answer
         self._scheduler.add(answer.sequence)
 
@@ -342,7 +321,7 @@ class Engine:
         """Each chunk with the token sampled behind it. Where a pass fails, its adapters are tried
         one by one, so that only requests of the guilty one fail; their ends go to `outputs`."""
         try:
-            logits_NV = self.runner.forward(build(chunks, self._held(), self.spec.page_tokens))
+            logits_NV = self.runner.forward(build(chunks, self._bank.held, self.spec.page_tokens))
             sampled = [chunk for chunk in chunks if chunk.is_sampled]
             tokens = sample(logits_NV, [self._sampling(chunk.sequence) for chunk in sampled])
         except Exception as error:
@@ -390,66 +369,14 @@ class Engine:
         del self._answers[answer.sequence.id]
         self._preemptions += answer.sequence.preemptions
         self._scheduler.remove(answer.sequence)
-        retired = self._retired.get(answer.sequence.adapter)
-        if retired is not None and not self._is_used(retired):
-            self._free(self._retired.pop(retired.name))
-
-    def _known(self, name: str) -> str:
-        if name not in self._adapters:
-            raise ModelNotFoundError(
-                f"adapter {name[:120]!r}: is not loaded{nearest(name, self._adapters)}"
-            )
-        return name
-
-    def _held(self) -> dict[str, LoadedAdapter]:
-        """Every adapter that a sequence may carry, by its unique name."""
-        held = {loaded.name: loaded for loaded in self._adapters.values()}
-        return held | self._retired
-
-    def _is_used(self, loaded: LoadedAdapter) -> bool:
-        return any(a.sequence.adapter == loaded.name for a in self._answers.values())
-
-    def _evict(self) -> bool:
-        idle = next((n for n, loaded in self._adapters.items() if not self._is_used(loaded)), None)
-        if idle is not None:
-            self.remove_adapter(idle)
-        return idle is not None
-
-    def _free(self, loaded: LoadedAdapter) -> None:
-        self.runner.hooks.uninstall(loaded.lowered.deltas)
-        self._pool.give_back(loaded.pages)
-
-    def _prefix_pages(self, name: str, lowered: LoweredAdapter) -> list[int]:
-        """Pages for a prefix, such that a whole context still fits beside all prefixes."""
-        page = self.spec.page_tokens
-        if lowered.prefix_tokens >= self.max_context_tokens:
-            raise ContextLengthError(
-                f"adapter {name!r}: its prefix of {lowered.prefix_tokens} tokens fills the context "
-                f"of {self.max_context_tokens}"
-            )
-        needed = -(-lowered.prefix_tokens // page)
-        held = sum(len(loaded.pages) for loaded in self._held().values())
-        context = -(-self.max_context_tokens // page)
-        if needed and held + needed + context > self._pool.num_pages:
-            raise OverloadedError(
-                f"adapter {name!r}: its prefix needs {needed} KV pages and the loaded ones hold "
-                f"{held} of {self._pool.num_pages}; raise engine.kv_cache_gib or remove one"
-            )
-        self._scheduler.reclaim(needed)
-        pages = self._pool.take(needed)
-        assert pages is not None, "preempting every request frees all pages but the prefixes'"
-        return pages
+        if answer.sequence.adapter:
+            self._bank.end_use(answer.sequence.adapter)
 
     def _check_idle(self) -> None:
         if self.has_work:
             raise ConflictError(
                 "submitted requests are in progress; step them to their ends, or cancel them"
             )
-
-
-def _unique(name: str, number: int) -> str:
-    """Two adapters of one name, the older still finishing, must not share a segment."""
-    return f"{name}#{number}"
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -364,7 +364,7 @@ def test_a_pass_that_raises_fails_its_own_adapter_alone(
 
     good = GenerationRequest(prompt="x", adapter="lora", max_tokens=4, ignore_eos=True)
     expected = engine.generate([good])[0].token_ids
-    shift = engine._adapters["bitfit"].lowered
+    shift = engine._bank.get("bitfit").lowered
 
     def fail(batch: Any) -> torch.Tensor:
         if any(segment.deltas is shift.deltas for segment in batch.body):

@@ -48,12 +48,11 @@ def run_case(case: Case, tokens: Path, place: Place) -> list[float]:
     def on_log(line: LogLine) -> None:
         losses.append(line.loss)
 
-    run(spec, backend, TokenRows(tokens), pad_id=256, place=place, start=progress,
+    run(spec, backend, TokenRows(tokens), place=place, start=progress,
         on_log=on_log, on_checkpoint=on_checkpoint)  # fmt: skip
     with backend.whole_parameters():
         if place.rank == 0:
-            model = getattr(backend.model, "module", backend.model)
-            METHODS[spec.method.kind].save(model, case.folder / "adapter")
+            METHODS[spec.method.kind].save(backend.adapted, case.folder / "adapter")
     return losses
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from training.methods import trainable_parameters
 from training.spec import OptimizerSpec
+from training.step import LossModel
 
 # The keys of a state: "param/<name>", "exp_avg/<name>", "exp_avg_sq/<name>".
 PARTS = ("param", "exp_avg", "exp_avg_sq")
@@ -23,7 +24,8 @@ PARTS = ("param", "exp_avg", "exp_avg_sq")
 class Backend(Protocol):
     """What the loop needs of an optimiser. Every method is collective: all workers call it."""
 
-    model: Any
+    model: Any  # called with a training.step.Batch; its loss
+    adapted: Any  # the model with its method on, as METHODS save it
 
     def set_learning_rate(self, value: float) -> None:
         """Before the step's first micro-batch."""
@@ -65,8 +67,8 @@ def build_optimizer(model: torch.nn.Module, spec: OptimizerSpec) -> torch.optim.
 class PlainBackend:
     """AdamW on every worker, gradients summed over workers: ZeRO stage 0, or no DeepSpeed."""
 
-    def __init__(self, model: torch.nn.Module, spec: OptimizerSpec) -> None:
-        self.model = model
+    def __init__(self, model: LossModel, spec: OptimizerSpec) -> None:
+        self.model, self.adapted = model, model.model
         self._parameters = trainable_parameters(model)
         self._optimizer = build_optimizer(model, spec)
         self._max_norm = spec.max_grad_norm or float("inf")

@@ -22,7 +22,7 @@ from training.backend import Backend
 from training.checkpoint import Progress
 from training.data import IGNORE, TokenRows, epoch_batches, micro_batches
 from training.spec import OptimizerSpec, TrainingSpec
-from training.step import Batch, collate, loss_sum
+from training.step import Batch, collate
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ def run(
     backend: Backend,
     rows: TokenRows,
     *,
-    pad_id: int,
     place: Place | None = None,
     start: Progress | None = None,
     on_log: Callable[[LogLine], None] = print,
@@ -103,9 +102,9 @@ def run(
         for part in micro_batches(
             taken, place.rank, place.world_size, spec.gradient_accumulation_steps
         ):
-            batch = _load(rows, part, pad_id, place.device)
+            batch = _load(rows, part, place.device)
             with _precision(spec, place.device):
-                loss = loss_sum(backend.model, batch)
+                loss = backend.model(batch)
             backend.backward(loss / label_count)
             meter.add_loss(loss.detach())
         grad_norm = backend.finish_step()
@@ -186,13 +185,13 @@ class _Meter:
         )
 
 
-def _load(rows: TokenRows, part: np.ndarray, pad_id: int, device: torch.device) -> Batch:
+def _load(rows: TokenRows, part: np.ndarray, device: torch.device) -> Batch:
     """The rows of a micro-batch. A worker that has none left still takes part in the collective
     calls of the step, with one row of which nothing is learned."""
     if len(part):
-        return collate([rows.row(int(i)) for i in part], pad_id, device)
+        return collate([rows.row(int(i)) for i in part], device)
     ids, labels = rows.row(int(rows.lengths.argmin()))
-    return collate([(ids, [IGNORE] * len(labels))], pad_id, device)
+    return collate([(ids, [IGNORE] * len(labels))], device)
 
 
 def _precision(spec: TrainingSpec, device: torch.device) -> torch.autocast | nullcontext[None]:

@@ -1,77 +1,232 @@
 """One forward pass and its exact loss.
 
-    B micro-batch rows    T padded tokens    N label tokens    V vocabulary    H hidden
+    T tokens of the micro-batch    P virtual tokens    N label tokens    V vocabulary    H hidden
 
 A step's loss is the sum of the negative log-likelihoods of its label tokens over their number,
-counted over all workers and micro-batches, so it does not depend on how the step is cut. Logits
-are made for label positions alone: no [B, T, V] exists. Knows nothing of optimisers or workers.
+counted over all workers and micro-batches, so it does not depend on how the step is cut. Rows lie
+end to end without padding where the base allows it (training.packed). Logits are made for label
+positions alone and, where nothing behind the output embedding changes them, a few rows at a time:
+then no [N, V] exists either. Knows nothing of optimisers or workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from cluster.errors import BaseModelError
 from training.data import IGNORE
+from training.packed import NAME, Layout, packed, prefix_of
+
+# Rows of logits that exist at once: 128 x 128,000 in float32 are 64 MiB.
+_LOGIT_ROWS = 128
+_PROBE_LENGTHS = (5, 9, 2)
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded rows, int64: ids [B, T], attention mask [B, T], the next token's label [B, T]."""
+    """The rows of a micro-batch end to end: `ids_T`, the next token's label `targets_T` (int64),
+    and where each row starts and ends."""
 
-    ids_BT: torch.Tensor
-    mask_BT: torch.Tensor
-    targets_BT: torch.Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens, padding left out."""
-        return int(self.mask_BT.sum())
+    ids_T: torch.Tensor
+    targets_T: torch.Tensor
+    bounds: Sequence[tuple[int, int]]
 
 
-def collate(
-    rows: Sequence[tuple[list[int], list[int]]], pad_id: int, device: torch.device
-) -> Batch:
-    """Pad (ids, labels) rows on the right; target t is label t + 1, the last one none."""
-    length = max(len(ids) for ids, _ in rows)
-    ids_BT = torch.full((len(rows), length), pad_id)
-    mask_BT = torch.zeros((len(rows), length), dtype=torch.long)
-    targets_BT = torch.full((len(rows), length), IGNORE)
-    for row, (ids, labels) in enumerate(rows):
-        ids_BT[row, : len(ids)] = torch.tensor(ids)
-        mask_BT[row, : len(ids)] = 1
-        targets_BT[row, : len(ids) - 1] = torch.tensor(labels[1:])
-    return Batch(ids_BT.to(device), mask_BT.to(device), targets_BT.to(device))
+def collate(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) -> Batch:
+    """(ids, labels) rows to a batch; target t is label t + 1, a row's last one none."""
+    ids: list[int] = []
+    targets: list[int] = []
+    bounds: list[tuple[int, int]] = []
+    for row_ids, row_labels in rows:
+        bounds.append((len(ids), len(ids) + len(row_ids)))
+        ids += row_ids
+        targets += [*row_labels[1:], IGNORE]
+    return Batch(
+        torch.tensor(ids, device=device), torch.tensor(targets, device=device), tuple(bounds)
+    )
 
 
-def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
-    """Sum of the label tokens' negative log-likelihoods, float32 scalar with a graph."""
-    chosen_BT = batch.targets_BT != IGNORE
-    with _head_at(model, chosen_BT):
-        logits_NV = model(
-            input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False
-        ).logits
-    return cross_entropy(logits_NV.float(), batch.targets_BT[chosen_BT], reduction="sum")
+class LossModel(torch.nn.Module):
+    """A model with its method on; its forward is the loss of a batch.
 
+    When it is made, it runs a small batch in each way, and takes packing and the loss by parts
+    only where they agree with the base's own: other bases are padded, with whole logits.
 
-@contextmanager
-def _head_at(model: Any, chosen_BT: torch.Tensor) -> Generator[None]:
-    """Let the output embedding see the hidden states at `chosen_BT` alone, as [N, H].
-
-    Soft prompts make the sequence longer at its front, so positions count from the end.
+    Args:
+        is_sharded: The output embedding's weight is not here outside its own forward (ZeRO 3).
     """
 
-    def select(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        return (args[0][:, -chosen_BT.shape[1] :][chosen_BT],)
+    def __init__(self, model: torch.nn.Module, *, is_sharded: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        # Any: PEFT's wrappers and transformers' models have no common type.
+        whole: Any = model
+        self._base: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+        config: Any = getattr(model, "active_peft_config", None)
+        self._soft_prompt: str | None = (
+            config.peft_type.value if config is not None and config.is_prompt_learning else None
+        )
+        self.is_packed = self.has_plain_head = False
+        self._choose(is_sharded)
 
-    inner = getattr(model, "module", model)  # DeepSpeed's engine wraps the model
-    hook = inner.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Sum of the label tokens' negative log-likelihoods, float32 scalar with a graph."""
+        targets_N = batch.targets_T[batch.targets_T != IGNORE]
+        hidden_NH, logits_NV = self._run_packed(batch) if self.is_packed else self._run(batch)
+        if not self.has_plain_head:
+            return cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+        head = self._base.get_output_embeddings()
+        loss: Any = HeadLoss.apply(hidden_NH, head.weight, head.bias, targets_N)
+        return loss
+
+    def _run(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden [N, H], logits [N, V]) at label positions, rows padded on the right."""
+        length = max(end - start for start, end in batch.bounds)
+        shape = (len(batch.bounds), length)
+        ids_BL = batch.ids_T.new_zeros(shape)
+        mask_BL, targets_BL = torch.zeros_like(ids_BL), torch.full_like(ids_BL, IGNORE)
+        for row, (start, end) in enumerate(batch.bounds):
+            ids_BL[row, : end - start] = batch.ids_T[start:end]
+            targets_BL[row, : end - start] = batch.targets_T[start:end]
+            mask_BL[row, : end - start] = 1
+        with _HeadAt(self._base, targets_BL != IGNORE, whole=not self.has_plain_head) as head:
+            logits = self.model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
+        return head.hidden_NH, logits
+
+    def _run_packed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for rows end to end; soft prompts are put in front of each row here."""
+        inputs: dict[str, torch.Tensor] = {"input_ids": batch.ids_T[None]}
+        chosen_T, bounds = batch.targets_T != IGNORE, batch.bounds
+        layout, model, first = Layout(bounds), self.model, 0
+        if self._soft_prompt is not None:
+            prompt: Any = self.model.get_prompt(1)  # type: ignore[operator]
+            model = self._base
+            if self._soft_prompt == "PREFIX_TUNING":
+                prefix = prefix_of(prompt)
+                layout, first = Layout(bounds, prefix), prefix[0][0].shape[2]
+            else:
+                embeddings_TH = self._base.get_input_embeddings()(batch.ids_T)
+                inputs = {"inputs_embeds": _in_front(prompt[0], embeddings_TH, bounds)[None]}
+                chosen_T = _in_front(chosen_T.new_zeros(prompt.shape[1]), chosen_T, bounds)
+                layout = Layout(_grown(bounds, prompt.shape[1]))
+        positions_T = torch.cat(
+            [torch.arange(first, first + end - start) for start, end in layout.bounds]
+        )
+        with (
+            packed(layout),
+            _HeadAt(self._base, chosen_T[None], whole=not self.has_plain_head) as head,
+        ):
+            logits = model(
+                **inputs, position_ids=positions_T.to(chosen_T.device)[None], use_cache=False
+            ).logits
+        return head.hidden_NH, logits
+
+    @torch.no_grad()
+    def _choose(self, is_sharded: bool) -> None:
+        """Set `is_packed` and `has_plain_head` by what agrees with the padded pass."""
+        parameter = next(self._base.parameters())
+        rows = [([n + i for i in range(n)], [n + i for i in range(n)]) for n in _PROBE_LENGTHS]
+        batch = collate(rows, parameter.device)
+        was_training = self.training
+        self.eval()
+        hidden_NH, expected_NV = self._run(batch)
+        tolerance = _TOLERANCE[parameter.dtype] * max(1e-6, float(expected_NV.abs().max()))
+        head = self._base.get_output_embeddings()
+        if not is_sharded and type(head) is torch.nn.Linear and not head.weight.requires_grad:
+            difference = (head(hidden_NH) - expected_NV).abs().max()
+            self.has_plain_head = bool(difference <= tolerance)
+        own = self._base.config._attn_implementation
+        try:
+            self._base.set_attn_implementation(NAME)
+            self.is_packed = True
+            packed_NH, _ = self._run_packed(batch)
+            scale = float(hidden_NH.abs().max())
+            difference = (packed_NH - hidden_NH).abs().max() / max(1e-6, scale)
+            self.is_packed = bool(difference <= _TOLERANCE[parameter.dtype])
+        except (BaseModelError, ValueError, RuntimeError, TypeError, AttributeError):
+            self.is_packed = False
+        if not self.is_packed:
+            self._base.set_attn_implementation(own)
+        self.train(was_training)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Cross entropy of a frozen output embedding, summed, with its gradient made on the way.
+
+    Each part of logits serves the loss and the gradient at once, so neither logits nor their
+    gradient exist in full, and nothing is computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_N: torch.Tensor,
+    ) -> torch.Tensor:
+        """The sum, float32."""
+        loss = hidden_NH.new_zeros((), dtype=torch.float32)
+        gradient_NH = torch.empty_like(hidden_NH)
+        for start in range(0, len(targets_N), _LOGIT_ROWS):
+            rows = slice(start, start + _LOGIT_ROWS)
+            logits_RV = torch.nn.functional.linear(hidden_NH[rows], weight_VH, bias_V).float()
+            target_R1 = targets_N[rows, None]
+            log_sum_R1 = logits_RV.logsumexp(-1, keepdim=True)
+            loss += (log_sum_R1 - logits_RV.gather(-1, target_R1)).sum()
+            gradient_RV = logits_RV.sub_(log_sum_R1).exp_()
+            gradient_RV.scatter_add_(-1, target_R1, -torch.ones_like(log_sum_R1))
+            gradient_NH[rows] = gradient_RV.to(weight_VH.dtype) @ weight_VH
+        ctx.save_for_backward(gradient_NH)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """The gradient of the hidden states; the head is frozen."""
+        (gradient_NH,) = ctx.saved_tensors
+        return gradient_NH * grads[0].to(gradient_NH.dtype), None, None, None
+
+
+class _HeadAt:
+    """The scope of a forward pass in which the output embedding sees label positions alone.
+
+    `hidden_NH` is what it would have seen. Unless `whole`, it gets only the first of them, to
+    satisfy the model that calls it. Soft prompts of a padded pass make the sequence longer at
+    its front, so positions count from the end.
+    """
+
+    hidden_NH: torch.Tensor
+
+    def __init__(self, base: Any, chosen_BT: torch.Tensor, *, whole: bool) -> None:
+        self._chosen_BT, self._whole = chosen_BT, whole
+        self._head = base.get_output_embeddings()
+
+    def __enter__(self) -> _HeadAt:
+        self._hook = self._head.register_forward_pre_hook(self._select)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _select(self, _: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        self.hidden_NH = args[0][:, -self._chosen_BT.shape[1] :][self._chosen_BT]
+        return (self.hidden_NH if self._whole else self.hidden_NH[:1],)
+
+
+def _in_front(
+    prompt_P: torch.Tensor, values_T: torch.Tensor, bounds: Sequence[tuple[int, int]]
+) -> torch.Tensor:
+    """`values_T` with `prompt_P` in front of each row."""
+    prompt_P = prompt_P.to(values_T.dtype)
+    return torch.cat([part for a, b in bounds for part in (prompt_P, values_T[a:b])])
+
+
+def _grown(bounds: Sequence[tuple[int, int]], by: int) -> list[tuple[int, int]]:
+    """The bounds of rows that each got `by` tokens more in front."""
+    return [(a + row * by, b + (row + 1) * by) for row, (a, b) in enumerate(bounds)]

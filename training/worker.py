@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cluster.base_model import load_base, load_tokenizer
+from cluster.base_model import load_base
 from cluster.spec import parse_spec
 from cluster.store import open_store
 from training.backend import Backend, PlainBackend
@@ -20,6 +20,7 @@ from training.data import TokenRows
 from training.loop import LogLine, Place, count_steps, run
 from training.methods import METHODS, count_parameters
 from training.spec import TrainingSpec
+from training.step import LossModel
 
 ADAPTER_FOLDER = "adapter"
 
@@ -51,7 +52,6 @@ def train_worker(config: Mapping[str, Any]) -> None:
         spec,
         backend,
         rows,
-        pad_id=load_tokenizer(spec.base_model).eos_token_id,
         place=place,
         start=start,
         on_log=on_log,
@@ -66,11 +66,12 @@ def build_backend(spec: TrainingSpec, place: Place) -> Backend:
     base = load_base(spec.base_model, dtype)
     model = METHODS[spec.method.kind].attach(base, spec.method, spec.base_model)
     model.to(place.device).train()
+    loss_model = LossModel(model, is_sharded=spec.zero.stage == 3)
     if spec.zero.stage == 0:
-        return PlainBackend(model, spec.optimizer)
+        return PlainBackend(loss_model, spec.optimizer)
     from training.zero import ZeroBackend
 
-    return ZeroBackend(model, spec)
+    return ZeroBackend(loss_model, spec)
 
 
 def _device(spec: TrainingSpec) -> torch.device:
@@ -105,8 +106,7 @@ def _resume(backend: Backend) -> Progress:
 
 
 def _announce(spec: TrainingSpec, backend: Backend, steps: int, start: Progress) -> None:
-    model: Any = getattr(backend.model, "module", backend.model)
-    trained, total = count_parameters(model)
+    trained, total = count_parameters(backend.adapted)
     verb = f"going on from step {start.step}" if start.step else "training"
     print(
         f"{verb}: {spec.method.kind}, {trained:,} of {total:,} parameters "
@@ -123,8 +123,7 @@ def _report(
     import ray.train
 
     state = backend.full_state()
-    model: Any = getattr(backend.model, "module", backend.model)
-    trained, total = count_parameters(model)
+    trained, total = count_parameters(backend.adapted)
     metrics = {
         "step": progress.step,
         "loss": progress.curve[-1][1] if progress.curve else None,
@@ -140,7 +139,7 @@ def _report(
         if is_last:
             with backend.whole_parameters():
                 if place.rank == 0:
-                    METHODS[spec.method.kind].save(model, folder / ADAPTER_FOLDER)
+                    METHODS[spec.method.kind].save(backend.adapted, folder / ADAPTER_FOLDER)
         if place.rank == 0:
             write_checkpoint(folder, state, progress)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))

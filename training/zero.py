@@ -17,6 +17,7 @@ import torch.distributed as dist
 from training.backend import PARTS, build_optimizer
 from training.methods import trainable_parameters
 from training.spec import TrainingSpec
+from training.step import LossModel
 
 
 def deepspeed_settings(spec: TrainingSpec) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def deepspeed_settings(spec: TrainingSpec) -> dict[str, Any]:
 class ZeroBackend:
     """AdamW under ZeRO stage 1, 2 or 3. Needs torch.distributed to be initialised."""
 
-    def __init__(self, model: torch.nn.Module, spec: TrainingSpec) -> None:
+    def __init__(self, model: LossModel, spec: TrainingSpec) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         import deepspeed
 
@@ -59,6 +60,7 @@ class ZeroBackend:
             dist_init_required=False,
         )
         self.model: Any = engine
+        self.adapted: Any = model.model
         self._optimizer: Any = optimizer
         self._parameters = trainable_parameters(engine.module)
         # DeepSpeed averages over workers and micro-batches; the loop hands in shares of a sum.

@@ -129,7 +129,7 @@ def evaluate(answers: Path, versions: Mapping[str, AdapterVersion]) -> list[Resu
 def show(console: Console, results: list[Result], report: BatchReport) -> None:
     """The table, and the batch's speed."""
     table = Table(
-        "task", "method", "trained", "of all", "base", "adapter", "train tok/s", "generate tok/s",
+        "task", "method", "trained", "of all", "base", "adapter", "train\ntok/s", "generate\ntok/s",
         title="Parameters trained, exact match on 200 held-out rows, speed", box=box.SIMPLE,
     )  # fmt: skip
     for result in results:

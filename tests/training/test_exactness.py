@@ -9,15 +9,12 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import byte_tokenizer
-from torch.nn.functional import cross_entropy
 from workers import Case, run_case, run_cases, state_of, weights_of
 
 from cluster.tables import write_table
-from training.data import IGNORE, tokenize
+from training.data import tokenize
 from training.loop import Place
-from training.methods import METHODS
 from training.spec import DataSpec
-from training.step import collate, loss_sum
 
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "r": 4},
@@ -137,27 +134,6 @@ def test_training_lowers_the_loss(
     settings["optimizer"] = {"learning_rate": 0.5 if method == "prompt_tuning" else 0.02}
     losses = run_case(Case(settings, tmp_path), tokens, Place())
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
-
-
-@pytest.mark.parametrize("method", METHOD_SETTINGS)
-def test_the_loss_is_that_of_the_whole_logits(method: str, bases: Callable[[str], Path]) -> None:
-    """Logits at label positions alone, against the textbook: all logits, shifted, masked."""
-    from adapters import load
-
-    from cluster.spec import parse_spec
-    from training.spec import TrainingSpec
-
-    base = bases("llama")
-    settings = parse_spec(TrainingSpec, spec(base, method, ALONE)).method
-    model = METHODS[settings.kind].attach(load(base), settings, str(base)).eval()
-    rows = [([1, 2, 3, 4, 5], [IGNORE, IGNORE, 3, 4, 5]), ([9, 8, 7], [9, 8, 7])]
-    batch = collate(rows, 0, torch.device("cpu"))
-    expected = torch.tensor(0.0)
-    with torch.no_grad():
-        for ids, labels in rows:
-            logits = model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :]
-            expected += cross_entropy(logits[:-1], torch.tensor(labels[1:]), reduction="sum")
-        assert abs(float(loss_sum(model, batch) - expected)) < 1e-4
 
 
 def test_divergence_names_the_last_good_checkpoint(

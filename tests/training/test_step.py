@@ -1,0 +1,126 @@
+"""The loss of one pass: packed rows, logits by parts, against the textbook: all logits, alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import load, randomize
+from torch.nn.functional import cross_entropy
+
+from cluster.spec import parse_spec
+from training.data import IGNORE
+from training.methods import METHODS, trainable_parameters
+from training.spec import TrainingSpec
+from training.step import HeadLoss, LossModel, collate
+
+Bases = Callable[[str], Path]
+DEVICE = torch.device("cpu")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "r": 4},
+    "bitfit": {"kind": "bitfit"},
+    "prompt_tuning": {"kind": "prompt_tuning", "num_virtual_tokens": 4},
+    "prefix_tuning": {"kind": "prefix_tuning", "num_virtual_tokens": 4, "projection": True},
+}
+ROWS = [
+    ([1, 2, 3, 4, 5], [IGNORE, IGNORE, 3, 4, 5]),
+    ([9, 8, 7], [9, 8, 7]),
+    (list(range(30, 60)), [IGNORE] * 10 + list(range(40, 60))),
+    ([4, 4], [IGNORE, 4]),
+]
+
+
+def adapted(base: Path, method: str) -> Any:
+    document = {
+        "base_model": str(base), "method": SETTINGS[method], "data": {"train": "x"},
+        "output": {"name": "x"},
+    }  # fmt: skip
+    spec = parse_spec(TrainingSpec, document).method
+    torch.manual_seed(0)
+    model = METHODS[spec.kind].attach(load(base), spec, str(base))
+    randomize(model)
+    return model.eval()
+
+
+def textbook(model: Any) -> torch.Tensor:
+    """Each row alone, all of its logits, labels shifted by one."""
+    loss = torch.zeros(())
+    for ids, labels in ROWS:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :]
+        target = torch.tensor(labels[1:])
+        loss = loss + cross_entropy(logits[:-1], target, reduction="sum", ignore_index=IGNORE)
+    return loss
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gpt2", "bloom"])
+def test_loss_and_gradients_are_those_of_the_textbook(
+    bases: Bases, family: str, method: str
+) -> None:
+    if (family, method) == ("bloom", "prefix_tuning"):
+        pytest.skip("PEFT's prefix tuning does not fit BLOOM's cache of transformers 5")
+    model = adapted(bases(family), method)
+    expected = textbook(model)
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in trainable_parameters(model).items()}
+    model.zero_grad()
+    measured = LossModel(model).eval()
+    loss = measured(collate(ROWS, DEVICE))
+    loss.backward()
+    assert measured.is_packed == (family != "bloom")
+    assert measured.has_plain_head
+    assert abs(float(loss.detach() / expected.detach()) - 1) < 1e-5
+    scale = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, parameter in trainable_parameters(model).items():
+        assert (parameter.grad - gradients[name]).abs().max() < 1e-4 * scale, name
+
+
+def test_a_head_with_something_behind_it_keeps_its_whole_logits(bases: Bases) -> None:
+    """A soft cap on the logits, as Gemma 2 has: the parts would be wrong, and it is noticed."""
+    model = adapted(bases("llama"), "lora")
+
+    def cap(_module: object, _inputs: object, output: Any) -> None:
+        output.logits = 3 * torch.tanh(output.logits / 3)
+
+    model.get_base_model().register_forward_hook(cap)
+    expected = textbook(model)
+    measured = LossModel(model).eval()
+    assert not measured.has_plain_head
+    assert abs(float((measured(collate(ROWS, DEVICE)) - expected).detach())) < 1e-3
+
+
+def test_rows_do_not_touch(bases: Bases) -> None:
+    """What stands in one row changes nothing of another's loss."""
+    measured = LossModel(adapted(bases("llama"), "lora")).eval()
+    one, other = ROWS[2], ([5] * 30, [IGNORE] * 30)
+    with torch.no_grad():
+        alone = measured(collate([one], DEVICE))
+        beside = measured(collate([other, one, other], DEVICE))
+    assert abs(float(alone - beside)) < 1e-4
+
+
+def test_a_batch_without_labels_is_a_zero_with_a_graph(bases: Bases) -> None:
+    measured = LossModel(adapted(bases("llama"), "lora"))
+    loss = measured(collate([([1, 2, 3], [IGNORE] * 3)], DEVICE))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert all(
+        not p.grad.any() for p in trainable_parameters(measured).values() if p.grad is not None
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 127, 128, 300])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_loss_by_parts_is_cross_entropy(count: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    weight, offset = torch.randn(50, 8), torch.randn(50) if bias else None
+    targets = torch.randint(50, (count,))
+    hidden = torch.randn(count, 8)
+    whole, parts = (hidden.clone().requires_grad_() for _ in range(2))
+    expected = cross_entropy(whole @ weight.T + (offset if bias else 0), targets, reduction="sum")
+    (2 * expected).backward()
+    loss = HeadLoss.apply(parts, weight, offset, targets)
+    (2 * loss).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(parts.grad, whole.grad)

@@ -43,8 +43,10 @@ def load_tokenizer(path: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise BaseModelError(f"base_model {path}: its tokenizer does not load: {error}") from error
+    except Exception as error:  # tokenizers raises plain Exceptions for a damaged file
+        raise BaseModelError(
+            f"base_model {path}: its tokenizer does not load ({error}); save it there anew"
+        ) from error
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:

@@ -55,13 +55,15 @@ class EngineThread:
         def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
+                    if self._stopping.is_set():
+                        raise UnavailableError("the engine of this replica has stopped; try again")
                     future.set_result(function())
                 except BaseException as error:
                     future.set_exception(error)
 
-        if not self.is_alive:
-            raise UnavailableError("the engine of this replica has stopped; try another")
         self._commands.put(run)
+        if not self._thread.is_alive():
+            self._run_commands(block=False)  # nobody else will; `run` refuses
         return await asyncio.wrap_future(future)
 
     async def generate(
@@ -115,6 +117,7 @@ class EngineThread:
             raise
         finally:
             self._stopping.set()
+            self._run_commands(block=False)
             ended = [
                 TokenOutput(i, (), "", FinishReason.ERROR, "the replica stopped")
                 for i in self._listeners

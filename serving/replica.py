@@ -45,11 +45,6 @@ class Replica:
         """The engine's counts."""
         return self._thread.engine.stats
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether requests can run."""
-        return self._thread.is_alive
-
     async def generate(
         self, request: GenerationRequest, adapter: AdapterVersion | None, *, stream: bool
     ) -> AsyncGenerator[TokenOutput]:
@@ -87,9 +82,10 @@ class Replica:
     ) -> AsyncGenerator[TokenOutput]:
         """Start the request with its adapter in the engine, waiting for room if it is full."""
         waited_s = 0.0
+        lowered: LoweredAdapter | None = None
         while True:
-            lowered: LoweredAdapter | None = None
-            if adapter is not None and adapter.ref not in self._thread.engine.adapters:
+            is_missing = adapter is not None and adapter.ref not in self._thread.engine.adapters
+            if adapter is not None and is_missing and lowered is None:
                 lowered = await self._load(adapter)
 
             def prepare(lowered: LoweredAdapter | None = lowered) -> None:

@@ -23,8 +23,9 @@ class EngineSpec(Spec):
     threads: PositiveInt | None = Field(
         None, description="CPU threads of the forward pass; torch's default if not given."
     )
-    max_context_tokens: PositiveInt | None = Field(
+    max_context_tokens: int | None = Field(
         None,
+        ge=2,
         description="Longest prompt with answer, in tokens; the base's own limit if not given.",
     )
     max_running_requests: PositiveInt = Field(

@@ -39,6 +39,24 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: transformers.GPT2Config(
         **_COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT
     ),
+    "gemma": lambda: transformers.GemmaConfig(**_LLAMA_LIKE, head_dim=16),
+    "opt": lambda: transformers.OPTConfig(
+        **_COMMON,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        word_embed_proj_dim=32,
+    ),
+    "phi": lambda: transformers.PhiConfig(**_LLAMA_LIKE, qk_layernorm=True),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **_LLAMA_LIKE,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
     "bloom": lambda: transformers.BloomConfig(**_COMMON, hidden_size=32, n_layer=2, n_head=4),
 }
 CHAT_TEMPLATE = (

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from cluster.errors import AdapterError
 from serving.adapters.primitives import LinearDelta
 
 
@@ -39,6 +40,42 @@ class DeltaHooks:
         self._users: dict[str, int] = {}
         self._body: Sequence[Segment] = ()
         self._head_rows: Sequence[Segment] = ()
+        # Which dimension of a module's output counts the step's tokens, by name.
+        self._rows_dim: dict[str, int] = {}
+
+    @contextmanager
+    def learning(self, num_rows: int) -> Generator[None]:
+        """The scope of one forward pass of `num_rows` tokens that shows where each module has
+        them: [1, T, O], [T, O] in experts, [1, H, T, D] in norms of heads. A module that shows
+        them nowhere, or in two places, cannot be changed for some rows alone."""
+
+        def look(name: str) -> Any:
+            def note(_: torch.nn.Module, _args: object, output: object) -> None:
+                shape = output.shape[:-1] if isinstance(output, torch.Tensor) else ()
+                if list(shape).count(num_rows) == 1:
+                    self._rows_dim[name] = list(shape).index(num_rows)
+
+            return note
+
+        handles = [m.register_forward_hook(look(n)) for n, m in self._modules.items() if n]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            if self._head is not None:
+                # It sees the wanted rows alone, as [1, N, hidden].
+                self._rows_dim |= {n: 1 for n, m in self._modules.items() if m is self._head}
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise AdapterError for a module that cannot be changed for some rows alone."""
+        wrong = next((name for name in names if name not in self._rows_dim), None)
+        if wrong is not None:
+            raise AdapterError(
+                f"the adapter changes module {wrong!r}, which does not see the tokens of a step "
+                "one by one in this base (a router or an expert, say); leave it out of the "
+                "adapter's targets"
+            )
 
     def install(self, names: Iterable[str]) -> None:
         """Count one more adapter that changes the modules `names`."""
@@ -66,24 +103,23 @@ class DeltaHooks:
             self._body = self._head_rows = ()
 
     def _hook(self, name: str, module: torch.nn.Module) -> Any:
-        is_head = module is self._head
+        is_head, rows_dim = module is self._head, self._rows_dim[name]
 
         def apply(_: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            y_TO = output.view(-1, output.shape[-1])
-            x = args[0]
             for segment in self._head_rows if is_head else self._body:
                 delta = segment.deltas.get(name)
                 if delta is not None:
-                    rows = slice(segment.start, segment.end)
-                    _add(y_TO[rows], x.reshape(-1, *x.shape[2:])[rows], delta)
+                    size = segment.end - segment.start
+                    y, x = (t.narrow(rows_dim, segment.start, size) for t in (output, args[0]))
+                    _add(y, x, delta)
 
         return apply
 
 
-def _add(y_TO: torch.Tensor, x: torch.Tensor, delta: LinearDelta) -> None:
-    """y += (x A) B + shift, in place. `x` is [T, I], or token ids [T] for an embedding."""
+def _add(y: torch.Tensor, x: torch.Tensor, delta: LinearDelta) -> None:
+    """y += (x A) B + shift, in place. y is [..., O]; x [..., I], or token ids for an embedding."""
     if delta.a_Ir is not None and delta.b_rO is not None:
-        low_Tr = x @ delta.a_Ir if x.is_floating_point() else delta.a_Ir[x]
-        y_TO.addmm_(low_Tr, delta.b_rO)
+        low_Tr = (x @ delta.a_Ir if x.is_floating_point() else delta.a_Ir[x]).flatten(0, -2)
+        y.view(-1, y.shape[-1]).addmm_(low_Tr, delta.b_rO)
     if delta.shift_O is not None:
-        y_TO += delta.shift_O
+        y += delta.shift_O

@@ -7,7 +7,6 @@ must be empty.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -36,7 +35,7 @@ def refuse_unread(folder: AdapterFolder, read: Collection[str], neutral: Collect
 def number(folder: AdapterFolder, value: Any, key: str, *, whole: bool = False) -> float:
     """`value` as a positive finite number. Raises AdapterError."""
     sound = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not sound or not math.isfinite(value) or not 0 < value < 1e9:
+    if not sound or not 0 < value < 1e9:  # NaN and any infinity fail this too
         kind = "whole number" if whole else "number"
         raise fault(folder.path, CONFIG, f"has {key} = {str(value)[:80]!r}, not a positive {kind}")
     return value

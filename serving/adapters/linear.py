@@ -2,6 +2,8 @@
 
 LoRA (Hu et al. 2021, arXiv:2106.09685): W' = W + s B A, so y' = y + s (x Aᵀ) Bᵀ, with s = alpha / r
 (rsLoRA, arXiv:2312.03732: alpha / √r). BitFit (arXiv:2106.10199): y' = y + (b' - b).
+
+    I in    O out    r rank
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ _LORA_READ = {
 }  # fmt: skip
 # Starting values that leave the base's weights alone. Others (PiSSA, OLoRA, …) take a part of them
 # into the adapter, so that B A alone is not the change.
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_BASE_WEIGHT = re.compile(r"(.+)\.base_layer\.weight")
 
 
 def lower_lora(
@@ -42,7 +45,7 @@ def lower_lora(
     """A LoRA folder as deltas. Raises AdapterError for whatever does not fit the target."""
     refuse_unread(folder, _LORA_READ, _TRAINED_WITH)
     start = folder.config.get("init_lora_weights", True)
-    if not any(start is plain or start == plain for plain in _PLAIN_STARTS):
+    if (start.lower() if isinstance(start, str) else start) not in _PLAIN_STARTS:
         raise fault(
             folder.path,
             CONFIG,
@@ -61,6 +64,8 @@ def lower_lora(
             scale = _scale(folder, module) if match[2] == "lora_B.bias" else None
             change = tensor.float() * scale if scale else _change_of_bias(tensor, shape)
             shifts[module] = shifts.get(module, 0) + _fit_shift(folder, key, change, shape)
+        elif match := _BASE_WEIGHT.fullmatch(name):
+            _check_base_weight(folder, key, tensor, _shape_of(folder, key, match[1], target))
         else:
             raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which is not of a LoRA")
     deltas = {
@@ -69,6 +74,21 @@ def lower_lora(
     }
     deltas |= {module: LinearDelta(shift_O=shift) for module, shift in shifts.items()}
     return LoweredAdapter({name: _placed(delta, target) for name, delta in deltas.items()})
+
+
+def _check_base_weight(
+    folder: AdapterFolder, key: str, tensor: torch.Tensor, shape: ModuleShape
+) -> None:
+    """PEFT saves a copy of an embedding that a LoRA is on; it must be the base's own."""
+    own = shape.weight
+    if own is None or own.shape != tensor.shape or not torch.equal(tensor.to(own.dtype), own.cpu()):
+        raise fault(
+            folder.path,
+            WEIGHTS,
+            f"has {key!r}, which differs from the base's weights; only an adapter over unchanged "
+            "weights is served: save it with save_embedding_layers=False if they should be the "
+            "base's",
+        )
 
 
 def lower_bitfit(
@@ -130,7 +150,7 @@ def _low_rank(
             f"has A, B of {module!r} with shapes {found}, where the base {target.name} and rank "
             f"{rank} need {expected}; the adapter was made for another base ({folder.base_model})",
         )
-    b_Or = parts["B"].float() * _scale(folder, module)
+    b_Or = parts["B"].float() * _scale(folder, module) * shape.scale
     return LinearDelta(parts["A"].float().T, b_Or.T, shift)
 
 

@@ -57,9 +57,3 @@ class LoweredAdapter:
         if isinstance(self.prefix, EmbeddingPrefix):
             return self.prefix.embeddings_PH.shape[0]
         return self.prefix.keys_LPKD.shape[1]
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the deltas."""
-        parts = [t for d in self.deltas.values() for t in (d.a_Ir, d.b_rO, d.shift_O)]
-        return sum(part.nbytes for part in parts if part is not None)

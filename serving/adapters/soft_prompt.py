@@ -3,6 +3,8 @@
 Prompt tuning (Lester et al. 2021, arXiv:2104.08691) puts vectors in front of the input; prefix
 tuning (Li & Liang 2021, arXiv:2101.00190) puts keys and values in front of every layer, which PEFT
 stores after its projection, without rotary embedding.
+
+    P prefix tokens    H hidden    L layers    K key/value heads    D head size
 """
 
 from __future__ import annotations
@@ -50,6 +52,13 @@ def _read(
 ) -> torch.Tensor:
     """The one tensor [P, width], in the engine's dtype on its device."""
     refuse_unread(folder, _READ, _TRAINED_WITH)
+    if target.refuses_prefix is not None:
+        raise fault(
+            folder.path,
+            CONFIG,
+            f"is a prefix, and the base {target.name} has {target.refuses_prefix}, with which "
+            "prefixes are not served; train a LoRA or BitFit instead",
+        )
     if folder.config.get("num_transformer_submodules") not in (None, 1):
         raise fault(folder.path, CONFIG, "is of an encoder-decoder; decoders alone are served")
     if set(tensors) != {_KEY}:

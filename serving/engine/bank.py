@@ -6,12 +6,7 @@ name that no new request can get. Knows the runner's hooks and pages; no request
 
 from __future__ import annotations
 
-from cluster.errors import (
-    ConflictError,
-    ContextLengthError,
-    ModelNotFoundError,
-    OverloadedError,
-)
+from cluster.errors import AdapterError, ConflictError, ModelNotFoundError, OverloadedError
 from cluster.spec import nearest
 from serving.adapters import LoweredAdapter
 from serving.engine.batch import LoadedAdapter, page_slots
@@ -57,15 +52,22 @@ class AdapterBank:
         """See Engine.install_adapter."""
         if not name or name in self._named:
             raise ConflictError(f"adapter {name!r}: is loaded already; remove it first")
-        if len(self._named) >= self._spec.max_adapters and not (evict and self._evict()):
-            raise OverloadedError(
-                f"adapter {name!r}: {len(self._named)} adapters are loaded, which is "
-                "engine.max_adapters; remove one or raise it"
-            )
-        pages = self._prefix_pages(name, lowered)
+        needed = self._fitting_pages(name, lowered)
+        while (reason := self._lack(needed)) is not None:
+            if not (evict and self._evict()):
+                raise OverloadedError(f"adapter {name!r}: {reason}")
+        self._scheduler.reclaim(needed)
+        pages = self._pool.take(needed)
+        assert pages is not None, "preempting every request frees all pages but the prefixes'"
         slots = page_slots(pages, self._spec.page_tokens)[: lowered.prefix_tokens]
-        if lowered.prefix is not None:
-            self._runner.write_prefix(lowered.prefix, slots)
+        try:
+            if lowered.prefix is not None:
+                self._runner.write_prefix(lowered.prefix, slots)
+        except Exception as error:
+            self._pool.give_back(pages)
+            raise AdapterError(
+                f"adapter {name!r}: the base cannot compute its prefix: {error}"
+            ) from error
         self._runner.hooks.install(lowered.deltas)
         # Two adapters of one name, the older still finishing, must not share a segment.
         unique = f"{name}#{self._installed}"
@@ -105,22 +107,41 @@ class AdapterBank:
             self.remove(idle)
         return idle is not None
 
-    def _prefix_pages(self, name: str, lowered: LoweredAdapter) -> list[int]:
-        """Pages for a prefix, such that a whole context still fits beside all prefixes."""
+    def _lack(self, pages: int) -> str | None:
+        """Why one more adapter with so many pages has no room now; None if it has.
+
+        A whole context must still fit beside all prefixes.
+        """
+        if len(self._named) >= self._spec.max_adapters:
+            return (
+                f"{len(self._named)} adapters are loaded, which is engine.max_adapters; "
+                "remove one or raise it"
+            )
+        taken = sum(len(loaded.pages) for loaded in self._held.values())
+        if pages and taken + pages > self._prefix_room:
+            return (
+                f"its prefix needs {pages} KV pages and the loaded ones hold {taken} of "
+                f"{self._prefix_room}; remove one or raise engine.kv_cache_gib"
+            )
+        return None
+
+    @property
+    def _prefix_room(self) -> int:
         context_tokens, page_tokens = self._runner.max_context_tokens, self._spec.page_tokens
+        return self._pool.num_pages - -(-context_tokens // page_tokens)
+
+    def _fitting_pages(self, name: str, lowered: LoweredAdapter) -> int:
+        """Pages that the prefix takes. Raises AdapterError if it can never have them."""
+        context_tokens = self._runner.max_context_tokens
         if lowered.prefix_tokens >= context_tokens:
-            raise ContextLengthError(
+            raise AdapterError(
                 f"adapter {name!r}: its prefix of {lowered.prefix_tokens} tokens fills the context "
                 f"of {context_tokens}; raise engine.max_context_tokens if the base allows it"
             )
-        needed = -(-lowered.prefix_tokens // page_tokens)
-        taken = sum(len(loaded.pages) for loaded in self._held.values())
-        if needed and taken + needed - (-context_tokens // page_tokens) > self._pool.num_pages:
-            raise OverloadedError(
-                f"adapter {name!r}: its prefix needs {needed} KV pages and the loaded ones hold "
-                f"{taken} of {self._pool.num_pages}; raise engine.kv_cache_gib or remove one"
+        needed = -(-lowered.prefix_tokens // self._spec.page_tokens)
+        if needed > self._prefix_room:
+            raise AdapterError(
+                f"adapter {name!r}: its prefix needs {needed} KV pages, and beside one context "
+                f"there are {self._prefix_room}; raise engine.kv_cache_gib"
             )
-        self._scheduler.reclaim(needed)
-        pages = self._pool.take(needed)
-        assert pages is not None, "preempting every request frees all pages but the prefixes'"
-        return pages
+        return needed

@@ -16,7 +16,6 @@ import torch
 
 from cluster.base_model import encode_prompt, load_tokenizer
 from cluster.errors import (
-    BaseModelError,
     ConflictError,
     ContextLengthError,
     EngineError,
@@ -84,10 +83,9 @@ class Engine:
             max_running=spec.max_running_requests,
             max_step_tokens=spec.max_step_tokens,
         )
-        try:
-            self.tokenizer: Any = load_tokenizer(spec.base_model)
-        except BaseModelError:
-            self.tokenizer = None  # token ids alone then
+        # Without tokenizer files it takes token ids alone.
+        has_tokenizer = any(Path(spec.base_model).glob("tokenizer*"))
+        self.tokenizer: Any = load_tokenizer(spec.base_model) if has_tokenizer else None
         self._eos = _end_tokens(self.runner.model, self.tokenizer)
         self._bank = AdapterBank(spec, self.runner, self._pool, self._scheduler)
         self._answers: dict[str, _Answer] = {}
@@ -125,7 +123,9 @@ class Engine:
     def lower(self, path: str | Path) -> LoweredAdapter:
         """Read an adapter folder for this base. Safe to call from another thread, since it
         touches nothing that runs. Raises AdapterError."""
-        return lower(path, self.runner.target)
+        lowered = lower(path, self.runner.target)
+        self.runner.hooks.check(lowered.deltas)
+        return lowered
 
     def add_adapter(self, name: str, path: str | Path) -> None:
         """Load the PEFT folder at `path` under `name`.
@@ -133,6 +133,7 @@ class Engine:
         Raises:
             AdapterError: the folder does not fit; nothing changed.
             ConflictError: the name is taken.
+            OverloadedError: no room among adapters or pages.
         """
         self.install_adapter(name, self.lower(path))
 
@@ -140,10 +141,10 @@ class Engine:
         """Make a lowered adapter available to requests.
 
         Args:
-            evict: Drop the least recently used adapter without requests, if `max_adapters` are
-                held.
+            evict: Drop least recently used adapters without requests where there is no room.
 
         Raises:
+            AdapterError: its prefix can never fit.
             ConflictError: the name is taken.
             OverloadedError: no room among adapters or pages.
         """
@@ -164,8 +165,11 @@ class Engine:
             RequestError: it asks the impossible; nothing was queued.
             ModelNotFoundError: its adapter is not loaded.
         """
-        answer = self._prepare(request, request_id or f"request-{self._count}")
-        self._count += 1
+        while request_id is None:
+            self._count += 1
+            own = f"request-{self._count}"
+            request_id = None if own in self._answers else own
+        answer = self._prepare(request, request_id)
         self._start(answer)
         return answer.sequence.id
 
@@ -187,7 +191,11 @@ class Engine:
         for chunk, token in self._compute(chunks, outputs):
             chunk.sequence.num_computed += chunk.count
             if chunk.is_sampled:
-                outputs.append(self._accept(self._answers[chunk.sequence.id], token))
+                answer = self._answers[chunk.sequence.id]
+                try:
+                    outputs.append(self._accept(answer, token))
+                except Exception as error:  # a tokenizer's decode; it must not end the engine
+                    outputs.append(self._fail(answer, f"{type(error).__name__}: {error}"))
         return outputs
 
     def generate(self, requests: Many[GenerationRequest]) -> list[GenerationResult]:
@@ -303,8 +311,7 @@ class Engine:
         if self.tokenizer is None:
             raise RequestError("the base has no tokenizer; give prompt_token_ids", param="prompt")
         ids = encode_prompt(self.tokenizer, request.prompt or "")
-        if not ids:
-            raise RequestError("prompt is empty; give at least one token", param="prompt")
+        check_token_ids(ids, self.runner.vocabulary, "prompt")
         return ids
 
     def _start(self, answer: _Answer) -> None:

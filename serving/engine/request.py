@@ -24,7 +24,6 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
-    CANCELLED = "cancelled"
     ERROR = "error"
 
 
@@ -64,6 +63,16 @@ class GenerationRequest:
             "give either prompt or prompt_token_ids",
         )
         _require(
+            self.prompt is None or _is_text(self.prompt),
+            "prompt",
+            "prompt must be one text that can be written as UTF-8; give many as many requests",
+        )
+        _require(
+            self.adapter is None or _is_text(self.adapter),
+            "adapter",
+            f"adapter is {self.adapter!r}; it must be a name",
+        )
+        _require(
             self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens > 0),
             "max_tokens",
             f"max_tokens is {self.max_tokens!r}; it must be a whole number above 0",
@@ -90,7 +99,7 @@ class GenerationRequest:
         )
         _require(
             not isinstance(self.stop, str)
-            and all(self.stop)
+            and all(_is_text(text) and text for text in self.stop)
             and len(self.stop) <= MAX_STOP_STRINGS,
             "stop",
             f"stop must be at most {MAX_STOP_STRINGS} texts, none of them empty",
@@ -135,7 +144,7 @@ def check_token_ids(ids: Sequence[int], vocabulary: int, param: str) -> None:
     _require(len(ids) > 0, param, f"{param} is empty; give at least one token")
     for position, token in enumerate(ids):
         _require(
-            (_is_int(token) or isinstance(token, np.integer)) and 0 <= token < vocabulary,
+            _is_int(token) and 0 <= token < vocabulary,
             param,
             f"{param}[{position}] is {token!r}; token ids are whole numbers from 0 to "
             f"{vocabulary - 1}",
@@ -143,11 +152,18 @@ def check_token_ids(ids: Sequence[int], vocabulary: int, param: str) -> None:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        return False
+    return math.isfinite(value)
+
+
+def _is_text(value: object) -> bool:
+    """Half of a surrogate pair is a str and no text."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _require(condition: bool, param: str, message: str) -> None:

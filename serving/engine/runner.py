@@ -11,7 +11,7 @@ flattened, and is refused by name.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class Runner:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         try:
             self.model = load_base(spec.base_model, dtype, attn_implementation=NAME)
-        except (ValueError, AttributeError) as error:
+        except (AttributeError, KeyError) as error:
             raise BaseModelError(
                 f"base_model {spec.base_model}: this family does not take an attention function, "
                 f"which paged serving needs ({error})"
@@ -56,6 +56,7 @@ class Runner:
         self.hooks = DeltaHooks(self.model)
         self.vocabulary: int = self.model.get_input_embeddings().weight.shape[0]
         self.max_context_tokens = _context(self.model, spec)
+        _refuse_by_length(self.model, spec, self.max_context_tokens)
         self.page_tokens = spec.page_tokens
         self.num_pages = self._fitting_pages(spec)
         target, slots = self.target, self.num_pages * self.page_tokens
@@ -131,7 +132,8 @@ class Runner:
         single = [row for row in rows if row.end - row.start == 1]
         if single:
             lengths = np.array([len(row.slots) for row in single])
-            padded = np.zeros((len(single), lengths.max()), dtype=np.int64)
+            # With slots of its own: what is masked must still be finite, or 0 x NaN is NaN.
+            padded = np.repeat([row.slots[:1] for row in single], lengths.max(), axis=1)
             for index, row in enumerate(single):
                 padded[index, : len(row.slots)] = row.slots
             plan.decode_B = torch.tensor([row.start for row in single], device=self.device)
@@ -216,22 +218,18 @@ class Runner:
         for half in range(2):
             bounds = [((0, len(s) - 1), (len(s) - 1, len(s)))[half] for s in sequences]
             offsets = np.cumsum([0] + [end - start for start, end in bounds])
-            logits = self._run(
-                {
-                    "input_ids": torch.from_numpy(
-                        np.concatenate(
-                            [s[a:b] for s, (a, b) in zip(sequences, bounds, strict=True)]
-                        )
-                    ).to(self.device)[None]
-                },
-                np.concatenate([np.arange(a, b) for a, b in bounds]),
-                np.concatenate([s[a:b] for s, (a, b) in zip(slots, bounds, strict=True)]),
-                [
-                    Row(int(offsets[i]), int(offsets[i + 1]), slots[i][:end])
-                    for i, (_, end) in enumerate(bounds)
-                ],
-                offsets[1:] - 1,
-            )
+            ids = [s[a:b] for s, (a, b) in zip(sequences, bounds, strict=True)]
+            with nullcontext() if half else self.hooks.learning(int(offsets[-1])):
+                logits = self._run(
+                    {"input_ids": torch.from_numpy(np.concatenate(ids)).to(self.device)[None]},
+                    np.concatenate([np.arange(a, b) for a, b in bounds]),
+                    np.concatenate([s[a:b] for s, (a, b) in zip(slots, bounds, strict=True)]),
+                    [
+                        Row(int(offsets[i]), int(offsets[i + 1]), slots[i][:end])
+                        for i, (_, end) in enumerate(bounds)
+                    ],
+                    offsets[1:] - 1,
+                )
         return logits
 
     @contextmanager
@@ -247,7 +245,28 @@ class Runner:
 def _device(asked: str) -> torch.device:
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise BaseModelError("engine.device is cuda, and there is no GPU; set it to auto or cpu")
     return torch.device(asked)
+
+
+def _refuse_by_length(model: Any, spec: EngineSpec, context_tokens: int) -> None:
+    """Refuse what the start-up proof is too short to see: bases that compute a long sequence by
+    another rule than a short one. Raises BaseModelError."""
+    config = model.config.get_text_config()
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    limits: dict[str, int] = {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        original = rope.get("original_max_position_embeddings")
+        limits[f"rope_type {rope['rope_type']!r}"] = int(original or config.max_position_embeddings)
+    if getattr(config, "attention_chunk_size", None):
+        limits["attention_chunk_size"] = int(config.attention_chunk_size)
+    for reason, tokens in limits.items():
+        if context_tokens > tokens:
+            raise BaseModelError(
+                f"base_model {spec.base_model}: with {reason} its answers beyond {tokens} tokens "
+                f"depend on what runs beside them; set engine.max_context_tokens to {tokens}"
+            )
 
 
 def _context(model: Any, spec: EngineSpec) -> int:

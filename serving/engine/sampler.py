@@ -47,17 +47,19 @@ def uniform(seed: int, position: int) -> float:
 
 def _draw(logits_NV: torch.Tensor, rows: Sequence[Sampling]) -> list[int]:
     """Inverse-CDF sampling over tokens in order of probability."""
-    temperature_N = torch.tensor([row.temperature for row in rows], device=logits_NV.device)
-    scaled_NV = logits_NV / temperature_N[:, None]
-    sorted_NV, order_NV = scaled_NV.sort(dim=-1, descending=True, stable=True)
-    probability_NV = sorted_NV.double().softmax(-1)
+    temperature_N = torch.tensor([row.temperature for row in rows], dtype=torch.float64)
+    sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True, stable=True)
+    # From the best one down, in float64: no temperature above 0 overflows.
+    below_NV = sorted_NV.double() - sorted_NV[:, :1].double()
+    probability_NV = (below_NV / temperature_N.to(logits_NV.device)[:, None]).softmax(-1)
     vocabulary = logits_NV.shape[-1]
     rank_V = torch.arange(vocabulary, device=logits_NV.device)
-    top_k_N = torch.tensor([row.top_k or vocabulary for row in rows], device=logits_NV.device)
+    top_k = [min(row.top_k or vocabulary, vocabulary) for row in rows]
+    top_k_N = torch.tensor(top_k, device=logits_NV.device)
     probability_NV = probability_NV.masked_fill(rank_V >= top_k_N[:, None], 0.0)
     probability_NV = probability_NV / probability_NV.sum(-1, keepdim=True)
     # A token stays if those before it do not yet reach top_p; the first always does.
-    top_p_N = torch.tensor([row.top_p for row in rows], device=logits_NV.device)
+    top_p_N = torch.tensor([row.top_p for row in rows], dtype=torch.float64).to(logits_NV.device)
     before_NV = probability_NV.cumsum(-1) - probability_NV
     probability_NV = probability_NV.masked_fill(before_NV >= top_p_N[:, None], 0.0)
     cumulative_NV = probability_NV.cumsum(-1)

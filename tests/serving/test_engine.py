@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_neighbours_do_not_matter(engine: Engine, temperature: float) -> None:
 @pytest.mark.parametrize(
     "limits",
     [
-        {"kv_cache_gib": 18 * 8192 / 2**30},  # one full context and the prefixes: preemption
+        {"kv_cache_gib": 36 * 4096 / 2**30},  # one full context and the prefixes: preemption
         {"max_step_tokens": 7},  # chunked prefill
         {"max_running_requests": 3},
         {"page_tokens": 5},
@@ -124,11 +125,6 @@ def test_text_in_and_text_out(engine: Engine) -> None:
 
 
 def test_the_end_token_ends_unless_ignored(engine: Engine) -> None:
-    long = GenerationRequest(prompt_token_ids=[5], max_tokens=100, temperature=3.0, seed=1)
-    (ended,) = engine.generate([long])
-    if ended.finish_reason is FinishReason.STOP:
-        assert ended.token_ids[-1] == 256
-        assert 256 not in ended.token_ids[:-1]
     seeds = [GenerationRequest(prompt_token_ids=[5], max_tokens=100, temperature=30.0, seed=s)
              for s in range(8)]  # fmt: skip
     results = engine.generate(seeds)
@@ -136,7 +132,11 @@ def test_the_end_token_ends_unless_ignored(engine: Engine) -> None:
     for result in results:
         if result.finish_reason is FinishReason.STOP:
             assert result.token_ids[-1] == 256
+            assert 256 not in result.token_ids[:-1]
             assert "<|end|>" not in result.text
+    ignoring = engine.generate([replace(request, ignore_eos=True) for request in seeds])
+    assert {len(result.token_ids) for result in ignoring} == {100}
+    assert any(256 in result.token_ids[:-1] for result in ignoring)
 
 
 def test_stop_texts_end_and_are_cut(engine: Engine) -> None:
@@ -178,6 +178,10 @@ def test_max_tokens_none_fills_the_context(engine: Engine) -> None:
         ({"prompt": "x", "seed": 2**64}, "seed"),
         ({"prompt": "x", "seed": "1"}, "seed"),
         ({"prompt": "x", "stop": [""]}, "stop"),
+        ({"prompt": "x", "stop": [5]}, "stop"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": "half \ud800"}, "prompt"),
+        ({"prompt": "x", "adapter": 5}, "adapter"),
         ({"prompt": "x", "stop": "text"}, "stop"),
         ({"prompt": "x", "stop": ["a"] * 17}, "stop"),
     ],
@@ -189,6 +193,16 @@ def test_impossible_requests_name_their_field(
         engine.generate([GenerationRequest(prompt="fine"), GenerationRequest(**options)])
     assert caught.value.param == param
     assert not engine.has_work
+
+
+def test_extreme_options_are_met(engine: Engine) -> None:
+    greedy = GenerationRequest(prompt="x", max_tokens=5, ignore_eos=True)
+    (expected,) = engine.generate([greedy])
+    for options in ({"temperature": 1e-39}, {"temperature": 1e-300}, {"top_p": 1e-50},
+                    {"top_k": 10**30, "temperature": 1e-9}, {"top_k": 1}):  # fmt: skip
+        request = replace(greedy, **{"temperature": 1.0, "seed": 1, **options})
+        both = engine.generate([request, greedy])
+        assert [result.token_ids for result in both] == [expected.token_ids] * 2, options
 
 
 def test_a_prompt_over_the_context_is_refused(engine: Engine) -> None:
@@ -352,6 +366,58 @@ def test_weights_that_overflow_fail_their_own_requests_alone(
     assert tokens == expected
     assert list(errors) == [ids[1]]
     assert "not finite" in str(errors[ids[1]])
+
+
+def test_what_an_overflow_left_in_a_page_hurts_nobody(
+    bases: Bases, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Page 0 keeps keys that are NaN; whoever is padded beside a longer row must not read it."""
+    wild = tmp_path / "wild"
+    shutil.copytree(adapters["lora"], wild)
+    edit_tensors(lambda t: [v.fill_(1e30) for v in t.values()])(wild)
+    engine = make_engine(bases("llama"))
+    requests = [GenerationRequest(prompt_token_ids=p, max_tokens=20, ignore_eos=True)
+                for p in PROMPTS]  # fmt: skip
+    expected = [result.token_ids for result in engine.generate(requests)]
+    engine.add_adapter("wild", wild)
+    pages = engine.stats.num_pages
+    for _ in range(2 * pages // 3):
+        engine.submit(GenerationRequest(prompt_token_ids=[1] * 20, adapter="wild"))
+    while engine.has_work:
+        engine.step()
+    assert not all(torch.isfinite(keys).all() for keys in engine.runner._keys)
+    assert [result.token_ids for result in engine.generate(requests)] == expected
+
+
+def test_bases_whose_long_answers_follow_another_rule_are_refused(
+    bases: Bases, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases("llama"), base)
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"] = {
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelError, match="max_context_tokens to 64"):
+        make_engine(base)
+    make_engine(base, max_context_tokens=64)
+
+
+def test_a_full_engine_makes_room_for_prefixes_too(bases: Bases, adapters: dict[str, Path]) -> None:
+    """21 virtual tokens take 2 pages, and beside one context there are 4."""
+    engine = make_engine(bases("llama"), kv_cache_gib=12 * 4096 / 2**30)
+    for number in range(5):
+        lowered = engine.lower(adapters["prefix_tuning"])
+        engine.install_adapter(f"a{number}", lowered, evict=True)
+        engine.check()
+    assert engine.adapters == ["a3", "a4"]
+    with pytest.raises(OverloadedError, match="KV pages"):
+        engine.add_adapter("more", adapters["prefix_tuning"])
+    tight = make_engine(bases("llama"), kv_cache_gib=9 * 4096 / 2**30)
+    with pytest.raises(AdapterError, match="kv_cache_gib"):
+        tight.add_adapter("never", adapters["prefix_tuning"])
 
 
 def test_a_pass_that_raises_fails_its_own_adapter_alone(

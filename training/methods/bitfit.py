@@ -110,5 +110,10 @@ def _trainable_bias(module: torch.nn.Module) -> torch.nn.Parameter:
 
 def _targeted(name: str, targets: str | tuple[str, ...]) -> bool:
     if isinstance(targets, str):
-        return targets == "all" or re.fullmatch(targets, name) is not None
+        try:
+            return targets == "all" or re.fullmatch(targets, name) is not None
+        except re.error as error:
+            raise SpecError(
+                f"method.target_modules: {targets!r} is no regular expression: {error}"
+            ) from error
     return any(name == target or name.endswith("." + target) for target in targets)

@@ -35,9 +35,9 @@ def attach(model: Any, spec: LoraSpec, base_path: str) -> torch.nn.Module:
     )
     try:
         adapted = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         if "target modules" not in str(error).lower():
-            raise
+            raise SpecError(f"method: PEFT refuses it on {base_path}: {error}") from error
         raise SpecError(
             f"method.target_modules: {targets!r} matches no module of {base_path}; "
             f"it has {', '.join(linear_names(model))}"

@@ -17,6 +17,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster.errors import GraftError, outcome_of
 
@@ -223,7 +224,7 @@ def _flat(card: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _print_pairs(pairs: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False)
     for key, value in pairs.items():
-        table.add_row(key, str(value), style=None)
+        table.add_row(key, Text(str(value)))  # as it is: brackets are no markup here
     Console().print(table)
 
 

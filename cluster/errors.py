@@ -7,7 +7,8 @@ GraftError
 │   ├── AdapterError            an adapter folder cannot be used (files, config, another base)
 │   ├── BaseModelError          a base-model folder cannot be used
 │   ├── RequestError            an inference request asks the impossible
-│   │   └── ContextLengthError  prompt (+ max_tokens) exceeds the context
+│   │   ├── ContextLengthError  prompt (+ max_tokens) exceeds the context
+│   │   └── BodyTooLargeError   the request's body is over the limit
 │   ├── NotFoundError           a thing named by the caller does not exist
 │   │   └── ModelNotFoundError  an inference request names no base or adapter served here
 │   ├── ConflictError           the thing exists already, or is held by someone else
@@ -81,6 +82,10 @@ class ContextLengthError(RequestError):
     """The prompt, or the prompt with max_tokens, exceeds the model's context."""
 
 
+class BodyTooLargeError(RequestError):
+    """The request's body is over the limit."""
+
+
 class NotFoundError(CallerError):
     """A thing that the caller named does not exist."""
 
@@ -149,6 +154,7 @@ OUTCOMES: dict[type[GraftError], Outcome] = {
     BaseModelError: Outcome(400, _INVALID, "invalid_base_model", 2),
     RequestError: Outcome(400, _INVALID, None, 2),
     ContextLengthError: Outcome(400, _INVALID, "context_length_exceeded", 2),
+    BodyTooLargeError: Outcome(413, _INVALID, "body_too_large", 2),
     NotFoundError: Outcome(404, _INVALID, "not_found", 3),
     ModelNotFoundError: Outcome(404, _INVALID, "model_not_found", 3),
     ConflictError: Outcome(409, _INVALID, "conflict", 4),

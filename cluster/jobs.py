@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -18,10 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import ClusterError, JobFailedError, NotFoundError
-from cluster.session import Session, our_code
+from cluster.session import Session, our_code, store_credentials
 
-# What a job needs of the submitter's environment: credentials of the store, Graft's own settings.
-PASSED_PREFIXES = ("AWS_", "GOOGLE_", "GRAFT_", "OMP_", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
 POLL_S = 0.5
 _LOG_LINES_IN_ERROR = 15
 
@@ -57,15 +56,14 @@ def submit(
     The job runs with this Python where its path exists on the cluster's head (the same machine or
     image), else with the head's `python`; GRAFT_PYTHON names another.
     """
-    passed = {k: v for k, v in os.environ.items() if k.startswith(PASSED_PREFIXES)}
     runtime_env = {
         **our_code(),
-        "env_vars": {**passed, **(env or {})},
+        "env_vars": {**store_credentials(), **(env or {})},
     }
     python = shlex.quote(os.environ.get("GRAFT_PYTHON", sys.executable))
     entrypoint = (
-        f"P={python}; command -v $P >/dev/null || P=python; "
-        f"exec $P -m {module} {shlex.join(arguments)}"
+        f'P={python}; command -v "$P" >/dev/null || P=python; '
+        f'exec "$P" -m {module} {shlex.join(arguments)}'
     )
     with _faults(session):
         client = _client(session)
@@ -160,18 +158,21 @@ def _info(details: Any) -> JobInfo:
 @contextmanager
 def _faults(session: Session, job_id: str | None = None) -> Generator[None]:
     """Turn what Ray's client raises into Graft's errors."""
+    from aiohttp import ClientError
     from ray.exceptions import AuthenticationError
 
     try:
         yield
-    except (RuntimeError, ConnectionError, AuthenticationError) as error:
-        text = str(error)
-        if job_id is not None and ("404" in text or "does not exist" in text):
+    except (RuntimeError, OSError, ClientError, AuthenticationError) as error:
+        text = str(error) or type(error).__name__
+        status = re.search(r"status code (\d+)", text)
+        code = status[1] if status else ""
+        if job_id is not None and (code == "404" or "does not exist" in text):
             raise NotFoundError(
                 f"job {job_id!r}: not on the cluster at {session.dashboard_url}; "
                 "`graft jobs list` shows what is"
             ) from error
-        if isinstance(error, AuthenticationError) or "401" in text or "403" in text:
+        if isinstance(error, AuthenticationError) or code in ("401", "403"):
             raise ClusterError(
                 f"cluster {session.dashboard_url}: refuses our token; put the cluster's token "
                 "into ~/.ray/auth_token or RAY_AUTH_TOKEN"

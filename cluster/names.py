@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from cluster.errors import SpecError
 
@@ -23,13 +23,24 @@ def check_name(name: str, what: str) -> None:
 
 def absolute_uri(uri: str) -> str:
     """`uri` with a local folder made absolute, so that it means the same everywhere."""
-    scheme = urlsplit(uri).scheme
-    if not uri or (scheme and scheme not in SCHEMES):
+    parts = urlsplit(uri)
+    if not uri or (parts.scheme and parts.scheme not in SCHEMES):
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise SpecError(f"store {uri!r}: use a local folder or one of {known}")
-    if scheme == "file":
-        return str(Path(urlsplit(uri).path))
-    return uri.rstrip("/") if scheme else str(Path(uri).absolute())
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost") or not parts.path:
+            raise SpecError(f"store {uri!r}: write file:///folder, without a host")
+        return str(Path(unquote(parts.path)))
+    if parts.scheme:
+        if not parts.netloc:
+            raise SpecError(f"store {uri!r}: names no bucket; write {parts.scheme}://bucket/prefix")
+        return uri.rstrip("/")
+    return absolute_path(uri)
+
+
+def absolute_path(path: str) -> str:
+    """A local path as users write it, "~" included, made absolute."""
+    return str(Path(path).expanduser().absolute())
 
 
 def local_folder(uri: str) -> Path | None:

@@ -32,6 +32,8 @@ SCHEMA = 1
 LATEST = "latest"  # the alias that always means the newest version
 # What a version holds; anything else in the folder (optimiser states, pickles) stays behind.
 PUBLISHED_FILES = (CONFIG, WEIGHTS, "README.md")
+_MANIFEST_KEY = re.compile(rf"adapters/({NAME.pattern})/([0-9]{{8}})/manifest\.json")
+_ALIAS_KEY = re.compile(rf"aliases/({NAME.pattern})/({NAME.pattern})/[0-9]{{8}}\.json")
 _REF = re.compile(rf"({NAME.pattern})(?:@([0-9]{{1,8}})|:({NAME.pattern}))?")
 
 
@@ -101,7 +103,8 @@ class Registry:
         check_name(name, "adapter")
         opened = open_adapter_folder(folder)
         check_finite(opened)
-        present = [file for file in PUBLISHED_FILES if (folder / file).is_file()]
+        paths = [folder / file for file in PUBLISHED_FILES]
+        present = [p.name for p in paths if p.is_file() and not p.is_symlink()]
         files = {file: _file_entry(folder / file) for file in present}
         number = self._claim(name)
         version = AdapterVersion(
@@ -125,21 +128,29 @@ class Registry:
 
     def catalog(self) -> Catalog:
         """Everything there is, by two listings and one small read for each alias."""
-        versions: dict[str, list[int]] = {}
-        for key in self.store.list("adapters"):  # sorted, so versions ascend
-            if key.endswith(f"/{MANIFEST}"):
-                _, name, number, _ = key.split("/")
-                versions.setdefault(name, []).append(int(number))
         entries: dict[tuple[str, str], str] = {}
         for key in self.store.list("aliases"):
-            _, name, alias, _ = key.split("/")
-            entries[name, alias] = key  # the last one counts
-        aliases = {at: int(json.loads(self.store.read(k))["version"]) for at, k in entries.items()}
-        return Catalog(versions, aliases)
+            if match := _ALIAS_KEY.fullmatch(key):
+                entries[match[1], match[2]] = key  # the last one counts
+        aliases = {at: self._alias_version(key) for at, key in entries.items()}
+        return Catalog(self._all_versions(), aliases)
 
     def names(self) -> list[str]:
         """Every adapter with at least one whole version."""
-        return sorted(self.catalog().versions)
+        return sorted(self._all_versions())
+
+    def _all_versions(self) -> dict[str, list[int]]:
+        versions: dict[str, list[int]] = {}
+        for key in self.store.list("adapters"):  # sorted, so versions ascend
+            if match := _MANIFEST_KEY.fullmatch(key):  # others may put files there too
+                versions.setdefault(match[1], []).append(int(match[2]))
+        return versions
+
+    def _alias_version(self, key: str) -> int:
+        try:
+            return int(json.loads(self.store.read(key))["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self.store.uri}/{key}: is damaged; set the alias anew") from error
 
     def versions(self, name: str) -> list[AdapterVersion]:
         """The whole versions of `name`, oldest first. Raises NotFoundError."""
@@ -178,7 +189,9 @@ class Registry:
         found: dict[str, int] = {}
         for alias in self.store.list_folders(f"aliases/{name}"):
             entries = self.store.list(f"aliases/{name}/{alias}")
-            found[alias] = int(json.loads(self.store.read(entries[-1]))["version"])
+            entries = [key for key in entries if _ALIAS_KEY.fullmatch(key)]
+            if entries:
+                found[alias] = self._alias_version(entries[-1])
         return found
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
@@ -208,8 +221,11 @@ class Registry:
         target = cache / version.content_hash
         if target.is_dir():
             return target
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+        except OSError as error:
+            raise StoreError(f"cache {cache}: cannot be written ({error.strerror})") from error
         try:
             self._download(version, partial)
             partial.rename(target)
@@ -234,7 +250,8 @@ class Registry:
 
     def _claim(self, name: str) -> int:
         """Take the next free number; a number once taken is never given again."""
-        taken = [int(folder) for folder in self.store.list_folders(f"adapters/{name}")]
+        folders = self.store.list_folders(f"adapters/{name}")
+        taken = [int(folder) for folder in folders if folder.isdecimal()]
         number = max(taken, default=0) + 1
         while True:
             try:
@@ -244,8 +261,8 @@ class Registry:
                 number += 1
 
     def _numbers(self, name: str) -> list[int]:
-        keys = self.store.list(f"adapters/{name}")
-        return sorted(int(key.split("/")[-2]) for key in keys if key.endswith(f"/{MANIFEST}"))
+        matches = map(_MANIFEST_KEY.fullmatch, self.store.list(f"adapters/{name}"))
+        return sorted(int(match[2]) for match in matches if match)
 
     def _existing(self, name: str) -> list[int]:
         check_name(name, "adapter")
@@ -257,11 +274,25 @@ class Registry:
 
     def read(self, name: str, number: int) -> AdapterVersion:
         """The manifest of a version. Raises NotFoundError."""
-        raw = json.loads(self.store.read(f"{_folder(name, number)}/{MANIFEST}"))
-        if raw.pop("schema") != SCHEMA:
-            raise AdapterError(f"adapter {name}@{number}: made by a newer Graft; update this one")
-        files = {file: FileEntry(**entry) for file, entry in raw.pop("files").items()}
-        return AdapterVersion(files=files, **raw)
+        content = self.store.read(f"{_folder(name, number)}/{MANIFEST}")
+        try:
+            raw = json.loads(content)
+            schema = raw.pop("schema")
+            if schema != SCHEMA:
+                raise AdapterError(
+                    f"adapter {name}@{number}: made by a newer Graft (schema {schema}); update"
+                )
+            files = {file: FileEntry(**entry) for file, entry in raw.pop("files").items()}
+            version = AdapterVersion(files=files, **raw)
+            is_own = (version.name, version.version) == (name, number)
+            if not is_own or version.content_hash != _content_hash(files):
+                raise ValueError("it is of another version")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AdapterError(
+                f"adapter {name}@{number}: its manifest in {self.store.uri} is damaged ({error}); "
+                "publish the adapter anew"
+            ) from error
+        return version
 
 
 def _folder(name: str, number: int) -> str:

@@ -58,7 +58,7 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Gener
         _check_reachable(named)
         yield Session(address=None, dashboard_url=named.rstrip("/"), started_here=False)
         return
-    if named == "auto" or (named and named == address == "auto"):
+    if named == "auto":
         named = _running_here()
         if named is None:
             raise ClusterError("address 'auto': no Ray cluster runs on this machine")
@@ -107,6 +107,12 @@ def our_code() -> dict[str, Any]:
     return {"py_modules": folders, "excludes": ["**/__pycache__"]}
 
 
+def store_credentials() -> dict[str, str]:
+    """What a process on the cluster needs of our environment to reach the store. Ray shows these
+    variables to whoever may see its jobs; give a role to the nodes where that is too much."""
+    return {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "GOOGLE_"))}
+
+
 def _running_here() -> str | None:
     """The address that `ray start` left on this machine, if something still listens there."""
     try:
@@ -114,7 +120,7 @@ def _running_here() -> str | None:
         _check_reachable(found)
     except (OSError, ClusterError):
         return None
-    return found or None
+    return found
 
 
 def _check_reachable(address: str) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.errors import SpecError
+from cluster.names import absolute_uri, check_name
 
 
 class Spec(BaseModel):
@@ -25,6 +26,23 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+def _store_uri(value: str) -> str:
+    try:
+        return absolute_uri(value)
+    except SpecError as error:
+        raise ValueError(error.message) from error
+
+
+def _name(value: str) -> str:
+    try:
+        check_name(value, "this")
+    except SpecError as error:
+        raise ValueError(error.message) from error
+    return value
+
+
+StoreUri = Annotated[str, AfterValidator(_store_uri)]
+Name = Annotated[str, AfterValidator(_name)]
 S = TypeVar("S", bound=Spec)
 
 

@@ -6,6 +6,7 @@ registers Arrow extension types whose loading runs code.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ _STREAM_MAGIC = b"\xff\xff\xff\xff"
 _IPC = (".arrow", ".ipc", ".feather")
 _PARQUET = (".parquet", ".pq")
 _JSONL = (".jsonl", ".ndjson")
+_JSONL_ROWS = 4096
 
 
 def open_table(path: str | Path) -> pa.Table:
@@ -58,11 +60,17 @@ def check_writable(path: str | Path) -> None:
             f"output {path}: unknown kind {path.suffix!r}; use .arrow, .parquet or .jsonl"
         )
     if not path.parent.is_dir():
-        raise DataError(f"output {path}: folder {path.parent} does not exist")
+        raise DataError(f"output {path}: folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise DataError(f"output {path}: folder {path.parent} cannot be written to")
 
 
 def write_table(table: pa.Table, path: str | Path) -> None:
-    """Write `table` to `path`, in the format of its suffix; whole or not at all."""
+    """Write `table` to `path`, in the format of its suffix; whole or not at all.
+
+    Raises:
+        DataError: the folder cannot be written to, or the disk is full.
+    """
     check_writable(path)
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -70,11 +78,16 @@ def write_table(table: pa.Table, path: str | Path) -> None:
         if path.suffix.lower() in _PARQUET:
             pq.write_table(table, partial)
         elif path.suffix.lower() in _JSONL:
-            table.to_pandas().to_json(partial, orient="records", lines=True, force_ascii=False)
+            with partial.open("w", encoding="utf-8") as lines:
+                for batch in table.to_batches(max_chunksize=_JSONL_ROWS):
+                    for row in batch.to_pylist():
+                        lines.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         else:
             with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
                 out.write_table(table)
         partial.replace(path)
+    except OSError as error:
+        raise DataError(f"output {path}: cannot be written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -7,9 +7,9 @@ import os
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 
 from cluster.errors import ClusterError, ConflictError
+from cluster.names import absolute_path
 from cluster.session import Session
 from serving.spec import ServingSpec
 
@@ -22,20 +22,20 @@ def checked(spec: ServingSpec) -> ServingSpec:
     """
     from cluster.base_model import check_base_folder
 
-    base = str(Path(spec.engine.base_model).absolute())
+    base = absolute_path(spec.engine.base_model)
     check_base_folder(base, with_tokenizer=True)
-    cache = str(Path(spec.cache).expanduser().absolute())
+    cache = absolute_path(spec.cache)
     engine = spec.engine.model_copy(update={"base_model": base})
     return spec.model_copy(update={"engine": engine, "cache": cache})
 
 
 @contextmanager
 def running(spec: ServingSpec, session: Session) -> Generator[str]:
-    """Deploy `spec` on the session's cluster; yields its URL once every part answers, and takes
-    it down on exit.
+    """Deploy a `checked` spec on the session's cluster; yields its URL once every part answers,
+    and takes it down on exit.
 
     Raises:
-        ConflictError: the port is taken.
+        ConflictError: the port is taken, or the cluster serves something already.
         ClusterError: the replicas do not come up; the message has their reason.
     """
     if session.address is None:
@@ -43,21 +43,27 @@ def running(spec: ServingSpec, session: Session) -> Generator[str]:
             f"{session.dashboard_url}: serving needs a node of the cluster; run `graft serve` on "
             "one, with --address auto"
         )
-    spec = checked(spec)
     port = _port(spec)
     # Ray Serve tells of each deployment and proxy at INFO.
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
     from serving.deployment import build
 
     for name in ("ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    others = list(serve.status().applications)
+    if others:
+        raise ConflictError(
+            f"Ray Serve runs {', '.join(others)} on this cluster already, and Graft's service "
+            "needs its port and route; stop that, or use another cluster"
+        )
     serve.start(http_options={"host": spec.gateway.host, "port": port})
     try:
         try:
             serve.run(build(spec), name=spec.name, route_prefix="/")
-        except RuntimeError as error:
+        except (RuntimeError, RayServeException) as error:
             raise ClusterError(f"service {spec.name!r} did not come up: {error}") from error
         host = "127.0.0.1" if spec.gateway.host in ("0.0.0.0", "::") else spec.gateway.host
         yield f"http://{host}:{port}"

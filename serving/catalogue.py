@@ -14,9 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from cluster.errors import AdapterError, GraftError, ModelNotFoundError
 from cluster.registry import AdapterVersion, Catalog, Registry
 from cluster.spec import nearest
+
+_log = structlog.get_logger("graft.catalogue")
 
 
 @dataclass(frozen=True)
@@ -71,21 +75,39 @@ class Catalogue:
 
     def adapters(self) -> Mapping[str, AdapterVersion]:
         """The newest version of each adapter that fits the base, by name."""
-        newest = {n: self._manifest(n, v[-1]) for n, v in self._catalog().versions.items()}
-        return {name: version for name, version in newest.items() if self._fits(version)}
+        fitting: dict[str, AdapterVersion] = {}
+        for name, numbers in self._catalog().versions.items():
+            try:
+                version = self._manifest(name, numbers[-1])
+            except GraftError as error:
+                _log.warning("adapter left out", adapter=name, error=error.message)
+                continue  # whoever asks for it by name is told why
+            if self._fits(version):
+                fitting[name] = version
+        return fitting
 
     def _catalog(self) -> Catalog:
-        with self._lock:
-            snapshot = self._snapshot
-            if snapshot is None or time.monotonic() - snapshot.at > self._ttl_s:
-                try:
-                    catalog = self._registry.catalog()
-                except GraftError:
-                    if snapshot is None:
-                        raise
-                    catalog = snapshot.catalog  # a store that is away takes nothing from us
-                snapshot = self._snapshot = _Snapshot(time.monotonic(), catalog)
+        snapshot = self._snapshot
+        if snapshot is not None and time.monotonic() - snapshot.at <= self._ttl_s:
             return snapshot.catalog
+        # One thread looks; the others wait only for the very first snapshot.
+        if not self._lock.acquire(blocking=snapshot is None):
+            assert snapshot is not None
+            return snapshot.catalog
+        try:
+            if self._snapshot is not snapshot and self._snapshot is not None:
+                return self._snapshot.catalog
+            try:
+                catalog = self._registry.catalog()
+            except GraftError as error:
+                if snapshot is None:
+                    raise
+                _log.warning("store does not answer", error=error.message)
+                catalog = snapshot.catalog  # what was there is still served
+            self._snapshot = _Snapshot(time.monotonic(), catalog)
+            return catalog
+        finally:
+            self._lock.release()
 
     def _manifest(self, name: str, number: int) -> AdapterVersion:
         if (name, number) not in self._manifests:

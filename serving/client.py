@@ -32,6 +32,7 @@ from cluster.errors import (
     OperationError,
     OverloadedError,
     RequestError,
+    SpecError,
     UnavailableError,
 )
 from serving.batch_file import BatchReport, run_batch
@@ -94,6 +95,8 @@ class AsyncClient:
         max_attempts: int = 8,
         concurrency: int = 64,
     ) -> None:
+        if concurrency < 1 or max_attempts < 1:
+            raise SpecError("concurrency and max_attempts must be at least 1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         timeout = httpx2.Timeout(timeout_s, connect=10.0)

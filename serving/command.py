@@ -32,10 +32,10 @@ def serve(
 
     service = checked(load_spec(ServingSpec, spec, set_ or ()))
     stop = threading.Event()
-    # A supervisor's SIGTERM takes the service down as Ctrl-C does.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: stop.set())
-    with session(address) as ray, running(service, ray) as url:
+    with session(address) as cluster, running(service, cluster) as url:
+        # Until here either signal breaks the start off; from here they end the service in order.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: stop.set())
         typer.echo(f"{service.name} and the adapters of {service.store}: {url}/v1")
         while not stop.wait(0.5):
             pass
@@ -54,13 +54,12 @@ def generate(
         str | None, typer.Option(help="Column that names each row's adapter.")
     ] = None,
     url: Annotated[str, typer.Option(envvar="GRAFT_URL", help="Of the service.")] = DEFAULT_URL,
-    api_key: Annotated[str | None, typer.Option(envvar="GRAFT_API_KEY", help="If it asks.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of one answer.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this share of probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests in progress at once.")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in progress at once.")] = 64,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
@@ -76,7 +75,7 @@ def generate(
         options["seed"] = seed
     if stop:
         options["stop"] = stop
-    with Client(url, api_key=api_key, concurrency=concurrency) as client:
+    with Client(url, concurrency=concurrency) as client:
         report = client.generate_file(
             source,
             target,

@@ -5,7 +5,6 @@ What they do is in `replica` and `gateway`; here is only how Ray starts and call
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from ray import serve
 
 from cluster.errors import GraftError, UnavailableError
 from cluster.registry import AdapterVersion
+from cluster.session import store_credentials
 from cluster.spec import parse_spec
 from serving.engine.request import GenerationRequest, TokenOutput
 from serving.spec import ServingSpec
@@ -123,8 +123,7 @@ def build(spec: ServingSpec) -> Any:
     from serving.router import STATS_PERIOD_S, AdapterRouter
 
     document = spec.model_dump(mode="json")
-    passed = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "GOOGLE_", "GRAFT_"))}
-    env = {"env_vars": {**passed, "TOKENIZERS_PARALLELISM": "false"}}
+    env = {"env_vars": {**store_credentials(), "TOKENIZERS_PARALLELISM": "false"}}
     threads = str(spec.engine.threads or max(1, int(spec.replicas.cpus)))
     # Any: Serve's decorators are typed for their other uses.
     deployment: Any = serve.deployment
@@ -141,7 +140,7 @@ def build(spec: ServingSpec) -> Any:
         max_ongoing_requests=spec.replicas.max_ongoing_requests,
         autoscaling_config=AutoscalingConfig(
             min_replicas=spec.replicas.min,
-            max_replicas=max(spec.replicas.min, spec.replicas.max),
+            max_replicas=spec.replicas.max,
             target_ongoing_requests=spec.replicas.target_ongoing_requests,
         ),
         request_router_config=router,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from cluster.names import NAME, absolute_uri
-from cluster.spec import Spec
+from cluster.spec import Name, Spec, StoreUri
 
 
 class EngineSpec(Spec):
@@ -49,7 +48,7 @@ class ReplicasSpec(Spec):
     """Engine replicas: how many, and what each takes of the cluster."""
 
     min: PositiveInt = Field(1, description="Replicas kept at all times.")
-    max: PositiveInt = Field(1, description="Replicas at the highest load.")
+    max: PositiveInt = Field(1, description="Replicas at the highest load; at least `min`.")
     cpus: PositiveFloat = Field(1, description="CPU cores of each.")
     gpus: float = Field(0, ge=0, description="GPUs of each.")
     target_ongoing_requests: PositiveInt = Field(
@@ -58,6 +57,12 @@ class ReplicasSpec(Spec):
     max_ongoing_requests: PositiveInt = Field(
         256, description="Requests that a replica accepts; further ones wait at the gateway."
     )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ReplicasSpec:
+        if self.max < self.min:
+            raise ValueError(f"max is {self.max}, below min {self.min}; raise it")
+        return self
 
 
 class GatewaySpec(Spec):
@@ -81,9 +86,11 @@ class GatewaySpec(Spec):
 class ServingSpec(Spec):
     """One service: a base model and the adapters of one store."""
 
-    name: str = Field(description="Model name of the base in requests.")
-    store: str = Field(
-        "./graft-store", description="Where adapters are: a folder, s3://bucket/prefix or gs://… ."
+    name: Name = Field(description="Model name of the base in requests.")
+    store: StoreUri = Field(
+        "./graft-store",
+        validate_default=True,
+        description="Where adapters are: a folder, s3://bucket/prefix or gs://… .",
     )
     cache: str = Field(
         "~/.cache/graft/adapters", description="Folder on each node for verified copies."
@@ -95,15 +102,3 @@ class ServingSpec(Spec):
     gateway: GatewaySpec = Field(
         default_factory=lambda: GatewaySpec.model_validate({}), description="The HTTP side."
     )
-
-    @field_validator("store")
-    @classmethod
-    def _absolute(cls, value: str) -> str:
-        return absolute_uri(value)
-
-    @field_validator("name")
-    @classmethod
-    def _legal(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError("use a-z, 0-9, '.', '_' and '-', beginning with a letter or digit")
-        return value

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cluster.errors import DataError
+from cluster.errors import StoreError
 
 STATE = "state.safetensors"
 PROGRESS = "progress.json"
@@ -27,7 +28,6 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    global_batch_size: int = 0
     curve: tuple[tuple[int, float], ...] = ()
 
 
@@ -39,10 +39,10 @@ def write_checkpoint(folder: Path, state: Mapping[str, torch.Tensor], progress: 
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], Progress]:
-    """What `write_checkpoint` wrote. Raises DataError if it is not whole."""
+    """What `write_checkpoint` wrote. Raises StoreError if it is not whole."""
     try:
         raw = json.loads((folder / PROGRESS).read_text())
         curve = tuple((int(step), float(loss)) for step, loss in raw.pop("curve"))
         return load_file(folder / STATE), Progress(curve=curve, **raw)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"checkpoint {folder}: cannot be read ({error}); delete it") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise StoreError(f"checkpoint {folder}: cannot be read ({error}); delete it") from error

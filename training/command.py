@@ -7,7 +7,7 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -129,6 +129,7 @@ def plan(spec: TrainingSpec) -> Plan:
     with tempfile.TemporaryDirectory() as folder:
         tokenize(spec.data, tokenizer, Path(folder, "head.arrow"), limit=_CHECKED_ROWS)
     base = empty_base(spec.base_model)
+    _check_length(spec, base.config)
     model = METHODS[spec.method.kind].attach(base, spec.method, spec.base_model)
     trained, total = count_parameters(model)
     steps = count_steps(spec, table.num_rows)
@@ -136,10 +137,26 @@ def plan(spec: TrainingSpec) -> Plan:
     return Plan(trained, total, table.num_rows, steps, checkpoints)
 
 
+def _check_length(spec: TrainingSpec, config: Any) -> None:
+    """Raise SpecError if the longest row, with its virtual tokens, exceeds the base's context."""
+    from cluster.errors import SpecError
+
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    virtual: int = getattr(spec.method, "num_virtual_tokens", 0)
+    if context is not None and spec.data.max_length + virtual > context:
+        beside = f" + {virtual} virtual tokens" if virtual else ""
+        raise SpecError(
+            f"data.max_length {spec.data.max_length}{beside} exceeds the context of {context} that "
+            f"{spec.base_model} has; set data.max_length to at most {context - virtual}"
+        )
+
+
 def absolute_paths(spec: TrainingSpec) -> TrainingSpec:
     """The spec with local paths made absolute: the job runs in another folder."""
-    data = spec.data.model_copy(update={"train": str(Path(spec.data.train).absolute())})
-    base = str(Path(spec.base_model).absolute())
+    from cluster.names import absolute_path
+
+    data = spec.data.model_copy(update={"train": absolute_path(spec.data.train)})
+    base = absolute_path(spec.base_model)
     return spec.model_copy(update={"data": data, "base_model": base})
 
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from training.formats import detect_format, iterate_rows
 from training.spec import DataSpec
 
 IGNORE = -100
+FORMAT = 1  # counts up when a template or the masking below changes
 _PREAMBLE_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
@@ -145,11 +147,15 @@ def tokenize(spec: DataSpec, tokenizer: Any, to: Path, *, limit: int | None = No
 
 
 def fingerprint(spec: DataSpec, base_model: str) -> str:
-    """What the tokenised file depends on: the data's bytes, the tokenizer's, and the settings."""
-    digest = hashlib.sha256(json.dumps(spec.model_dump(exclude={"train"})).encode())
+    """What the tokenised file depends on: the data's bytes, whatever lies beside the base's
+    weights, the settings, and how they are read."""
+    settings = {"format": FORMAT, "transformers": version("transformers")}
+    settings |= spec.model_dump(exclude={"train"})
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     data = Path(spec.train)
     files = sorted(data.rglob("*")) if data.is_dir() else [data]
-    files += sorted(Path(base_model).glob("*token*")) + sorted(Path(base_model).glob("*template*"))
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+    files += [f for f in sorted(Path(base_model).iterdir()) if f.suffix not in weights]
     for file in files:
         if file.is_file():
             digest.update(file.name.encode())
@@ -227,9 +233,12 @@ def _tokenize_chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list
             "the base's chat template marks no {% generation %} parts, so what the assistant said "
             "cannot be told from the rest; add the markers to the template"
         )
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+    except Exception as error:  # templates raise whatever they like about roles and order
+        raise DataError(f"the base's chat template refuses a row: {error}") from error
     ids: list[int] = list(encoded["input_ids"])
     mask: list[int] = encoded["assistant_masks"]
     return ids, [i if learned else IGNORE for i, learned in zip(ids, mask, strict=True)]

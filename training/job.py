@@ -14,10 +14,11 @@ import logging
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,31 +40,40 @@ def run_job(spec: TrainingSpec) -> AdapterVersion:
     """
     began = time.monotonic()
     store = open_store(spec.output.store)
-    tokens_key, report = _prepare_tokens(spec, store)
+    tokens, report = _prepare_tokens(spec, store)
     print(f"data: {report.summary()}", flush=True)
-    run_name = f"{spec.output.name}-{int(time.time())}"
+    run_name = f"{spec.output.name}-{uuid.uuid4().hex[:12]}"
+    card = _card(spec, tokens, report)
     with tempfile.TemporaryDirectory() as folder:
-        metrics = _train(spec, tokens_key, run_name, Path(folder))
-        card = _card(spec, report, metrics, time.monotonic() - began)
+        metrics = _train(spec, _tokens_key(tokens), run_name, Path(folder))
+        card |= {"metrics": dict(metrics), "job_seconds": round(time.monotonic() - began, 1)}
         published = Registry(store).publish(spec.output.name, Path(folder), card=card)
     print(f"published {published.ref} in {spec.output.store}", flush=True)
+    for key in store.list(f"runs/{run_name}"):
+        store.delete(key)
     return published
 
 
 def _prepare_tokens(spec: TrainingSpec, store: Store) -> tuple[str, DataReport]:
-    """The key of the tokenised file in the store, made now unless it is there already."""
+    """The fingerprint of the tokenised file in the store, which is made now unless it is there
+    already, and what became of the rows."""
     from cluster.base_model import load_tokenizer
 
-    key = f"cache/tokens/{fingerprint(spec.data, spec.base_model)}"
+    found = fingerprint(spec.data, spec.base_model)
+    key = _tokens_key(found)
     if store.exists(f"{key}.json"):
-        return key, DataReport(**json.loads(store.read(f"{key}.json")))
+        return found, DataReport(**json.loads(store.read(f"{key}.json")))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tokens.arrow")
         report = tokenize(spec.data, load_tokenizer(spec.base_model), path)
         for name, data in (("arrow", path.read_bytes()), ("json", _json_bytes(asdict(report)))):
             with suppress(ConflictError):  # another job made the same file meanwhile
                 store.create(f"{key}.{name}", data)
-    return key, report
+    return found, report
+
+
+def _tokens_key(fingerprint: str) -> str:
+    return f"cache/tokens/{fingerprint}"
 
 
 def _train(spec: TrainingSpec, tokens_key: str, run_name: str, folder: Path) -> Mapping[str, Any]:
@@ -73,7 +83,7 @@ def _train(spec: TrainingSpec, tokens_key: str, run_name: str, folder: Path) -> 
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from training.worker import ADAPTER_FOLDER, train_worker
+    from training.worker import ADAPTER_FOLDER, FAILURE, train_worker
 
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
     workers = spec.workers
@@ -98,6 +108,8 @@ def _train(spec: TrainingSpec, tokens_key: str, run_name: str, folder: Path) -> 
         result = trainer.fit()
     except TrainingFailedError as error:
         raise JobFailedError(f"training failed: {_cause(error)}") from error
+    if result.metrics and result.metrics.get(FAILURE):
+        raise JobFailedError(f"training failed: {result.metrics[FAILURE]}")
     checkpoint = result.checkpoint
     if checkpoint is None or result.metrics is None:
         raise JobFailedError("training ended without a checkpoint; see the log above")
@@ -107,18 +119,23 @@ def _train(spec: TrainingSpec, tokens_key: str, run_name: str, folder: Path) -> 
     return result.metrics
 
 
-def _card(
-    spec: TrainingSpec, report: DataReport, metrics: Mapping[str, Any], seconds: float
-) -> dict[str, Any]:
+def _card(spec: TrainingSpec, tokens: str, report: DataReport) -> dict[str, Any]:
+    """What is known of the adapter before it is trained."""
     config = Path(spec.base_model, "config.json").read_bytes()
     return {
         "spec": spec.model_dump(mode="json"),
-        "data": {"fingerprint": fingerprint(spec.data, spec.base_model), **asdict(report)},
-        "metrics": dict(metrics),
-        "job_seconds": round(seconds, 1),
+        "data": {"fingerprint": tokens, **asdict(report)},
         "base_config_sha256": hashlib.sha256(config).hexdigest(),
-        "libraries": {library: version(library) for library in LIBRARIES},
+        "libraries": {library: _version(library) for library in LIBRARIES},
     }
+
+
+def _version(library: str) -> str | None:
+    """None for Graft itself where it travelled with the job instead of being installed."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _ray_storage(uri: str) -> str:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -109,20 +109,19 @@ def run(
             meter.add_loss(loss.detach())
         grad_norm = backend.finish_step()
         if not math.isfinite(grad_norm):
+            good = step - step % spec.checkpoint_every_steps
             raise JobFailedError(
-                f"training diverged at step {step + 1}: the gradient is {grad_norm}. The last good "
-                f"checkpoint is step {step - step % spec.checkpoint_every_steps}; lower "
-                "optimizer.learning_rate, or look at the rows of this step"
+                f"training diverged at step {step + 1}: the gradient is {grad_norm}. "
+                + (f"The last good checkpoint is of step {good}. " if good else "")
+                + "Lower optimizer.learning_rate, or look at the rows of this step"
             )
         meter.add_step(label_count, int(rows.lengths[taken].sum()))
         is_last = step + 1 == steps
         if (step + 1) % spec.log_every_steps == 0 or is_last:
             on_log(meter.line(step + 1, rate, grad_norm))
         if on_checkpoint and ((step + 1) % spec.checkpoint_every_steps == 0 or is_last):
-            on_checkpoint(
-                replace(meter.progress(step + 1), global_batch_size=spec.global_batch_size)
-            )
-    return replace(meter.progress(steps), global_batch_size=spec.global_batch_size)
+            on_checkpoint(meter.progress(step + 1))
+    return meter.progress(steps)
 
 
 class _Plan:

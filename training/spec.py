@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from cluster.names import NAME, absolute_uri
-from cluster.spec import Spec
+from cluster.spec import Name, Spec, StoreUri
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LoraSpec(Spec):
@@ -93,20 +94,10 @@ class DataSpec(Spec):
 class OutputSpec(Spec):
     """Where the adapter is published."""
 
-    store: str = Field("./graft-store", description="Folder, s3://bucket/prefix or gs://… .")
-    name: str = Field(description="Adapter name; each run publishes its next version.")
-
-    @field_validator("store")
-    @classmethod
-    def _absolute(cls, value: str) -> str:
-        return absolute_uri(value)
-
-    @field_validator("name")
-    @classmethod
-    def _legal(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError("use a-z, 0-9, '.', '_' and '-', beginning with a letter or digit")
-        return value
+    store: StoreUri = Field(
+        "./graft-store", validate_default=True, description="Folder, s3://bucket/prefix or gs://… ."
+    )
+    name: Name = Field(description="Adapter name; each run publishes its next version.")
 
 
 class OptimizerSpec(Spec):
@@ -114,7 +105,7 @@ class OptimizerSpec(Spec):
 
     learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay of the two moments.")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Decay of the two moments.")
     eps: PositiveFloat = Field(1e-8, description="Added to the root of the second moment.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Course of the learning rate after warm-up; the first two end at 0."

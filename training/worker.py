@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cluster.base_model import load_base
+from cluster.errors import CallerError, JobFailedError
 from cluster.spec import parse_spec
 from cluster.store import open_store
 from training.backend import Backend, PlainBackend
@@ -23,10 +24,21 @@ from training.spec import TrainingSpec
 from training.step import LossModel
 
 ADAPTER_FOLDER = "adapter"
+FAILURE = "failure"  # the metric by which a run ends that no restart can mend
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
     """What every worker runs; `config` holds the spec and the key of the tokenised rows."""
+    import ray.train
+
+    try:
+        _train(config)
+    except (CallerError, JobFailedError) as error:
+        # All workers come to the same end, and would again: Ray Train must not restart them.
+        ray.train.report({FAILURE: error.message})
+
+
+def _train(config: Mapping[str, Any]) -> None:
     import ray.train
 
     spec = parse_spec(TrainingSpec, config["spec"])
@@ -88,9 +100,10 @@ def _open_rows(spec: TrainingSpec, key: str) -> TokenRows:
     folder = store.local_path()
     if folder is not None:
         return TokenRows(folder / f"{key}.arrow")
-    copy = Path(tempfile.mkdtemp(prefix="graft-tokens-"), "tokens.arrow")
-    store.download(f"{key}.arrow", copy)
-    return TokenRows(copy)
+    with tempfile.TemporaryDirectory(prefix="graft-tokens-") as name:
+        copy = Path(name, "tokens.arrow")
+        store.download(f"{key}.arrow", copy)
+        return TokenRows(copy)  # mapped; the file may go
 
 
 def _resume(backend: Backend) -> Progress:

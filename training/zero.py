@@ -35,6 +35,8 @@ def deepspeed_settings(spec: TrainingSpec) -> dict[str, Any]:
         "gradient_accumulation_steps": spec.gradient_accumulation_steps,
         "gradient_clipping": spec.optimizer.max_grad_norm,  # DeepSpeed's own default is 1.0
         "zero_optimization": zero,
+        # Its engine switches an autocast around it off, unless told of it here.
+        "torch_autocast": {"enabled": spec.precision == "bf16", "dtype": "bfloat16"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -109,7 +111,7 @@ class ZeroBackend:
         """See Backend."""
         import deepspeed
 
-        sharded = [p for p in self.model.module.parameters() if hasattr(p, "ds_id")]
+        sharded = [p for p in self._parameters.values() if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(sharded):
             yield
 

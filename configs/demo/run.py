@@ -30,7 +30,7 @@ from cluster.registry import AdapterVersion, Registry
 from cluster.session import Session, session
 from cluster.spec import load_spec
 from cluster.tables import open_table, write_table
-from serving.app import running
+from serving.app import checked, running
 from serving.batch_file import BatchReport
 from serving.client import Client
 from serving.spec import ServingSpec
@@ -178,7 +178,7 @@ def run(console: Console, output: Path) -> list[str]:
         overrides = [f"store={store}", f"cache={output / 'cache'}"]
         spec = load_spec(ServingSpec, HERE / "serving.yaml", overrides)
         write_requests(output / "requests.arrow")
-        with running(spec, ray) as url, Client(url) as client:
+        with running(checked(spec), ray) as url, Client(url) as client:
             names = ", ".join(model.id for model in client.models())
             console.print(f"{url}/v1 serves {names}")
             report = client.generate_file(

@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from cluster.errors import RequestError
+from cluster.errors import BodyTooLargeError, RequestError
 from cluster.spec import nearest
-from serving.gateway.errors import BodyTooLargeError
 
 B = TypeVar("B", bound=BaseModel)
 

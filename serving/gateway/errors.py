@@ -13,25 +13,19 @@ from serving.protocol import ErrorBody, ErrorDetail
 _log = structlog.get_logger("graft.gateway")
 
 
-class BodyTooLargeError(RequestError):
-    """The request's body is over the limit."""
-
-
 def error_body(error: BaseException) -> tuple[int, ErrorBody]:
     """HTTP status and body of a failure. A foreign exception tells nothing of our insides."""
-    error = getattr(error, "cause", None) or error  # Ray wraps what a replica raised
     outcome = outcome_of(error)
     if isinstance(error, GraftError):
         message = error.message
     else:
-        _log.error("request failed", error=f"{type(error).__name__}: {error}")
+        _log.error("request failed", exc_info=error)
         message = "the server failed on this request; it is logged, and a retry may help"
-    status = 413 if isinstance(error, BodyTooLargeError) else outcome.status
     param = error.param if isinstance(error, RequestError) else None
     if outcome.code == "model_not_found":
         param = "model"
     detail = ErrorDetail(message=message, type=outcome.type, param=param, code=outcome.code)
-    return status, ErrorBody(error=detail)
+    return outcome.status, ErrorBody(error=detail)
 
 
 async def answer_graft_error(_: Request, error: Exception) -> JSONResponse:

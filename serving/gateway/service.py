@@ -76,10 +76,8 @@ class Service:
         """Raises CallerError for whatever cannot run."""
         adapter = await asyncio.to_thread(self.catalogue.resolve, body.model)
         tokens = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        prompts = [
-            encode_prompt(self._tokenizer, prompt) if isinstance(prompt, str) else prompt
-            for prompt in body.prompts
-        ]
+        self._check_count(len(body.prompts) * (body.n or 1))
+        prompts = await asyncio.to_thread(self._encode, body)
         return _job("cmpl", body, adapter, prompts, tokens)
 
     async def chat_job(self, body: ChatRequest) -> Job:
@@ -90,11 +88,12 @@ class Service:
                 f"model {body.model!r} has no chat template; use /v1/completions", param="messages"
             )
         tokens = body.max_completion_tokens
+        prompt = await asyncio.to_thread(self._render, body)
         return _job(
             "chatcmpl",
             body,
             adapter,
-            [self._render(body)],
+            [prompt],
             body.max_tokens if tokens is None else tokens,
         )
 
@@ -135,6 +134,20 @@ class Service:
                 yield Piece(index, output.text, len(output.token_ids), reason and reason.value)
         if not finished:
             raise EngineError("the replica's stream ended before the answer did; try again")
+
+    def _check_count(self, answers: int) -> None:
+        if answers > self._max_waiting:
+            raise RequestError(
+                f"prompt and n ask for {answers:,} answers, over the {self._max_waiting:,} that "
+                "gateway.max_waiting_requests allows in all; send less at once",
+                param="prompt",
+            )
+
+    def _encode(self, body: CompletionRequest) -> list[list[int]]:
+        return [
+            encode_prompt(self._tokenizer, prompt) if isinstance(prompt, str) else prompt
+            for prompt in body.prompts
+        ]
 
     def _render(self, body: ChatRequest) -> list[int]:
         messages = [

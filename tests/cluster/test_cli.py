@@ -44,7 +44,7 @@ def job(bases: Bases, tmp_path: Path) -> dict[str, Any]:
     return {
         "base_model": str(bases("llama")),
         "method": {"kind": "lora"},
-        "data": {"train": str(tmp_path / "rows.arrow")},
+        "data": {"train": str(tmp_path / "rows.arrow"), "max_length": 64},
         "output": {"name": "mine", "store": str(tmp_path / "store")},
     }
 
@@ -70,8 +70,11 @@ BAD_JOBS: list[tuple[str, Change, int, tuple[str, ...]]] = [
     ("no base folder", lambda j, t: j.update(base_model=str(t / "gone")), 2,
      ("gone", "is not a folder")),
     ("a folder that is no base", lambda j, t: j.update(base_model=str(t)), 2, ("config.json",)),
+    ("longer than the context", lambda j, _: j["data"].update(max_length=129), 2,
+     ("exceeds the context of 128", "at most 128")),
     ("bad name", lambda j, _: j["output"].update(name="My Bot"), 2, ("output.name", "a-z")),
-    ("bad store", lambda j, _: j["output"].update(store="ftp://x/y"), 2, ("ftp://x/y", "s3://")),
+    ("bad store", lambda j, _: j["output"].update(store="ftp://x/y"), 2,
+     ("output.store", "ftp://x/y", "s3://")),
 ]  # fmt: skip
 
 

@@ -100,6 +100,32 @@ def test_the_catalog_agrees_with_resolve(registry: Registry, tmp_path: Path) -> 
             registry.resolve(ref)
 
 
+def test_what_others_put_into_the_store_disturbs_nobody(registry: Registry, tmp_path: Path) -> None:
+    registry.publish("bot", folder(tmp_path / "a"))
+    registry.set_alias("bot", "stable", 1)
+    for key in (
+        "adapters/.DS_Store",
+        "adapters/bot/notes/manifest.json",
+        "aliases/bot/x",
+        "aliases/.DS_Store",
+        "adapters/Bad Name".replace(" ", "_") + "/1/manifest.json",
+    ):
+        registry.store.create(key, b"{")
+    catalog = registry.catalog()
+    assert (catalog.versions, catalog.aliases) == ({"bot": [1]}, {("bot", "stable"): 1})
+    assert registry.publish("bot", folder(tmp_path / "a")).version == 2
+    assert registry.aliases("bot") == {"stable": 1}
+
+
+def test_a_damaged_manifest_is_named(registry: Registry, tmp_path: Path) -> None:
+    registry.publish("good", folder(tmp_path / "a"))
+    for number, content in enumerate((b"{", b"[]", b"{}", b'{"schema": 9, "files": {}}'), 1):
+        registry.store.create(f"adapters/bad/{number:08d}/manifest.json", content)
+        with pytest.raises(AdapterError, match=f"bad@{number}: "):
+            registry.resolve(f"bad@{number}")
+    assert registry.names() == ["bad", "good"]
+
+
 def test_what_is_near_is_named(registry: Registry, tmp_path: Path) -> None:
     registry.publish("support-bot", folder(tmp_path / "a"))
     registry.set_alias("support-bot", "stable", 1)

@@ -13,7 +13,7 @@ import pytest
 from cluster.errors import DataError
 from cluster.tables import check_writable, open_table, write_table
 
-TABLE = pa.table({"prompt": ["a", "bä", ""], "n": [1, 2, None]})
+TABLE = pa.table({"prompt": ["a", "bä", ""], "n": [1, 2**53 + 1, None]})
 
 
 def write_stream(path: Path) -> None:
@@ -25,7 +25,9 @@ def write_stream(path: Path) -> None:
 def test_what_is_written_is_read(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
     write_table(TABLE, path)
-    assert open_table(path).to_pylist() == TABLE.to_pylist()
+    found = open_table(path)
+    assert found.to_pylist() == TABLE.to_pylist()
+    assert found.schema.types == TABLE.schema.types
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 

@@ -367,12 +367,17 @@ def test_more_adapters_than_the_engine_holds(bases: Bases, tmp_path: Path) -> No
 
 def test_over_the_queue_limit_is_429(bases: Bases, tmp_path: Path) -> None:
     with running(bases("llama"), tmp_path, max_waiting=3) as small:
-        body = {"model": BASE_NAME, "prompt": "x", "n": 4}
-        response = httpx2.post(f"{small.url}/v1/completions", json=body, timeout=60)
-        assert error(response, 429)["code"] == "overloaded"
-        assert response.headers["retry-after"] == "1"
-        body["n"] = 3
-        assert httpx2.post(f"{small.url}/v1/completions", json=body).status_code == 200
+        url, body = f"{small.url}/v1/completions", {"model": BASE_NAME, "prompt": "x", "n": 3}
+        long = {**body, "max_tokens": 100, "ignore_eos": True}
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: httpx2.post(url, json=long, timeout=60), range(8)))
+        refused = [answer for answer in answers if answer.status_code != 200]
+        assert 0 < len(refused) < 8
+        for answer in refused:
+            assert error(answer, 429)["code"] == "overloaded"
+            assert answer.headers["retry-after"] == "1"
+        assert httpx2.post(url, json=body).status_code == 200
+        assert "send less" in error(httpx2.post(url, json={**body, "n": 4}), 400)["message"]
 
 
 def test_a_dead_engine_shows(bases: Bases, tmp_path: Path) -> None:

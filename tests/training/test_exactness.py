@@ -126,6 +126,34 @@ def test_a_checkpoint_of_any_stage_resumes_on_one_worker_without_deepspeed(
     assert difference(weights_of(runs / "lora-alone"), weights_of(tmp_path)) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+def test_bf16_follows_fp32(half_precision: Path, runs: Path, method: str) -> None:
+    """The base in bf16 and the adapter in fp32, under every ZeRO stage."""
+    expected = weights_of(runs / f"{method}-alone")
+    largest = max(float(weight.abs().max()) for weight in expected.values())
+    for stage in (0, 2, 3):
+        found = weights_of(half_precision / f"{method}-{stage}")
+        assert all(weight.dtype == torch.float32 for weight in found.values())
+        away = torch.cat([(expected[key] - found[key]).abs().flatten() for key in expected])
+        assert 0 < away.mean() < 0.1 * largest, stage
+
+
+@pytest.fixture(scope="module")
+def half_precision(
+    bases: Callable[[str], Path], tokens: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder, base = tmp_path_factory.mktemp("bf16"), bases("llama")
+    cases = [
+        Case({**spec(base, method, (4, 1, {"stage": stage}), 2), "precision": "bf16"},
+             folder / f"{method}-{stage}")
+        for method in METHOD_SETTINGS
+        for stage in (0, 2, 3)
+    ]  # fmt: skip
+    run_cases(2, cases, tokens)
+    return folder
+
+
 @pytest.mark.parametrize("method", METHOD_SETTINGS)
 def test_training_lowers_the_loss(
     method: str, bases: Callable[[str], Path], tokens: Path, tmp_path: Path

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,9 @@ def _process(rank: int, world_size: int, port: int, cases: Sequence[Case], token
     for case in cases:
         run_case(case, tokens, Place(rank, world_size))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # Now and then gloo's threads outlive the interpreter's end, which then aborts.
+    os._exit(0)
 
 
 def run_cases(world_size: int, cases: Sequence[Case], tokens: Path) -> None:

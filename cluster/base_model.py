@@ -37,6 +37,17 @@ def check_base_folder(path: str, *, with_tokenizer: bool) -> None:
         )
 
 
+def context_tokens(path: str) -> int | None:
+    """The longest sequence that the base's config allows, or None if it tells none."""
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"base_model {path}: its config does not load: {error}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def load_tokenizer(path: str) -> Any:
     """The base's tokenizer. Raises BaseModelError."""
     from transformers import AutoTokenizer

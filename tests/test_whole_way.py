@@ -95,7 +95,7 @@ class Small:
     def settings(self) -> tuple[str, ...]:
         return (
             f"base_model={self.base}", f"data.train={self.rows}", "data.format=prompt_completion",
-            "data.max_length=100", "max_steps=60", "checkpoint_every_steps=10", "log_every_steps=5",
+            "max_steps=60", "checkpoint_every_steps=10", "log_every_steps=5",
         )  # fmt: skip
 
 

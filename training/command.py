@@ -7,7 +7,7 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from training.spec import TrainingSpec
 
 _CHECKED_ROWS = 200
+_LONGEST_TOKENS = 2048
 # Ray's process name and colours, and its time stamps.
 _DECORATION = re.compile(
     r"^(\x1b\[\d+m)?(\([^()]*pid=\d+[^()]*\))?(\x1b\[0m)? ?"
@@ -72,7 +73,7 @@ def train(
     from cluster.spec import load_spec
     from training.spec import TrainingSpec
 
-    job = absolute_paths(load_spec(TrainingSpec, spec, set_ or ()))
+    job = resolved(load_spec(TrainingSpec, spec, set_ or ()))
     typer.echo(f"{spec}: {plan(job)}")
     with session(address) as ray:
         job_id = submit(job, ray)
@@ -117,19 +118,17 @@ def plan(spec: TrainingSpec) -> Plan:
     Raises:
         CallerError: the first thing found wrong, with its remedy.
     """
-    from cluster.base_model import check_base_folder, empty_base, load_tokenizer
+    from cluster.base_model import empty_base, load_tokenizer
     from cluster.tables import open_table
     from training.data import tokenize
     from training.loop import count_steps
     from training.methods import METHODS, count_parameters
 
-    check_base_folder(spec.base_model, with_tokenizer=True)
     table = open_table(spec.data.train)
     tokenizer = load_tokenizer(spec.base_model)
     with tempfile.TemporaryDirectory() as folder:
         tokenize(spec.data, tokenizer, Path(folder, "head.arrow"), limit=_CHECKED_ROWS)
     base = empty_base(spec.base_model)
-    _check_length(spec, base.config)
     model = METHODS[spec.method.kind].attach(base, spec.method, spec.base_model)
     trained, total = count_parameters(model)
     steps = count_steps(spec, table.num_rows)
@@ -137,27 +136,31 @@ def plan(spec: TrainingSpec) -> Plan:
     return Plan(trained, total, table.num_rows, steps, checkpoints)
 
 
-def _check_length(spec: TrainingSpec, config: Any) -> None:
-    """Raise SpecError if the longest row, with its virtual tokens, exceeds the base's context."""
+def resolved(spec: TrainingSpec) -> TrainingSpec:
+    """The spec as the job runs it, in another folder: local paths absolute, `max_length` known.
+
+    Raises:
+        BaseModelError: the base's folder is not whole.
+        SpecError: the longest row, with its virtual tokens, exceeds the base's context.
+    """
+    from cluster.base_model import check_base_folder, context_tokens
     from cluster.errors import SpecError
-
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    virtual: int = getattr(spec.method, "num_virtual_tokens", 0)
-    if context is not None and spec.data.max_length + virtual > context:
-        beside = f" + {virtual} virtual tokens" if virtual else ""
-        raise SpecError(
-            f"data.max_length {spec.data.max_length}{beside} exceeds the context of {context} that "
-            f"{spec.base_model} has; set data.max_length to at most {context - virtual}"
-        )
-
-
-def absolute_paths(spec: TrainingSpec) -> TrainingSpec:
-    """The spec with local paths made absolute: the job runs in another folder."""
     from cluster.names import absolute_path
 
-    data = spec.data.model_copy(update={"train": absolute_path(spec.data.train)})
     base = absolute_path(spec.base_model)
-    return spec.model_copy(update={"data": data, "base_model": base})
+    check_base_folder(base, with_tokenizer=True)
+    context = context_tokens(base)
+    virtual: int = getattr(spec.method, "num_virtual_tokens", 0)
+    asked = spec.data.max_length
+    if context is not None and (asked or 1) + virtual > context:
+        beside = f" + {virtual} virtual tokens" if virtual else ""
+        raise SpecError(
+            f"data.max_length {asked or 1}{beside} exceeds the context of {context} that {base} "
+            f"has; set data.max_length to at most {context - virtual}"
+        )
+    longest = _LONGEST_TOKENS if context is None else min(_LONGEST_TOKENS, context - virtual)
+    data = {"train": absolute_path(spec.data.train), "max_length": asked or longest}
+    return spec.model_copy(update={"base_model": base, "data": spec.data.model_copy(update=data)})
 
 
 def readable(line: str) -> str | None:

@@ -113,7 +113,7 @@ def tokenize(spec: DataSpec, tokenizer: Any, to: Path, *, limit: int | None = No
         chunk: list[dict[str, list[int]]] = []
         for number, row in enumerate(iterate_rows(table, row_format, spec.train)):
             ids, labels = tokenize_row(row, row_format, spec.template, tokenizer)
-            if len(ids) > spec.max_length:
+            if spec.max_length is not None and len(ids) > spec.max_length:
                 if spec.over_long == "fail":
                     raise DataError(
                         f"data {spec.train}: row {number} has {len(ids)} tokens, over "

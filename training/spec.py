@@ -85,7 +85,11 @@ class DataSpec(Spec):
     template: Literal["alpaca", "alpaca_short"] = Field(
         "alpaca", description="Layout of alpaca rows; `alpaca_short` leaves out the preamble."
     )
-    max_length: PositiveInt = Field(512, description="Longest row, in tokens.")
+    max_length: PositiveInt | None = Field(
+        None,
+        description="Longest row, in tokens. If not given: what the base's context leaves beside "
+        "the method's virtual tokens, at most 2,048.",
+    )
     over_long: Literal["truncate", "drop", "fail"] = Field(
         "truncate", description="What becomes of a longer row; counted in the log."
     )

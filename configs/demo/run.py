@@ -34,7 +34,7 @@ from serving.app import checked, running
 from serving.batch_file import BatchReport
 from serving.client import Client
 from serving.spec import ServingSpec
-from training.command import absolute_paths, plan, readable, submit
+from training.command import plan, readable, resolved, submit
 from training.spec import TrainingSpec
 
 HERE = Path(__file__).parent
@@ -65,7 +65,7 @@ def train(console: Console, ray: Session, store: Path) -> dict[str, AdapterVersi
     for task in TASKS:
         started = time.monotonic()
         spec = load_spec(TrainingSpec, HERE / f"{task}.yaml", [f"output.store={store}"])
-        spec = absolute_paths(spec)
+        spec = resolved(spec)
         console.rule(f"{task}: train by {spec.method.kind}", align="left")
         console.print(f"{plan(spec)}")
         job_id = submit(spec, ray)

@@ -44,7 +44,7 @@ def job(bases: Bases, tmp_path: Path) -> dict[str, Any]:
     return {
         "base_model": str(bases("llama")),
         "method": {"kind": "lora"},
-        "data": {"train": str(tmp_path / "rows.arrow"), "max_length": 64},
+        "data": {"train": str(tmp_path / "rows.arrow")},
         "output": {"name": "mine", "store": str(tmp_path / "store")},
     }
 

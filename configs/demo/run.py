@@ -131,6 +131,7 @@ def show(console: Console, results: list[Result], report: BatchReport) -> None:
     table = Table(
         "task", "method", "trained", "of all", "base", "adapter", "train\ntok/s", "generate\ntok/s",
         title="Parameters trained, exact match on 200 held-out rows, speed", box=box.SIMPLE,
+        pad_edge=False, collapse_padding=True,
     )  # fmt: skip
     for result in results:
         metrics = result.version.card["metrics"]

@@ -195,7 +195,8 @@ def main() -> None:
         make_base(base)
         for _ in range(chosen.rounds):
             for name, python in pythons.items():
-                command = [python, __file__, "--one", name, str(base), "--steps",
+                # -P: this file's folder must not hide the package of the same name.
+                command = [python, "-P", __file__, "--one", name, str(base), "--steps",
                            str(chosen.steps), "--dtype", chosen.dtype]  # fmt: skip
                 output = subprocess.run(command, capture_output=True, text=True, check=False)
                 if output.returncode:

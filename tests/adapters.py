@@ -43,6 +43,18 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
     ),
     "bitfit": _bitfit,
     "prompt_tuning": _peft(peft.PromptTuningConfig(**_CAUSAL, num_virtual_tokens=5)),
+    "p_tuning": _peft(
+        peft.PromptEncoderConfig(**_CAUSAL, num_virtual_tokens=3, encoder_hidden_size=24)
+    ),
+    "p_tuning_lstm": _peft(
+        peft.PromptEncoderConfig(
+            **_CAUSAL,
+            num_virtual_tokens=3,
+            encoder_hidden_size=8,
+            encoder_num_layers=1,
+            encoder_reparameterization_type="LSTM",
+        )
+    ),
     "prefix_tuning": _peft(peft.PrefixTuningConfig(**_CAUSAL, num_virtual_tokens=21)),
     "prefix_projection": _peft(
         peft.PrefixTuningConfig(

@@ -52,6 +52,22 @@ class PromptTuningSpec(Spec):
     )
 
 
+class PTuningSpec(Spec):
+    """P-tuning (Liu et al. 2021, arXiv:2103.10385): a prompt trained through an encoder."""
+
+    kind: Literal["p_tuning"] = Field(description="`p_tuning`.")
+    num_virtual_tokens: PositiveInt = Field(20, description="Length of the prompt, in tokens.")
+    encoder: Literal["mlp", "lstm"] = Field(
+        "mlp", description="What the prompt is trained through; the result is stored without it."
+    )
+    encoder_hidden_size: PositiveInt | None = Field(
+        None, description="Width of the encoder; the base's hidden size by default."
+    )
+    encoder_layers: PositiveInt = Field(
+        2, description="Layers of the LSTM; the MLP always has three linear ones."
+    )
+
+
 class PrefixTuningSpec(Spec):
     """Prefix tuning (Li & Liang 2021): learned keys and values in front of every layer."""
 
@@ -66,7 +82,8 @@ class PrefixTuningSpec(Spec):
 
 
 MethodSpec = Annotated[
-    LoraSpec | BitFitSpec | PromptTuningSpec | PrefixTuningSpec, Field(discriminator="kind")
+    LoraSpec | BitFitSpec | PromptTuningSpec | PTuningSpec | PrefixTuningSpec,
+    Field(discriminator="kind"),
 ]
 
 

@@ -28,6 +28,7 @@ LOWER: Mapping[str, Lower] = {
     "LORA": lower_lora,
     "BITFIT": lower_bitfit,
     "PROMPT_TUNING": lower_prompt_tuning,
+    "P_TUNING": lower_prompt_tuning,
     "PREFIX_TUNING": lower_prefix_tuning,
 }
 

@@ -1,6 +1,7 @@
-"""Prompt-tuning and prefix-tuning folders as prefixes.
+"""Prompt-tuning, P-tuning and prefix-tuning folders as prefixes.
 
-Prompt tuning (Lester et al. 2021, arXiv:2104.08691) puts vectors in front of the input; prefix
+Prompt tuning (Lester et al. 2021, arXiv:2104.08691) puts vectors in front of the input, and so
+does P-tuning (Liu et al. 2021, arXiv:2103.10385), whose encoder PEFT has run when it saves; prefix
 tuning (Li & Liang 2021, arXiv:2101.00190) puts keys and values in front of every layer, which PEFT
 stores after its projection, without rotary embedding.
 
@@ -24,14 +25,15 @@ _READ = {"num_virtual_tokens", "num_transformer_submodules"}
 _TRAINED_WITH = {
     "token_dim", "num_attention_heads", "num_layers", "prompt_tuning_init",
     "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "init_weights",
-    "encoder_hidden_size", "prefix_projection",
+    "encoder_hidden_size", "prefix_projection", "encoder_reparameterization_type",
+    "encoder_num_layers", "encoder_dropout",
 }  # fmt: skip
 
 
 def lower_prompt_tuning(
     folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
 ) -> LoweredAdapter:
-    """A prompt-tuning folder as an embedding prefix. Raises AdapterError."""
+    """A prompt-tuning or P-tuning folder as an embedding prefix. Raises AdapterError."""
     embeddings_PH = _read(folder, tensors, target.hidden_size, target)
     return LoweredAdapter(prefix=EmbeddingPrefix(embeddings_PH))
 

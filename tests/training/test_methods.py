@@ -41,6 +41,8 @@ CASES: list[dict[str, Any]] = [
     {"kind": "bitfit"},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4, "init_text": "Say it"},
+    {"kind": "p_tuning", "num_virtual_tokens": 4},
+    {"kind": "p_tuning", "num_virtual_tokens": 4, "encoder": "lstm", "encoder_hidden_size": 8},
     {"kind": "prefix_tuning", "num_virtual_tokens": 4},
     {"kind": "prefix_tuning", "num_virtual_tokens": 4, "projection": True},
 ]

@@ -31,6 +31,7 @@ METHODS: Mapping[str, Method] = {
     "lora": Method(lora.attach, *_PEFT),
     "bitfit": Method(bitfit.attach, bitfit.save, bitfit.load),
     "prompt_tuning": Method(soft_prompt.attach_prompt_tuning, *_PEFT),
+    "p_tuning": Method(soft_prompt.attach_p_tuning, *_PEFT),
     "prefix_tuning": Method(soft_prompt.attach_prefix_tuning, *_PEFT),
 }
 

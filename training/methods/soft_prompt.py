@@ -1,4 +1,4 @@
-"""Prompt tuning and prefix tuning through PEFT."""
+"""Prompt tuning, P-tuning and prefix tuning through PEFT."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from training.spec import PrefixTuningSpec, PromptTuningSpec
+from training.spec import PrefixTuningSpec, PromptTuningSpec, PTuningSpec
 
 
 def attach_prompt_tuning(model: Any, spec: PromptTuningSpec, base_path: str) -> torch.nn.Module:
@@ -20,6 +20,23 @@ def attach_prompt_tuning(model: Any, spec: PromptTuningSpec, base_path: str) -> 
         prompt_tuning_init=PromptTuningInit.TEXT if text else PromptTuningInit.RANDOM,
         prompt_tuning_init_text=text,
         tokenizer_name_or_path=base_path if text else None,
+        base_model_name_or_path=base_path,
+    )
+    return get_peft_model(model, config)
+
+
+def attach_p_tuning(model: Any, spec: PTuningSpec, base_path: str) -> torch.nn.Module:
+    """Put `num_virtual_tokens` embeddings, made by a trained encoder, in front of the input."""
+    from peft import PromptEncoderConfig, PromptEncoderReparameterizationType, get_peft_model
+
+    hidden_size: int = model.config.get_text_config().hidden_size
+    config = PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=spec.num_virtual_tokens,
+        encoder_reparameterization_type=PromptEncoderReparameterizationType[spec.encoder.upper()],
+        encoder_hidden_size=spec.encoder_hidden_size or hidden_size,
+        # PEFT's MLP has a fixed depth and warns of any other than its default.
+        encoder_num_layers=spec.encoder_layers if spec.encoder == "lstm" else 2,
         base_model_name_or_path=base_path,
     )
     return get_peft_model(model, config)

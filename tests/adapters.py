@@ -41,6 +41,13 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
             lora_bias=True,
         )
     ),
+    "ia3": _peft(
+        peft.IA3Config(
+            **_CAUSAL,
+            target_modules=r".*\.(k_proj|v_proj|down_proj|c_attn|mlp\.c_proj|fc2)",
+            feedforward_modules=r".*\.(down_proj|mlp\.c_proj|fc2)",
+        )
+    ),
     "bitfit": _bitfit,
     "prompt_tuning": _peft(peft.PromptTuningConfig(**_CAUSAL, num_virtual_tokens=5)),
     "p_tuning": _peft(

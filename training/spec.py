@@ -31,6 +31,19 @@ class LoraSpec(Spec):
     )
 
 
+class IA3Spec(Spec):
+    """IA3 (Liu et al. 2022, arXiv:2205.05638): learned factors of keys, values and feed-forward
+    activations."""
+
+    kind: Literal["ia3"] = Field(description="`ia3`.")
+    target_modules: tuple[str, ...] | None = Field(
+        None, description="Module-name suffixes; PEFT's choice for the base's family if not given."
+    )
+    feedforward_modules: tuple[str, ...] | None = Field(
+        None, description="Those of them whose input is scaled, not their output."
+    )
+
+
 class BitFitSpec(Spec):
     """Bias-only training (Ben Zaken et al. 2021); biases that the base lacks start at zero."""
 
@@ -82,7 +95,7 @@ class PrefixTuningSpec(Spec):
 
 
 MethodSpec = Annotated[
-    LoraSpec | BitFitSpec | PromptTuningSpec | PTuningSpec | PrefixTuningSpec,
+    LoraSpec | IA3Spec | BitFitSpec | PromptTuningSpec | PTuningSpec | PrefixTuningSpec,
     Field(discriminator="kind"),
 ]
 

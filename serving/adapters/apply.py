@@ -20,6 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from cluster.errors import AdapterError
 from serving.adapters.primitives import LinearDelta
 
+# A module's name, and whether its input (else its output) is meant.
+_Place = tuple[str, bool]
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -36,8 +39,8 @@ class DeltaHooks:
     def __init__(self, model: Any) -> None:
         self._modules: dict[str, torch.nn.Module] = dict(model.named_modules())
         self._head = model.get_output_embeddings()
-        self._handles: dict[str, RemovableHandle] = {}
-        self._users: dict[str, int] = {}
+        self._handles: dict[_Place, RemovableHandle] = {}
+        self._users: dict[_Place, int] = {}
         self._body: Sequence[Segment] = ()
         self._head_rows: Sequence[Segment] = ()
         # Which dimension of a module's output counts the step's tokens, by name.
@@ -77,20 +80,25 @@ class DeltaHooks:
                 "adapter's targets"
             )
 
-    def install(self, names: Iterable[str]) -> None:
-        """Count one more adapter that changes the modules `names`."""
-        for name in names:
-            self._users[name] = self._users.get(name, 0) + 1
-            if self._users[name] == 1:
+    def install(self, deltas: Mapping[str, LinearDelta]) -> None:
+        """Count one more adapter with these deltas, by module name."""
+        for place in _places(deltas):
+            self._users[place] = self._users.get(place, 0) + 1
+            if self._users[place] == 1:
+                name, is_input = place
                 module = self._modules[name]
-                self._handles[name] = module.register_forward_hook(self._hook(name, module))
+                self._handles[place] = (
+                    module.register_forward_pre_hook(self._input_hook(name))
+                    if is_input
+                    else module.register_forward_hook(self._output_hook(name, module))
+                )
 
-    def uninstall(self, names: Iterable[str]) -> None:
-        """Count one adapter less on the modules `names`."""
-        for name in names:
-            self._users[name] -= 1
-            if not self._users[name]:
-                self._handles.pop(name).remove()
+    def uninstall(self, deltas: Mapping[str, LinearDelta]) -> None:
+        """Count one adapter less."""
+        for place in _places(deltas):
+            self._users[place] -= 1
+            if not self._users[place]:
+                self._handles.pop(place).remove()
 
     @contextmanager
     def active(self, body: Sequence[Segment], head: Sequence[Segment]) -> Generator[None]:
@@ -102,7 +110,22 @@ class DeltaHooks:
         finally:
             self._body = self._head_rows = ()
 
-    def _hook(self, name: str, module: torch.nn.Module) -> Any:
+    def _input_hook(self, name: str) -> Any:
+        rows_dim = self._rows_dim[name]
+
+        def scale(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+            x: torch.Tensor | None = None
+            for segment in self._body:
+                delta = segment.deltas.get(name)
+                if delta is not None and delta.scale_I is not None:
+                    x = args[0].clone() if x is None else x  # others may read the same input
+                    rows = x.narrow(rows_dim, segment.start, segment.end - segment.start)
+                    rows *= delta.scale_I
+            return None if x is None else (x, *args[1:])
+
+        return scale
+
+    def _output_hook(self, name: str, module: torch.nn.Module) -> Any:
         is_head, rows_dim = module is self._head, self._rows_dim[name]
 
         def apply(_: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -116,8 +139,19 @@ class DeltaHooks:
         return apply
 
 
+def _places(deltas: Mapping[str, LinearDelta]) -> Generator[_Place]:
+    """Every module's output, and its input where that is scaled."""
+    for name, delta in deltas.items():
+        yield name, False
+        if delta.scale_I is not None:
+            yield name, True
+
+
 def _add(y: torch.Tensor, x: torch.Tensor, delta: LinearDelta) -> None:
-    """y += (x A) B + shift, in place. y is [..., O]; x [..., I], or token ids for an embedding."""
+    """y = scale ∘ y + (x A) B + shift, in place. y is [..., O]; x [..., I], or token ids for an
+    embedding."""
+    if delta.scale_O is not None:
+        y *= delta.scale_O
     if delta.a_Ir is not None and delta.b_rO is not None:
         low_Tr = (x @ delta.a_Ir if x.is_floating_point() else delta.a_Ir[x]).flatten(0, -2)
         y.view(-1, y.shape[-1]).addmm_(low_Tr, delta.b_rO)

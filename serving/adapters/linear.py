@@ -1,7 +1,8 @@
-"""LoRA and BitFit folders as linear deltas.
+"""LoRA, BitFit and IA3 folders as linear deltas.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685): W' = W + s B A, so y' = y + s (x Aᵀ) Bᵀ, with s = alpha / r
 (rsLoRA, arXiv:2312.03732: alpha / √r). BitFit (arXiv:2106.10199): y' = y + (b' - b).
+IA3 (Liu et al. 2022, arXiv:2205.05638): y' = l ∘ y, or W (l ∘ x) in feed-forward modules.
 
     I in    O out    r rank
 """
@@ -108,6 +109,37 @@ def lower_bitfit(
     return LoweredAdapter(deltas)
 
 
+def lower_ia3(
+    folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
+) -> LoweredAdapter:
+    """An IA3 folder as output and input scales. Raises AdapterError."""
+    trained_with = {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out",
+                    "init_ia3_weights"}  # fmt: skip
+    refuse_unread(folder, (), trained_with)
+    deltas: dict[str, LinearDelta] = {}
+    for key, tensor in tensors.items():
+        name = _bare(folder, key)
+        if not name.endswith(".ia3_l"):
+            raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which is not of IA3")
+        module = name.removesuffix(".ia3_l")
+        shape = _shape_of(folder, key, module, target)
+        scale = tensor.float().flatten()
+        if tuple(tensor.shape) == (shape.out_features, 1):
+            delta = LinearDelta(scale_O=scale)
+        elif tuple(tensor.shape) == (1, shape.in_features):
+            delta = LinearDelta(scale_I=scale)
+        else:
+            raise fault(
+                folder.path,
+                WEIGHTS,
+                f"has {key!r} with shape {tuple(tensor.shape)}, where the base has "
+                f"({shape.out_features}, 1) or (1, {shape.in_features}); the adapter was made for "
+                f"another base ({folder.base_model})",
+            )
+        deltas[module] = _placed(delta, target)
+    return LoweredAdapter(deltas)
+
+
 def _bare(folder: AdapterFolder, key: str) -> str:
     if not key.startswith(_PREFIX):
         raise fault(folder.path, WEIGHTS, f"has tensor {key!r}; keys begin with {_PREFIX!r}")
@@ -201,7 +233,7 @@ def _fit_shift(
 
 def _placed(delta: LinearDelta, target: Target) -> LinearDelta:
     """Contiguous, in the engine's dtype, on its device."""
-    parts = (delta.a_Ir, delta.b_rO, delta.shift_O)
+    parts = (delta.a_Ir, delta.b_rO, delta.shift_O, delta.scale_O, delta.scale_I)
     return LinearDelta(
         *(None if p is None else p.to(target.device, target.dtype).contiguous() for p in parts)
     )

@@ -17,7 +17,7 @@ from cluster.adapter_folder import (
     fault,
     open_adapter_folder,
 )
-from serving.adapters.linear import lower_bitfit, lower_lora
+from serving.adapters.linear import lower_bitfit, lower_ia3, lower_lora
 from serving.adapters.primitives import LoweredAdapter
 from serving.adapters.soft_prompt import lower_prefix_tuning, lower_prompt_tuning
 from serving.adapters.target import Target
@@ -27,6 +27,7 @@ Lower = Callable[[AdapterFolder, Mapping[str, torch.Tensor], Target], LoweredAda
 LOWER: Mapping[str, Lower] = {
     "LORA": lower_lora,
     "BITFIT": lower_bitfit,
+    "IA3": lower_ia3,
     "PROMPT_TUNING": lower_prompt_tuning,
     "P_TUNING": lower_prompt_tuning,
     "PREFIX_TUNING": lower_prefix_tuning,

@@ -15,15 +15,17 @@ import torch
 
 @dataclass(frozen=True)
 class LinearDelta:
-    """What an adapter adds to one module's output: y + (x A) B + shift.
+    """What an adapter makes of one module: scale_O ∘ W(scale_I ∘ x) + (x A) B + shift.
 
     For an embedding, x is the one-hot row of the token, so A has a row for each token id. Tensors
-    have the engine's dtype and device; the scale is already in B.
+    have the engine's dtype and device; a LoRA's factor is already in B.
     """
 
     a_Ir: torch.Tensor | None = None
     b_rO: torch.Tensor | None = None
     shift_O: torch.Tensor | None = None
+    scale_O: torch.Tensor | None = None
+    scale_I: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from training.spec import DataSpec
 
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "r": 4},
+    "ia3": {"kind": "ia3"},
     "bitfit": {"kind": "bitfit"},
     "prompt_tuning": {"kind": "prompt_tuning", "num_virtual_tokens": 4},
     "p_tuning": {"kind": "p_tuning", "num_virtual_tokens": 4},

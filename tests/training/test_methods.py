@@ -38,6 +38,7 @@ def attach(base: Path, **method: Any) -> tuple[Any, Any]:
 
 CASES: list[dict[str, Any]] = [
     {"kind": "lora", "r": 3, "rank_pattern": {"q_proj|c_attn": 2}},
+    {"kind": "ia3"},
     {"kind": "bitfit"},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4, "init_text": "Say it"},
@@ -127,6 +128,13 @@ def test_a_target_that_matches_nothing_lists_what_there_is(bases: Bases, kind: s
 def test_a_pattern_that_matches_nothing_is_refused(bases: Bases, field: str) -> None:
     with pytest.raises(SpecError, match=rf"method.{field}: 'qproj' matches no targeted module"):
         attach(bases("llama"), kind="lora", **{field: {"qproj": 2, "v_proj": 3}})
+
+
+def test_ia3_asks_for_targets_where_peft_knows_none(bases: Bases) -> None:
+    with pytest.raises(SpecError, match="target_modules and method"):
+        attach(bases("qwen2_moe"), kind="ia3")
+    with pytest.raises(SpecError, match="both, or neither"):
+        attach(bases("llama"), kind="ia3", target_modules=["k_proj"])
 
 
 def test_init_text_starts_from_the_texts_embeddings(bases: Bases) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from training.methods import bitfit, lora, soft_prompt
+from training.methods import bitfit, ia3, lora, soft_prompt
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Method:
 _PEFT = (lora.save_peft, lora.load_peft)
 METHODS: Mapping[str, Method] = {
     "lora": Method(lora.attach, *_PEFT),
+    "ia3": Method(ia3.attach, *_PEFT),
     "bitfit": Method(bitfit.attach, bitfit.save, bitfit.load),
     "prompt_tuning": Method(soft_prompt.attach_prompt_tuning, *_PEFT),
     "p_tuning": Method(soft_prompt.attach_p_tuning, *_PEFT),

@@ -1,0 +1,36 @@
+"""IA3 (Liu et al. 2022, arXiv:2205.05638) through PEFT: factors of activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cluster.errors import SpecError
+from training.methods.lora import linear_names
+from training.spec import IA3Spec
+
+
+def attach(model: Any, spec: IA3Spec, base_path: str) -> torch.nn.Module:
+    """Put a factor on each output, or feed-forward input, of the targeted modules.
+
+    Raises:
+        SpecError: the targets match nothing, or are needed since PEFT has none for this family.
+    """
+    from peft import IA3Config, get_peft_model
+
+    if (spec.target_modules is None) != (spec.feedforward_modules is None):
+        raise SpecError("method: give target_modules and feedforward_modules both, or neither")
+    config = IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=list(spec.target_modules) if spec.target_modules else None,
+        feedforward_modules=list(spec.feedforward_modules) if spec.feedforward_modules else None,
+        base_model_name_or_path=base_path,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise SpecError(
+            f"method: PEFT refuses IA3 on {base_path} ({error}); name method.target_modules and "
+            f"method.feedforward_modules among {', '.join(linear_names(model))}"
+        ) from error

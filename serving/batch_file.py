@@ -125,9 +125,7 @@ async def run_batch(
             for _ in range(min(client.concurrency, table.num_rows - resumed)):
                 group.create_task(worker(file, task))
     results = [done[row] for row in range(table.num_rows)]
-    for name, kind in ADDED.items():
-        table = table.append_column(name, pa.array([getattr(r, name) for r in results], kind))
-    await asyncio.to_thread(write_table, table, target)
+    await asyncio.to_thread(write_table, _with_answers(table, results), target)
     journal.unlink()
     fresh = list(done.values())[resumed:]
     return BatchReport(
@@ -138,6 +136,13 @@ async def run_batch(
         completion_tokens=tokens,
         seconds=time.monotonic() - began,
     )
+
+
+def _with_answers(table: pa.Table, results: list[_Row]) -> pa.Table:
+    """`table` with the columns of ADDED."""
+    for name, kind in ADDED.items():
+        table = table.append_column(name, pa.array([getattr(r, name) for r in results], kind))
+    return table
 
 
 def _checked(

@@ -43,11 +43,6 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the thread still steps."""
-        return self._thread.is_alive() and not self._stopping.is_set()
-
     async def call(self, function: Callable[[], R]) -> R:
         """Run `function` on the engine's thread, between two steps."""
         future: Future[R] = Future()

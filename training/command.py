@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.cli import Address
+
 if TYPE_CHECKING:
     from cluster.session import Session
     from training.spec import TrainingSpec
@@ -55,10 +57,7 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: method.r=16. Repeatable.")
     ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster: host:port, auto, or http://host:8265 [env: RAY_ADDRESS]."),
-    ] = None,
+    address: Address = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Print the log until the job ends.")
     ] = False,

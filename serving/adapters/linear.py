@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -98,12 +98,8 @@ def lower_bitfit(
     """A BitFit folder as output shifts. Raises AdapterError."""
     refuse_unread(folder, (), {"target_modules"})
     deltas: dict[str, LinearDelta] = {}
-    for key, tensor in tensors.items():
-        name = _bare(folder, key)
-        if not name.endswith(".bias"):
-            raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which is no bias")
-        module = name.removesuffix(".bias")
-        shape = _shape_of(folder, key, module, target)
+    for key, module, shape in _by_module(folder, tensors, ".bias", "is no bias", target):
+        tensor = tensors[key]
         change = _fit_shift(folder, key, _change_of_bias(tensor, shape), shape)
         deltas[module] = _placed(LinearDelta(shift_O=change), target)
     return LoweredAdapter(deltas)
@@ -117,12 +113,8 @@ def lower_ia3(
                     "init_ia3_weights"}  # fmt: skip
     refuse_unread(folder, (), trained_with)
     deltas: dict[str, LinearDelta] = {}
-    for key, tensor in tensors.items():
-        name = _bare(folder, key)
-        if not name.endswith(".ia3_l"):
-            raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which is not of IA3")
-        module = name.removesuffix(".ia3_l")
-        shape = _shape_of(folder, key, module, target)
+    for key, module, shape in _by_module(folder, tensors, ".ia3_l", "is not of IA3", target):
+        tensor = tensors[key]
         scale = tensor.float().flatten()
         if tuple(tensor.shape) == (shape.out_features, 1):
             delta = LinearDelta(scale_O=scale)
@@ -138,6 +130,18 @@ def lower_ia3(
             )
         deltas[module] = _placed(delta, target)
     return LoweredAdapter(deltas)
+
+
+def _by_module(
+    folder: AdapterFolder, keys: Iterable[str], suffix: str, otherwise: str, target: Target
+) -> Iterator[tuple[str, str, ModuleShape]]:
+    """(key, module, its shape) of a method with one tensor, named by `suffix`, for each module."""
+    for key in keys:
+        name = _bare(folder, key)
+        if not name.endswith(suffix):
+            raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which {otherwise}")
+        module = name.removesuffix(suffix)
+        yield key, module, _shape_of(folder, key, module, target)
 
 
 def _bare(folder: AdapterFolder, key: str) -> str:

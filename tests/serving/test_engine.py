@@ -341,13 +341,18 @@ def test_an_adapter_of_another_base_is_refused(
             engine.add_adapter("other", other)
 
 
-def test_weights_that_overflow_fail_their_own_requests_alone(
-    bases: Bases, adapters: dict[str, Path], tmp_path: Path
-) -> None:
+@pytest.fixture
+def wild(adapters: dict[str, Path], tmp_path: Path) -> Path:
     """Finite weights whose products are not: the file passes every check, the logits do not."""
-    wild = tmp_path / "wild"
-    shutil.copytree(adapters["lora"], wild)
-    edit_tensors(lambda t: [v.fill_(1e30) for v in t.values()])(wild)
+    folder = tmp_path / "wild"
+    shutil.copytree(adapters["lora"], folder)
+    edit_tensors(lambda t: [v.fill_(1e30) for v in t.values()])(folder)
+    return folder
+
+
+def test_weights_that_overflow_fail_their_own_requests_alone(
+    bases: Bases, adapters: dict[str, Path], wild: Path
+) -> None:
     engine = make_engine(bases("llama"))
     engine.add_adapter("lora", adapters["lora"])
     engine.add_adapter("wild", wild)
@@ -368,13 +373,8 @@ def test_weights_that_overflow_fail_their_own_requests_alone(
     assert "not finite" in str(errors[ids[1]])
 
 
-def test_what_an_overflow_left_in_a_page_hurts_nobody(
-    bases: Bases, adapters: dict[str, Path], tmp_path: Path
-) -> None:
+def test_what_an_overflow_left_in_a_page_hurts_nobody(bases: Bases, wild: Path) -> None:
     """Page 0 keeps keys that are NaN; whoever is padded beside a longer row must not read it."""
-    wild = tmp_path / "wild"
-    shutil.copytree(adapters["lora"], wild)
-    edit_tensors(lambda t: [v.fill_(1e30) for v in t.values()])(wild)
     engine = make_engine(bases("llama"))
     requests = [GenerationRequest(prompt_token_ids=p, max_tokens=20, ignore_eos=True)
                 for p in PROMPTS]  # fmt: skip

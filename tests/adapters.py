@@ -9,8 +9,8 @@ import peft
 import torch
 import transformers
 
+from training.method_spec import BitFitSpec
 from training.methods import METHODS, trainable_parameters
-from training.spec import BitFitSpec
 
 
 def load(base: Path) -> Any:

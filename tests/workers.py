@@ -14,12 +14,12 @@ import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 
 from cluster.spec import parse_spec
-from training.checkpoint import read_checkpoint, write_checkpoint
+from training.assembly import assemble
+from training.checkpoint import write_checkpoint
 from training.data import TokenRows
 from training.loop import LogLine, Place, run
 from training.methods import METHODS
 from training.spec import TrainingSpec
-from training.worker import build_backend
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,23 @@ class Case:
 def run_case(case: Case, tokens: Path, place: Place) -> list[float]:
     """Train; rank 0 writes checkpoint-<step>/ and adapter/ into the case's folder."""
     spec = parse_spec(TrainingSpec, case.spec)
-    backend = build_backend(spec, place)
-    progress = None
-    if case.resume:
-        state, progress = read_checkpoint(case.resume)
-        backend.load_full_state(state, progress.step)
+    rows = TokenRows(tokens)
+    made = assemble(spec, place, rows, case.resume)
     losses: list[float] = []
 
     def on_checkpoint(progress: Any) -> None:
-        state = backend.full_state()
+        state = made.full_state()
         if place.rank == 0:
             write_checkpoint(case.folder / f"checkpoint-{progress.step}", state, progress)
 
     def on_log(line: LogLine) -> None:
         losses.append(line.loss)
 
-    run(spec, backend, TokenRows(tokens), place=place, start=progress,
+    run(spec, made.backend, rows, course=made.course, place=place, start=made.start,
         on_log=on_log, on_checkpoint=on_checkpoint)  # fmt: skip
-    with backend.whole_parameters():
+    with made.backend.whole_parameters():
         if place.rank == 0:
-            METHODS[spec.method.kind].save(backend.adapted, case.folder / "adapter")
+            METHODS[spec.method.kind].save(made.backend.adapted, case.folder / "adapter")
     return losses
 
 

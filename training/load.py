@@ -10,8 +10,7 @@ import torch
 from cluster.adapter_folder import open_adapter_folder
 from training.methods import METHODS
 
-# The kinds that PEFT does not know; everything else is PEFT's.
-_OWN = {"BITFIT": "bitfit"}
+_OWN = {method.peft_type: method for method in METHODS.values() if method.peft_type}
 
 
 def load_adapter(model: Any, path: str | Path) -> torch.nn.Module:
@@ -25,5 +24,5 @@ def load_adapter(model: Any, path: str | Path) -> torch.nn.Module:
         AdapterError: the folder is not sound.
     """
     folder = open_adapter_folder(path)
-    kind = _OWN.get(folder.method, "lora")
-    return METHODS[kind].load(model, folder.path).eval()
+    method = _OWN.get(folder.method, METHODS["lora"])
+    return method.load(model, folder.path).eval()

@@ -21,6 +21,7 @@ from cluster.errors import JobFailedError
 from training.backend import Backend
 from training.checkpoint import Progress
 from training.data import IGNORE, TokenRows, epoch_batches, micro_batches
+from training.methods.course import Course
 from training.spec import OptimizerSpec, TrainingSpec
 from training.step import Batch, collate
 
@@ -79,6 +80,7 @@ def run(
     backend: Backend,
     rows: TokenRows,
     *,
+    course: Course | None = None,
     place: Place | None = None,
     start: Progress | None = None,
     on_log: Callable[[LogLine], None] = print,
@@ -89,13 +91,14 @@ def run(
     Raises:
         JobFailedError: the loss or gradient is no longer finite; names the last good checkpoint.
     """
-    place, progress = place or Place(), start or Progress()
+    place, progress, course = place or Place(), start or Progress(), course or Course()
     steps = count_steps(spec, len(rows))
     meter = _Meter(place, progress, steps)
     plan = _Plan(spec, rows)
     for step in range(progress.step, steps):
         rate = learning_rate(spec.optimizer, step, steps)
         backend.set_learning_rate(rate)
+        course.begin_step(step, steps)
         torch.manual_seed(hash((spec.seed, step, place.rank)) % 2**63)
         taken = plan.rows_of(step)
         label_count = int(rows.label_counts[taken].sum())
@@ -115,6 +118,7 @@ def run(
                 + (f"The last good checkpoint is of step {good}. " if good else "")
                 + "Lower optimizer.learning_rate, or look at the rows of this step"
             )
+        course.end_step(step, steps, backend)
         meter.add_step(label_count, int(rows.lengths[taken].sum()))
         is_last = step + 1 == steps
         if (step + 1) % spec.log_every_steps == 0 or is_last:

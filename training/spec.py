@@ -7,97 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cluster.spec import Name, Spec, StoreUri
+from training.method_spec import MethodSpec
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class LoraSpec(Spec):
-    """Low-rank adaptation (Hu et al. 2021): W + (alpha / r) B A on chosen linear modules."""
-
-    kind: Literal["lora"] = Field(description="`lora`.")
-    r: PositiveInt = Field(8, description="Rank of each update.")
-    alpha: PositiveFloat = Field(16, description="Scale: the update is multiplied by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the update's input.")
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (rank-stabilised).")
-    target_modules: str | tuple[str, ...] = Field(
-        "all-linear",
-        description="`all-linear`, a list of module-name suffixes, or a regular expression.",
-    )
-    rank_pattern: dict[str, PositiveInt] = Field(
-        default_factory=dict, description="Module-name pattern -> its own rank."
-    )
-    alpha_pattern: dict[str, PositiveFloat] = Field(
-        default_factory=dict, description="Module-name pattern -> its own alpha."
-    )
-
-
-class IA3Spec(Spec):
-    """IA3 (Liu et al. 2022, arXiv:2205.05638): learned factors of keys, values and feed-forward
-    activations."""
-
-    kind: Literal["ia3"] = Field(description="`ia3`.")
-    target_modules: tuple[str, ...] | None = Field(
-        None, description="Module-name suffixes; PEFT's choice for the base's family if not given."
-    )
-    feedforward_modules: tuple[str, ...] | None = Field(
-        None, description="Those of them whose input is scaled, not their output."
-    )
-
-
-class BitFitSpec(Spec):
-    """Bias-only training (Ben Zaken et al. 2021); biases that the base lacks start at zero."""
-
-    kind: Literal["bitfit"] = Field(description="`bitfit`.")
-    target_modules: str | tuple[str, ...] = Field(
-        "all",
-        description="`all` linear and norm modules, a list of suffixes, or a regular expression.",
-    )
-
-
-class PromptTuningSpec(Spec):
-    """Prompt tuning (Lester et al. 2021): learned embeddings in front of the input."""
-
-    kind: Literal["prompt_tuning"] = Field(description="`prompt_tuning`.")
-    num_virtual_tokens: PositiveInt = Field(20, description="Length of the prompt, in tokens.")
-    init_text: str | None = Field(
-        None,
-        description="Text whose token embeddings start the prompt (repeated or cut to its length).",
-    )
-
-
-class PTuningSpec(Spec):
-    """P-tuning (Liu et al. 2021, arXiv:2103.10385): a prompt trained through an encoder."""
-
-    kind: Literal["p_tuning"] = Field(description="`p_tuning`.")
-    num_virtual_tokens: PositiveInt = Field(20, description="Length of the prompt, in tokens.")
-    encoder: Literal["mlp", "lstm"] = Field(
-        "mlp", description="What the prompt is trained through; the result is stored without it."
-    )
-    encoder_hidden_size: PositiveInt | None = Field(
-        None, description="Width of the encoder; the base's hidden size by default."
-    )
-    encoder_layers: PositiveInt = Field(
-        2, description="Layers of the LSTM; the MLP always has three linear ones."
-    )
-
-
-class PrefixTuningSpec(Spec):
-    """Prefix tuning (Li & Liang 2021): learned keys and values in front of every layer."""
-
-    kind: Literal["prefix_tuning"] = Field(description="`prefix_tuning`.")
-    num_virtual_tokens: PositiveInt = Field(20, description="Length of the prefix, in tokens.")
-    projection: bool = Field(
-        False, description="Train through a two-layer MLP; the result is stored without it."
-    )
-    projection_hidden_size: PositiveInt | None = Field(
-        None, description="Width of that MLP; the base's hidden size by default."
-    )
-
-
-MethodSpec = Annotated[
-    LoraSpec | IA3Spec | BitFitSpec | PromptTuningSpec | PTuningSpec | PrefixTuningSpec,
-    Field(discriminator="kind"),
-]
 
 
 class DataSpec(Spec):

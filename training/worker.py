@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cluster.base_model import load_base
 from cluster.errors import CallerError, JobFailedError
 from cluster.spec import parse_spec
 from cluster.store import open_store
-from training.backend import Backend, PlainBackend
-from training.checkpoint import Progress, read_checkpoint, write_checkpoint
+from training.assembly import Assembly, assemble
+from training.checkpoint import Progress, write_checkpoint
 from training.data import TokenRows
 from training.loop import LogLine, Place, count_steps, run
 from training.methods import METHODS, count_parameters
 from training.spec import TrainingSpec
-from training.step import LossModel
 
 ADAPTER_FOLDER = "adapter"
 FAILURE = "failure"  # the metric by which a run ends that no restart can mend
@@ -45,16 +44,15 @@ def _train(config: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), _device(spec))
     torch.set_num_threads(max(1, int(spec.workers.cpus)))
-    backend = build_backend(spec, place)
     rows = _open_rows(spec, config["tokens"])
-    start = _resume(backend)
+    with _checkpoint() as folder:
+        made = assemble(spec, place, rows, folder)
+    steps = count_steps(spec, len(rows))
     if place.rank == 0:
-        _announce(spec, backend, count_steps(spec, len(rows)), start)
+        _announce(spec, made, steps)
 
     def on_checkpoint(progress: Progress) -> None:
-        _report(
-            spec, backend, place, progress, is_last=progress.step == count_steps(spec, len(rows))
-        )
+        _report(spec, made, place, progress, is_last=progress.step == steps)
 
     def on_log(line: LogLine) -> None:
         if place.rank == 0:
@@ -62,28 +60,14 @@ def _train(config: Mapping[str, Any]) -> None:
 
     run(
         spec,
-        backend,
+        made.backend,
         rows,
+        course=made.course,
         place=place,
-        start=start,
+        start=made.start,
         on_log=on_log,
         on_checkpoint=on_checkpoint,
     )
-
-
-def build_backend(spec: TrainingSpec, place: Place) -> Backend:
-    """Base + method + optimiser, the same on every worker."""
-    torch.manual_seed(spec.seed)
-    dtype = torch.float32 if spec.precision == "fp32" else torch.bfloat16
-    base = load_base(spec.base_model, dtype)
-    model = METHODS[spec.method.kind].attach(base, spec.method, spec.base_model)
-    model.to(place.device).train()
-    loss_model = LossModel(model, is_sharded=spec.zero.stage == 3)
-    if spec.zero.stage == 0:
-        return PlainBackend(loss_model, spec.optimizer)
-    from training.zero import ZeroBackend
-
-    return ZeroBackend(loss_model, spec)
 
 
 def _device(spec: TrainingSpec) -> torch.device:
@@ -106,21 +90,22 @@ def _open_rows(spec: TrainingSpec, key: str) -> TokenRows:
         return TokenRows(copy)  # mapped; the file may go
 
 
-def _resume(backend: Backend) -> Progress:
+@contextmanager
+def _checkpoint() -> Generator[Path | None]:
+    """The folder that this worker goes on from, or None at a fresh start."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return Progress()
+        yield None
+        return
     with checkpoint.as_directory() as folder:
-        state, progress = read_checkpoint(Path(folder))
-    backend.load_full_state(state, progress.step)
-    return progress
+        yield Path(folder)
 
 
-def _announce(spec: TrainingSpec, backend: Backend, steps: int, start: Progress) -> None:
-    trained, total = count_parameters(backend.adapted)
-    verb = f"going on from step {start.step}" if start.step else "training"
+def _announce(spec: TrainingSpec, made: Assembly, steps: int) -> None:
+    trained, total = count_parameters(made.backend.adapted)
+    verb = f"going on from step {made.start.step}" if made.start.step else "training"
     print(
         f"{verb}: {spec.method.kind}, {trained:,} of {total:,} parameters "
         f"({trained / total:.3%}), {steps} steps of "
@@ -130,12 +115,12 @@ def _announce(spec: TrainingSpec, backend: Backend, steps: int, start: Progress)
 
 
 def _report(
-    spec: TrainingSpec, backend: Backend, place: Place, progress: Progress, *, is_last: bool
+    spec: TrainingSpec, made: Assembly, place: Place, progress: Progress, *, is_last: bool
 ) -> None:
     """Hand a checkpoint, and with the last one the adapter, to Ray Train. Collective."""
     import ray.train
 
-    state = backend.full_state()
+    state, backend = made.full_state(), made.backend
     trained, total = count_parameters(backend.adapted)
     metrics = {
         "step": progress.step,

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from serving.engine import Engine, EngineSpec, GenerationRequest
+from training.method_spec import BitFitSpec
 from training.methods import METHODS, trainable_parameters
-from training.spec import BitFitSpec
 
 PROMPT_TOKENS, NEW_TOKENS, NUM_LORAS = 64, 64, 8
 CONFIG = {

@@ -58,10 +58,10 @@ def run_graft(base: Path, rows: list[dict[str, list[int]]], dtype: str) -> float
     import pyarrow as pa
 
     from cluster.spec import parse_spec
+    from training.assembly import assemble
     from training.data import TOKENS_SCHEMA, TokenRows
     from training.loop import Place, run
     from training.spec import TrainingSpec
-    from training.worker import build_backend
 
     document = {
         "base_model": str(base),
@@ -75,9 +75,10 @@ def run_graft(base: Path, rows: list[dict[str, list[int]]], dtype: str) -> float
     path = base.parent / "tokens.arrow"
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, TOKENS_SCHEMA) as writer:
         writer.write_table(pa.Table.from_pylist(rows, TOKENS_SCHEMA))
-    backend = build_backend(spec, Place())
+    data = TokenRows(path)
+    made = assemble(spec, Place(), data)
     began = time.perf_counter()
-    run(spec, backend, TokenRows(path))
+    run(spec, made.backend, data, course=made.course)
     return time.perf_counter() - began
 
 

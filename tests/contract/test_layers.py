@@ -52,6 +52,7 @@ WITHOUT = {
     "training.spec": {"torch", "ray", "transformers", "deepspeed"},
     "training.step": {"ray", "deepspeed", "datasets", "obstore"},
     "training.loop": {"ray", "deepspeed", "datasets", "obstore"},
+    "training.assembly": {"ray", "deepspeed", "datasets", "obstore"},
     "training.methods": {"ray", "deepspeed", "datasets", "obstore"},
     "serving.spec": {"torch", "ray", "transformers"},
     "serving.protocol": {"torch", "ray", "transformers"},

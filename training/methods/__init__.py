@@ -14,23 +14,36 @@ from typing import Any
 import torch
 
 from training.methods import bitfit, ia3, lora, soft_prompt
+from training.methods.course import Course
+
+
+def _no_course(model: Any, spec: Any, seed: int) -> Course:
+    return Course()
 
 
 @dataclass(frozen=True)
 class Method:
     """One method. `attach` freezes the base and returns the model to train; `save` writes its
-    adapter folder; `load` puts a folder saved by it onto a fresh base."""
+    adapter folder; `load` puts a folder saved by it onto a fresh base.
+
+    Args:
+        peft_type: Of its folders, where PEFT does not know it.
+        course: Makes what the method does besides following gradients, of the attached model,
+            the method's spec and the run's seed.
+    """
 
     attach: Callable[[Any, Any, str], torch.nn.Module]
     save: Callable[[Any, Path], None]
     load: Callable[[Any, Path], torch.nn.Module]
+    peft_type: str | None = None
+    course: Callable[[Any, Any, int], Course] = _no_course
 
 
 _PEFT = (lora.save_peft, lora.load_peft)
 METHODS: Mapping[str, Method] = {
     "lora": Method(lora.attach, *_PEFT),
     "ia3": Method(ia3.attach, *_PEFT),
-    "bitfit": Method(bitfit.attach, bitfit.save, bitfit.load),
+    "bitfit": Method(bitfit.attach, bitfit.save, bitfit.load, bitfit.PEFT_TYPE),
     "prompt_tuning": Method(soft_prompt.attach_prompt_tuning, *_PEFT),
     "p_tuning": Method(soft_prompt.attach_p_tuning, *_PEFT),
     "prefix_tuning": Method(soft_prompt.attach_prefix_tuning, *_PEFT),

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cluster.adapter_folder import CONFIG, WEIGHTS, open_adapter_folder
 from cluster.errors import AdapterError, SpecError
-from training.spec import BitFitSpec
+from training.method_spec import BitFitSpec
 
 PEFT_TYPE = "BITFIT"
 SCHEMA = 1

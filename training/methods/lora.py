@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cluster.errors import SpecError
-from training.spec import LoraSpec
+from training.method_spec import LoraSpec
 
 
 def attach(model: Any, spec: LoraSpec, base_path: str) -> torch.nn.Module:

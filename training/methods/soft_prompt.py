@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from training.spec import PrefixTuningSpec, PromptTuningSpec, PTuningSpec
+from training.method_spec import PrefixTuningSpec, PromptTuningSpec, PTuningSpec
 
 
 def attach_prompt_tuning(model: Any, spec: PromptTuningSpec, base_path: str) -> torch.nn.Module:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cluster.spec import Spec
 
@@ -60,10 +60,22 @@ class PromptTuningSpec(Spec):
 
     kind: Literal["prompt_tuning"] = Field(description="`prompt_tuning`.")
     num_virtual_tokens: PositiveInt = Field(20, description="Length of the prompt, in tokens.")
+    init: Literal["random", "vocabulary", "text"] = Field(
+        "random",
+        description="What the prompt starts as: random vectors, embeddings of tokens drawn from "
+        "the vocabulary by the job's seed, or those of `init_text`.",
+    )
     init_text: str | None = Field(
         None,
-        description="Text whose token embeddings start the prompt (repeated or cut to its length).",
+        min_length=1,
+        description="The text of `init: text`; its tokens are repeated or cut to the prompt.",
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PromptTuningSpec:
+        if (self.init == "text") != (self.init_text is not None):
+            raise ValueError("give init: text and init_text both, or neither")
+        return self
 
 
 class PTuningSpec(Spec):
@@ -83,7 +95,8 @@ class PTuningSpec(Spec):
 
 
 class PrefixTuningSpec(Spec):
-    """Prefix tuning (Li & Liang 2021): learned keys and values in front of every layer."""
+    """Prefix tuning (Li & Liang 2021, arXiv:2101.00190): learned keys and values in front of every
+    layer; without projection also P-tuning v2 (Liu et al. 2022, arXiv:2110.07602)."""
 
     kind: Literal["prefix_tuning"] = Field(description="`prefix_tuning`.")
     num_virtual_tokens: PositiveInt = Field(20, description="Length of the prefix, in tokens.")

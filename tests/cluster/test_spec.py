@@ -120,4 +120,4 @@ def test_there_is_a_training_preset_for_every_method() -> None:
     from training.methods import METHODS
 
     presets = {path.stem for path in (ROOT / "configs/training").glob("*.yaml")}
-    assert presets == set(METHODS)
+    assert set(METHODS) <= presets  # a variant of a method has one of its own

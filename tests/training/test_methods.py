@@ -1,4 +1,4 @@
-"""The four methods: what is trained, what is saved, and that it loads where it should."""
+"""The methods: what is trained, what is saved, and that it loads where it should."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +10,12 @@ import torch
 from adapters import load, randomize
 from conftest import byte_tokenizer
 from safetensors.torch import load_file
+from transformers import BloomConfig
 
 from cluster.errors import AdapterError, SpecError
 from cluster.spec import parse_spec
 from training import load_adapter
+from training.command import plan
 from training.methods import METHODS, count_parameters, trainable_parameters
 from training.spec import TrainingSpec
 
@@ -41,7 +43,8 @@ CASES: list[dict[str, Any]] = [
     {"kind": "ia3"},
     {"kind": "bitfit"},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4},
-    {"kind": "prompt_tuning", "num_virtual_tokens": 4, "init_text": "Say it"},
+    {"kind": "prompt_tuning", "num_virtual_tokens": 4, "init": "text", "init_text": "Say it"},
+    {"kind": "prompt_tuning", "num_virtual_tokens": 4, "init": "vocabulary"},
     {"kind": "p_tuning", "num_virtual_tokens": 4},
     {"kind": "p_tuning", "num_virtual_tokens": 4, "encoder": "lstm", "encoder_hidden_size": 8},
     {"kind": "prefix_tuning", "num_virtual_tokens": 4},
@@ -138,10 +141,53 @@ def test_ia3_asks_for_targets_where_peft_knows_none(bases: Bases) -> None:
 
 
 def test_init_text_starts_from_the_texts_embeddings(bases: Bases) -> None:
-    model, _ = attach(bases("llama"), kind="prompt_tuning", num_virtual_tokens=8, init_text="abc")
+    model, _ = attach(
+        bases("llama"), kind="prompt_tuning", num_virtual_tokens=8, init="text", init_text="abc"
+    )
     (prompt,) = trainable_parameters(model).values()
     ids = byte_tokenizer()("abc" * 3)["input_ids"][:8]
     assert torch.equal(prompt, load(bases("llama")).get_input_embeddings().weight[ids])
+
+
+def test_init_vocabulary_starts_from_tokens_that_the_seed_draws(bases: Bases) -> None:
+    prompts: list[torch.Tensor] = []
+    for _ in range(2):  # `attach` seeds both alike
+        model, _ = attach(
+            bases("llama"), kind="prompt_tuning", num_virtual_tokens=8, init="vocabulary"
+        )
+        prompts += trainable_parameters(model).values()
+    assert torch.equal(*prompts)
+    words = load(bases("llama")).get_input_embeddings().weight
+    found = [(words == row).all(-1).nonzero() for row in prompts[0]]
+    assert all(len(rows) == 1 for rows in found)
+    assert len({int(rows) for rows in found}) > 1
+
+
+def test_init_text_and_its_text_go_together(bases: Bases) -> None:
+    for settings in ({"init": "text"}, {"init_text": "abc"}):
+        with pytest.raises(SpecError, match="both, or neither"):
+            attach(bases("llama"), kind="prompt_tuning", **settings)
+
+
+def test_the_published_count_of_bloom_1b4_zh_follows_from_its_config_alone(tmp_path: Path) -> None:
+    """Through the plan of `graft train`, without weights."""
+    config = BloomConfig(vocab_size=46_145, hidden_size=2_048, n_layer=24, n_head=16)
+    config.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # its weights are never opened
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    found = plan(
+        parse_spec(
+            TrainingSpec,
+            {
+                "base_model": str(tmp_path),
+                "method": {"kind": "prompt_tuning", "num_virtual_tokens": 10},
+                "data": {"train": str(tmp_path / "rows.jsonl")},
+                "output": {"name": "x"},
+            },
+        )
+    )
+    assert (found.trainable_parameters, found.all_parameters) == (20_480, 1_303_132_160)
 
 
 def test_a_projected_prefix_is_stored_without_its_mlp(bases: Bases, tmp_path: Path) -> None:

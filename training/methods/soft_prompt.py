@@ -1,4 +1,8 @@
-"""Prompt tuning, P-tuning and prefix tuning through PEFT."""
+"""Prompt tuning, P-tuning, prefix tuning and P-tuning v2 through PEFT.
+
+P-tuning v2's deep prompts are prefix tuning without projection, one set of keys and values for
+each layer (arXiv:2110.07602, section 3.2), so it needs no code of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,21 @@ import torch
 
 from training.method_spec import PrefixTuningSpec, PromptTuningSpec, PTuningSpec
 
+# As PEFT names them.
+_INITS = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB", "text": "TEXT"}
+
 
 def attach_prompt_tuning(model: Any, spec: PromptTuningSpec, base_path: str) -> torch.nn.Module:
-    """Put `num_virtual_tokens` learned embeddings in front of the input."""
-    from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
+    """Put `num_virtual_tokens` learned embeddings in front of the input. Vectors and tokens that
+    it starts as are drawn from torch's generator, which the run has seeded."""
+    from peft import PromptTuningConfig, get_peft_model
 
-    text = spec.init_text
     config = PromptTuningConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=spec.num_virtual_tokens,
-        prompt_tuning_init=PromptTuningInit.TEXT if text else PromptTuningInit.RANDOM,
-        prompt_tuning_init_text=text,
-        tokenizer_name_or_path=base_path if text else None,
+        prompt_tuning_init=_INITS[spec.init],
+        prompt_tuning_init_text=spec.init_text,
+        tokenizer_name_or_path=base_path if spec.init == "text" else None,
         base_model_name_or_path=base_path,
     )
     return get_peft_model(model, config)

@@ -5,7 +5,9 @@ What they do is in `replica` and `gateway`; here is only how Ray starts and call
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from ray import serve
@@ -30,12 +32,13 @@ class EngineReplica:
         self, request: GenerationRequest, adapter: AdapterVersion | None, stream: bool
     ) -> AsyncGenerator[TokenOutput]:
         """One request's outputs; Ray cancels the generator when the caller leaves."""
-        outputs = self._replica.generate(request, adapter, stream=stream)
         try:
-            async for output in outputs:
-                yield output
-        finally:
-            await outputs.aclose()
+            async with aclosing(self._replica.generate(request, adapter, stream=stream)) as outputs:
+                async for output in outputs:
+                    yield output
+        except UnavailableError:
+            # A stopped engine never comes back; without its process, Serve starts another at once.
+            os._exit(1)
 
     async def answers(self) -> bool:
         """For the gateway's /health."""
@@ -163,11 +166,12 @@ def build(spec: ServingSpec) -> Any:
 
 
 def _unwrapped(error: Exception) -> Exception:
-    """What the replica raised, without Ray's wrapping; a dead replica as UnavailableError."""
-    from ray.exceptions import RayActorError, RayTaskError
+    """What the replica raised, without Ray's wrapping; a lost replica as UnavailableError."""
+    from ray.exceptions import RayError, RayTaskError
 
     if isinstance(error, RayTaskError):
         return error.cause
-    if isinstance(error, RayActorError):
-        return UnavailableError("the replica that ran this request died; try again")
+    # Whatever else Ray raises here tells of the process or node, and not of the request.
+    if isinstance(error, RayError):
+        return UnavailableError(f"the replica was lost ({type(error).__name__}); try again")
     return error

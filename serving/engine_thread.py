@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import structlog
 
 from cluster.errors import UnavailableError
-from serving.engine import Engine, FinishReason, GenerationRequest, TokenOutput
+from serving.engine import Engine, GenerationRequest, TokenOutput
 
 R = TypeVar("R")
 _log = structlog.get_logger("graft.engine")
@@ -28,7 +28,7 @@ _log = structlog.get_logger("graft.engine")
 @dataclass(frozen=True)
 class _Listener:
     loop: asyncio.AbstractEventLoop
-    outputs: asyncio.Queue[TokenOutput]
+    outputs: asyncio.Queue[TokenOutput | None]  # None: the engine has stopped
 
 
 class EngineThread:
@@ -51,7 +51,7 @@ class EngineThread:
             if future.set_running_or_notify_cancel():
                 try:
                     if self._stopping.is_set():
-                        raise UnavailableError("the engine of this replica has stopped; try again")
+                        raise _stopped()
                     future.set_result(function())
                 except BaseException as error:
                     future.set_exception(error)
@@ -71,6 +71,7 @@ class EngineThread:
 
         Raises:
             RequestError: it asks the impossible.
+            UnavailableError: the engine has stopped; what was given out stands.
         """
         request_id = f"r{next(self._numbers)}"
         listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
@@ -89,6 +90,8 @@ class EngineThread:
             await self.call(start)
             while not is_over:
                 output = await listener.outputs.get()
+                if output is None:
+                    raise _stopped()
                 is_over = output.finish_reason is not None
                 yield output
         finally:
@@ -113,11 +116,8 @@ class EngineThread:
         finally:
             self._stopping.set()
             self._run_commands(block=False)
-            ended = [
-                TokenOutput(i, (), "", FinishReason.ERROR, "the replica stopped")
-                for i in self._listeners
-            ]
-            self._deliver(ended)
+            _send([(listener, None) for listener in self._listeners.values()])
+            self._listeners.clear()
 
     def _run_commands(self, *, block: bool) -> None:
         try:
@@ -128,21 +128,33 @@ class EngineThread:
             return
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
-        by_loop: defaultdict[Any, list[tuple[_Listener, TokenOutput]]] = defaultdict(list)
+        pairs: list[tuple[_Listener, TokenOutput | None]] = []
         for output in outputs:
             listener = self._listeners.get(output.request_id)
             if listener is None:
                 continue
             if output.finish_reason is not None:
                 del self._listeners[output.request_id]
-            by_loop[listener.loop].append((listener, output))
-        for loop, pairs in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_put, pairs)
-            except RuntimeError:
-                continue  # the loop is closed, and with it whoever listened
+            pairs.append((listener, output))
+        _send(pairs)
 
 
-def _put(pairs: list[tuple[_Listener, TokenOutput]]) -> None:
+def _send(pairs: list[tuple[_Listener, TokenOutput | None]]) -> None:
+    """Each output to its listener, with one wake-up for each loop."""
+    by_loop: defaultdict[Any, list[tuple[_Listener, TokenOutput | None]]] = defaultdict(list)
+    for listener, output in pairs:
+        by_loop[listener.loop].append((listener, output))
+    for loop, own in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put, own)
+        except RuntimeError:
+            continue  # the loop is closed, and with it whoever listened
+
+
+def _stopped() -> UnavailableError:
+    return UnavailableError("the engine of this replica has stopped; try again")
+
+
+def _put(pairs: list[tuple[_Listener, TokenOutput | None]]) -> None:
     for listener, output in pairs:
         listener.outputs.put_nowait(output)

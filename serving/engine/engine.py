@@ -32,6 +32,7 @@ from serving.engine.request import (
     GenerationResult,
     ScoreRequest,
     TokenOutput,
+    check_generated,
     check_token_ids,
 )
 from serving.engine.runner import Runner
@@ -292,16 +293,19 @@ class Engine:
             )
         if request.stop and self.tokenizer is None:
             raise RequestError("stop needs a tokenizer, and the base has none", param="stop")
-        sequence = Sequence(request_id, ids, loaded.name if loaded else "", prefix)
+        generated = check_generated(request, wanted, self.runner.vocabulary)
+        detokenizer = Detokenizer(self.tokenizer, ids, request.stop) if self.tokenizer else None
+        if detokenizer:
+            for token in generated:
+                detokenizer.add(token)  # its text was given out with it
+        sequence = Sequence(request_id, ids + generated, loaded.name if loaded else "", prefix)
         return _Answer(
             request,
             sequence,
             prompt_tokens=len(ids),
             max_tokens=wanted,
             seed=secrets.randbits(63) if request.seed is None else request.seed,
-            detokenizer=(
-                Detokenizer(self.tokenizer, ids, request.stop) if self.tokenizer else None
-            ),
+            detokenizer=detokenizer,
         )
 
     def _prompt_ids(self, request: GenerationRequest) -> list[int]:

@@ -42,6 +42,9 @@ class GenerationRequest:
             draws a seed.
         stop: Texts before which the answer ends.
         ignore_eos: Go on after the end-of-sequence token.
+        generated_token_ids: The answer's first tokens, given out before on another replica. The
+            answer goes on behind them, and its outputs with it; `max_tokens`, positions and `stop`
+            count them. Exact with a `seed`.
     """
 
     prompt: str | None = None
@@ -54,6 +57,7 @@ class GenerationRequest:
     seed: int | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    generated_token_ids: Sequence[int] = ()
 
     def check(self) -> None:
         """Raise RequestError, naming the field, unless the sampling options are possible."""
@@ -149,6 +153,20 @@ def check_token_ids(ids: Sequence[int], vocabulary: int, param: str) -> None:
             f"{param}[{position}] is {token!r}; token ids are whole numbers from 0 to "
             f"{vocabulary - 1}",
         )
+
+
+def check_generated(request: GenerationRequest, max_tokens: int, vocabulary: int) -> list[int]:
+    """The tokens that the answer begins with. Raises RequestError unless more can follow them."""
+    given, field = request.generated_token_ids, "generated_token_ids"
+    if not given:
+        return []
+    check_token_ids(given, vocabulary, field)
+    _require(
+        len(given) < max_tokens,
+        field,
+        f"{field} has {len(given)} tokens, and the answer has {max_tokens} in all; it is over",
+    )
+    return [int(token) for token in given]
 
 
 def _is_int(value: object) -> bool:

@@ -1,6 +1,6 @@
 """The gateway's core: a checked body to requests for a replica, its tokens to bodies.
 
-Knows protocol, catalogue and tokenizer, and a `Backend` that runs requests; nothing of HTTP
+Knows protocol, catalogue and tokenizer, and a backend that runs requests; nothing of HTTP
 frameworks, Ray or engines' insides.
 """
 
@@ -11,33 +11,19 @@ import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from cluster.base_model import encode_prompt
 from cluster.errors import EngineError, GraftError, OverloadedError, RequestError
 from cluster.registry import AdapterVersion
 from serving.catalogue import Catalogue
-from serving.engine.request import FinishReason, GenerationRequest, TokenOutput
+from serving.engine.request import MAX_SEED, FinishReason, GenerationRequest
+from serving.gateway import failover
 from serving.protocol import ChatRequest, CompletionRequest, Sampling, Usage
 
 # OpenAI's defaults.
 _COMPLETION_TOKENS = 16
 _TEMPERATURE = 1.0
-
-
-class Backend(Protocol):
-    """Runs one request on some replica."""
-
-    def generate(
-        self, request: GenerationRequest, adapter: AdapterVersion | None, *, stream: bool
-    ) -> AsyncGenerator[TokenOutput]:
-        """The request's outputs as they come; without `stream`, all in one. Closing it early
-        cancels the request."""
-        ...
-
-    async def check_health(self) -> None:
-        """Raise UnavailableError if no replica answers."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +51,7 @@ class Service:
     """What all connections of one gateway share."""
 
     def __init__(
-        self, backend: Backend, catalogue: Catalogue, tokenizer: Any, *, max_waiting: int
+        self, backend: failover.Backend, catalogue: Catalogue, tokenizer: Any, *, max_waiting: int
     ) -> None:
         self.backend, self.catalogue = backend, catalogue
         self._tokenizer = tokenizer
@@ -123,17 +109,13 @@ class Service:
     async def _answer(
         self, index: int, request: GenerationRequest, adapter: AdapterVersion | None, stream: bool
     ) -> AsyncGenerator[Piece]:
-        outputs = self.backend.generate(request, adapter, stream=stream)
-        finished = False
+        outputs = failover.generate(self.backend, request, adapter, stream=stream)
         async with aclosing(outputs):
             async for output in outputs:
                 if output.finish_reason is FinishReason.ERROR:
                     raise EngineError(output.error or "the engine failed on this request")
                 reason = output.finish_reason
-                finished = reason is not None
                 yield Piece(index, output.text, len(output.token_ids), reason and reason.value)
-        if not finished:
-            raise EngineError("the replica's stream ended before the answer did; try again")
 
     def _check_count(self, answers: int) -> None:
         if answers > self._max_waiting:
@@ -187,8 +169,10 @@ def _job(
     prompts: list[list[int]],
     max_tokens: int | None,
 ) -> Job:
-    """One request per prompt and choice. Choices of one prompt differ by their seeds."""
+    """One request per prompt and choice. Choices of one prompt differ by their seeds, which are
+    drawn here if none is given: another replica must be able to go on with an answer."""
     requests: list[GenerationRequest] = []
+    seed = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed
     for prompt in prompts:
         first = GenerationRequest(
             prompt_token_ids=prompt,
@@ -197,7 +181,7 @@ def _job(
             temperature=_TEMPERATURE if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             top_k=body.top_k,
-            seed=body.seed,
+            seed=seed,
             stop=body.stop_texts,
             ignore_eos=body.ignore_eos,
         )
@@ -205,8 +189,7 @@ def _job(
         if not prompt:
             raise RequestError("prompt is empty; give at least one token", param="prompt")
         for choice in range(body.n or 1):
-            seed = None if body.seed is None else body.seed + choice
-            requests.append(replace(first, seed=seed))
+            requests.append(replace(first, seed=(seed + choice) % MAX_SEED if choice else seed))
     if not requests:
         raise RequestError("prompt is an empty list; give at least one prompt", param="prompt")
     return Job(

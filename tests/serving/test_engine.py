@@ -148,6 +148,35 @@ def test_stop_texts_end_and_are_cut(engine: Engine) -> None:
     assert cut.text == free.text[: free.text.index(stop)]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_goes_on_behind_what_another_engine_gave_out(
+    engine: Engine, temperature: float
+) -> None:
+    """Token by token and text by text, wherever it was cut: stop texts and halves of characters
+    included."""
+    request = GenerationRequest(
+        prompt="hello", adapter="lora", max_tokens=12, temperature=temperature, seed=5,
+        ignore_eos=True,
+    )  # fmt: skip
+    (whole,) = engine.generate([request])
+    stop = [next(c for c in reversed(whole.text) if c.isascii()) if temperature else "no such text"]
+    request = replace(request, stop=stop)
+
+    def outputs(request: GenerationRequest) -> list[tuple[tuple[int, ...], str, object]]:
+        engine.submit(request)
+        found: list[tuple[tuple[int, ...], str, object]] = []
+        while engine.has_work:
+            found += [(o.token_ids, o.text, o.finish_reason) for o in engine.step()]
+        return found
+
+    undisturbed = outputs(request)
+    assert undisturbed[-1][2] == ("stop" if temperature else "length")
+    given: list[int] = []
+    for number, (tokens, _, _) in enumerate(undisturbed[:-1], 1):
+        given += tokens
+        assert outputs(replace(request, generated_token_ids=given)) == undisturbed[number:]
+
+
 def test_max_tokens_none_fills_the_context(engine: Engine) -> None:
     request = GenerationRequest(
         prompt_token_ids=[1] * 100, adapter="prefix_tuning", max_tokens=None, ignore_eos=True
@@ -182,6 +211,8 @@ def test_max_tokens_none_fills_the_context(engine: Engine) -> None:
         ({"prompt": ["a", "b"]}, "prompt"),
         ({"prompt": "half \ud800"}, "prompt"),
         ({"prompt": "x", "adapter": 5}, "adapter"),
+        ({"prompt": "x", "max_tokens": 2, "generated_token_ids": [1, 2]}, "generated_token_ids"),
+        ({"prompt": "x", "generated_token_ids": [261]}, "generated_token_ids"),
         ({"prompt": "x", "stop": "text"}, "stop"),
         ({"prompt": "x", "stop": ["a"] * 17}, "stop"),
     ],

@@ -17,7 +17,7 @@ from training.backend import Backend, PlainBackend
 from training.checkpoint import Progress, read_checkpoint
 from training.data import TokenRows
 from training.loop import Place
-from training.methods import METHODS
+from training.methods import METHODS, trainable_parameters
 from training.methods.course import Course
 from training.spec import TrainingSpec
 from training.step import Batch, LossModel, collate
@@ -75,7 +75,7 @@ def _samples(spec: TrainingSpec, rows: TokenRows, place: Place) -> Iterator[Batc
 
 
 def _backend(model: LossModel, spec: TrainingSpec) -> Backend:
-    if spec.zero.stage == 0:
+    if spec.zero.stage == 0 or not trainable_parameters(model):
         return PlainBackend(model, spec.optimizer)
     from training.zero import ZeroBackend
 

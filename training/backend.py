@@ -56,7 +56,7 @@ class Backend(Protocol):
 def build_optimizer(model: torch.nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
     """AdamW over the trained parameters."""
     return torch.optim.AdamW(
-        list(trainable_parameters(model).values()),
+        [{"params": list(trainable_parameters(model).values())}],  # a group may be empty
         lr=spec.learning_rate,
         betas=spec.betas,
         eps=spec.eps,

@@ -149,8 +149,13 @@ def resolved(spec: TrainingSpec) -> TrainingSpec:
     base = absolute_path(spec.base_model)
     check_base_folder(base, with_tokenizer=True)
     context = context_tokens(base)
-    virtual: int = getattr(spec.method, "num_virtual_tokens", 0)
+    spec, virtual = _with_prompt(spec)
     asked = spec.data.max_length
+    if context is not None and virtual >= context:
+        raise SpecError(
+            f"method: its {virtual} virtual tokens fill the context of {context} that {base} has; "
+            "lower method.num_virtual_tokens, or method.demonstrations of a hard prompt"
+        )
     if context is not None and (asked or 1) + virtual > context:
         beside = f" + {virtual} virtual tokens" if virtual else ""
         raise SpecError(
@@ -160,6 +165,21 @@ def resolved(spec: TrainingSpec) -> TrainingSpec:
     longest = _LONGEST_TOKENS if context is None else min(_LONGEST_TOKENS, context - virtual)
     data = {"train": absolute_path(spec.data.train), "max_length": asked or longest}
     return spec.model_copy(update={"base_model": base, "data": spec.data.model_copy(update=data)})
+
+
+def _with_prompt(spec: TrainingSpec) -> tuple[TrainingSpec, int]:
+    """`spec` with a hard prompt's text in place of its rows, and its method's virtual tokens."""
+    from training.method_spec import HardPromptSpec
+
+    if not isinstance(spec.method, HardPromptSpec):
+        return spec, getattr(spec.method, "num_virtual_tokens", 0)
+    from cluster.base_model import load_tokenizer
+    from training.methods.hard_prompt import count_tokens, with_text
+
+    tokenizer = load_tokenizer(spec.base_model)
+    method = with_text(spec.method, spec.data, spec.seed, tokenizer)
+    virtual = count_tokens(method.text or "", tokenizer)
+    return spec.model_copy(update={"method": method, "max_steps": 0}), virtual
 
 
 def readable(line: str) -> str | None:

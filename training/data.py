@@ -75,6 +75,18 @@ def render_alpaca(row: dict[str, Any], template: str) -> str:
     return f"{preamble}### Instruction:\n{row['instruction']}\n\n{block}### Response:\n"
 
 
+def render_row(row: dict[str, Any], row_format: str, template: str, tokenizer: Any) -> str:
+    """A row as text, prompt and response."""
+    if row_format == "chat":
+        text = _chat(row["messages"], tokenizer, tokenize=False)
+        return text.removeprefix(tokenizer.bos_token or "")  # the tokenizer puts it there
+    if row_format == "text":
+        return row["text"]
+    if row_format == "alpaca":
+        return render_alpaca(row, template) + row["output"]
+    return row["prompt"] + row["completion"]
+
+
 def tokenize_row(
     row: dict[str, Any], row_format: str, template: str, tokenizer: Any
 ) -> tuple[list[int], list[int]]:
@@ -233,12 +245,16 @@ def _tokenize_chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list
             "the base's chat template marks no {% generation %} parts, so what the assistant said "
             "cannot be told from the rest; add the markers to the template"
         )
-    try:
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-    except Exception as error:  # templates raise whatever they like about roles and order
-        raise DataError(f"the base's chat template refuses a row: {error}") from error
+    encoded = _chat(
+        messages, tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
     ids: list[int] = list(encoded["input_ids"])
     mask: list[int] = encoded["assistant_masks"]
     return ids, [i if learned else IGNORE for i, learned in zip(ids, mask, strict=True)]
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: Any, **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # templates raise whatever they like about roles and order
+        raise DataError(f"the base's chat template refuses a row: {error}") from error

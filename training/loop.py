@@ -58,7 +58,9 @@ class LogLine:
 def count_steps(spec: TrainingSpec, rows: int) -> int:
     """Optimiser steps of the whole run over `rows` rows."""
     per_epoch = math.ceil(rows / spec.global_batch_size)
-    return spec.max_steps or max(1, round(spec.epochs * per_epoch))
+    if spec.max_steps is not None:
+        return spec.max_steps
+    return max(1, round(spec.epochs * per_epoch))
 
 
 def learning_rate(spec: OptimizerSpec, step: int, steps: int) -> float:
@@ -125,6 +127,8 @@ def run(
             on_log(meter.line(step + 1, rate, grad_norm))
         if on_checkpoint and ((step + 1) % spec.checkpoint_every_steps == 0 or is_last):
             on_checkpoint(meter.progress(step + 1))
+    if on_checkpoint and not steps:
+        on_checkpoint(progress)
     return meter.progress(steps)
 
 

@@ -108,7 +108,30 @@ class PrefixTuningSpec(Spec):
     )
 
 
+class HardPromptSpec(Spec):
+    """Few-shot demonstrations (Brown et al. 2020, arXiv:2005.14165) as an adapter: nothing is
+    trained; their tokens' embeddings are published as a prompt."""
+
+    kind: Literal["hard_prompt"] = Field(description="`hard_prompt`.")
+    demonstrations: PositiveInt = Field(
+        4, description="Rows of the data, laid out by the job's template, that make the prompt."
+    )
+    choose: Literal["random", "first"] = Field(
+        "random", description="Which rows: drawn by the job's seed, or the first ones."
+    )
+    separator: str = Field("\n\n", description="Stands after each of them.")
+    text: str | None = Field(
+        None, min_length=1, description="The prompt itself; made of the rows if not given."
+    )
+
+
 MethodSpec = Annotated[
-    LoraSpec | IA3Spec | BitFitSpec | PromptTuningSpec | PTuningSpec | PrefixTuningSpec,
+    LoraSpec
+    | IA3Spec
+    | BitFitSpec
+    | PromptTuningSpec
+    | PTuningSpec
+    | PrefixTuningSpec
+    | HardPromptSpec,
     Field(discriminator="kind"),
 ]

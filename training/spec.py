@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.spec import Name, Spec, StoreUri
 from training.method_spec import MethodSpec
@@ -102,8 +102,10 @@ class TrainingSpec(Spec):
         default_factory=lambda: OptimizerSpec.model_validate({}), description="AdamW."
     )
     epochs: PositiveFloat = Field(3, description="Passes over the data.")
-    max_steps: PositiveInt | None = Field(
-        None, description="Stop after so many optimiser steps, whatever `epochs` says."
+    max_steps: NonNegativeInt | None = Field(
+        None,
+        description="Stop after so many optimiser steps, whatever `epochs` says; 0 publishes the "
+        "method as it starts, which is all there is of a hard prompt.",
     )
     micro_batch_size: PositiveInt = Field(4, description="Rows of one forward on one worker.")
     gradient_accumulation_steps: PositiveInt = Field(

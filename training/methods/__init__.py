@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from training.methods import bitfit, ia3, lora, soft_prompt
+from training.methods import bitfit, hard_prompt, ia3, lora, soft_prompt
 from training.methods.course import Course
 
 
@@ -47,6 +47,7 @@ METHODS: Mapping[str, Method] = {
     "prompt_tuning": Method(soft_prompt.attach_prompt_tuning, *_PEFT),
     "p_tuning": Method(soft_prompt.attach_p_tuning, *_PEFT),
     "prefix_tuning": Method(soft_prompt.attach_prefix_tuning, *_PEFT),
+    "hard_prompt": Method(hard_prompt.attach, *_PEFT),
 }
 
 

@@ -1,0 +1,70 @@
+"""Hard prompts: in-context demonstrations as an adapter, for comparison with what is trained.
+
+The published folder is an ordinary prompt-tuning one whose vectors are the base's embeddings of
+the demonstrations' tokens, so whatever loads prompt tuning runs it, and exactly. Which rows they
+are is settled when the job is resolved; from then on the method is a text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.base_model import encode_prompt, load_tokenizer
+from cluster.errors import SpecError
+from cluster.tables import open_table
+from training.data import render_row
+from training.formats import detect_format, iterate_rows
+from training.method_spec import HardPromptSpec
+from training.spec import DataSpec
+
+
+def attach(model: Any, spec: HardPromptSpec, base_path: str) -> torch.nn.Module:
+    """Put the embeddings of `spec.text` in front of the input; nothing is left to train."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    if spec.text is None:
+        raise SpecError("method.text: is made of the data's rows first; see training.command")
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        # PEFT cuts its tokens to so many: the closing one, where there is one, goes.
+        num_virtual_tokens=count_tokens(spec.text, load_tokenizer(base_path)),
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text=spec.text,
+        tokenizer_name_or_path=base_path,
+        base_model_name_or_path=base_path,
+    )
+    return get_peft_model(model, config).requires_grad_(False)
+
+
+def count_tokens(text: str, tokenizer: Any) -> int:
+    """How many positions `text` takes, with the tokenizer's opening tokens."""
+    return len(encode_prompt(tokenizer, text))
+
+
+def with_text(spec: HardPromptSpec, data: DataSpec, seed: int, tokenizer: Any) -> HardPromptSpec:
+    """`spec` with its text, which is a pure function of the arguments and the data.
+
+    Raises:
+        SpecError: the data has fewer rows.
+        DataError: one of them is wrong.
+    """
+    if spec.text is not None:
+        return spec
+    table = open_table(data.train)
+    row_format = detect_format(table, data.format, data.train)
+    count = spec.demonstrations
+    if count > table.num_rows:
+        raise SpecError(
+            f"method.demonstrations is {count}, and data {data.train} has {table.num_rows} rows; "
+            "lower it"
+        )
+    chosen = list(range(count))
+    if spec.choose == "random":
+        drawn = np.random.default_rng([seed, count]).choice(table.num_rows, count, replace=False)
+        chosen = drawn.tolist()
+    rows = iterate_rows(table.take(chosen), row_format, data.train)
+    texts = [render_row(row, row_format, data.template, tokenizer) for row in rows]
+    return spec.model_copy(update={"text": "".join(text + spec.separator for text in texts)})

@@ -1,13 +1,18 @@
 """Tables in files: `save_to_disk` folders, Arrow IPC, Parquet and JSONL, read with distrust.
 
-Knows file formats, not what the columns mean. Ray must not be imported before a table is read: it
-registers Arrow extension types whose loading runs code.
+`open_table` gives a whole table, `stream_rows` its rows a few hundred at a time. Knows file
+formats, not what the columns mean. Ray must not be imported before a table is read: it registers
+Arrow extension types whose loading runs code.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,8 @@ _STREAM_MAGIC = b"\xff\xff\xff\xff"
 _IPC = (".arrow", ".ipc", ".feather")
 _PARQUET = (".parquet", ".pq")
 _JSONL = (".jsonl", ".ndjson")
-_JSONL_ROWS = 4096
+_CHUNK_ROWS = 256  # a row may be a whole document
+_Chunk = list[dict[str, Any]]
 
 
 def open_table(path: str | Path) -> pa.Table:
@@ -33,23 +39,48 @@ def open_table(path: str | Path) -> pa.Table:
             (whose loading may run code).
     """
     path = Path(path)
-    if not path.exists():
-        raise DataError(f"data {path}: does not exist; check the path")
-    try:
+    with _faults(path):
         table = _read(path)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"data {path}: cannot be read: {reason}") from error
-    for field in table.schema:
-        metadata: dict[bytes, bytes] = field.metadata or {}
-        if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in metadata:
-            raise DataError(
-                f"data {path}: column {field.name!r} has an Arrow extension type, which can carry "
-                "code; write the column as a plain type"
-            )
+    _check_schema(table.schema, path)
     if table.num_rows == 0:
         raise DataError(f"data {path}: has no rows")
     return table
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """The rows of a table of any size, read a few hundred at a time."""
+
+    path: Path
+    columns: tuple[str, ...]
+    num_rows: int
+    _chunks: Callable[[Sequence[str]], Iterator[_Chunk]]
+
+    def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Each row's values of `columns`; None for a key that a line of JSON lacks.
+
+        Raises:
+            DataError: corrupt, or text that is not UTF-8; names the rows.
+        """
+        number = 0
+        chunks = self._chunks(columns)
+        while True:
+            with _faults(self.path, from_row=number):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield from chunk
+            number += len(chunk)
+
+
+def stream_rows(path: str | Path) -> RowStream:
+    """The rows at `path`, in memory only a few hundred at a time; raises as `open_table`."""
+    path = Path(path)
+    with _faults(path):
+        stream = _stream(path)
+    if stream.num_rows == 0:
+        raise DataError(f"data {path}: has no rows")
+    return stream
 
 
 def check_writable(path: str | Path) -> None:
@@ -79,7 +110,7 @@ def write_table(table: pa.Table, path: str | Path) -> None:
             pq.write_table(table, partial)
         elif path.suffix.lower() in _JSONL:
             with partial.open("w", encoding="utf-8") as lines:
-                for batch in table.to_batches(max_chunksize=_JSONL_ROWS):
+                for batch in table.to_batches(max_chunksize=_CHUNK_ROWS):
                     for row in batch.to_pylist():
                         lines.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         else:
@@ -90,6 +121,78 @@ def write_table(table: pa.Table, path: str | Path) -> None:
         raise DataError(f"output {path}: cannot be written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _faults(path: Path, from_row: int | None = None) -> Generator[None]:
+    """What reading raises, as DataError."""
+    if not path.exists():
+        raise DataError(f"data {path}: does not exist; check the path")
+    where = "" if from_row is None else f"from row {from_row} on: "
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data {path}: {where}holds text that is not UTF-8 ({error}); write it anew"
+        ) from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"data {path}: {where}cannot be read: {reason}") from error
+
+
+def _check_schema(schema: pa.Schema, path: Path) -> None:
+    for field in schema:
+        metadata: dict[bytes, bytes] = field.metadata or {}
+        if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in metadata:
+            raise DataError(
+                f"data {path}: column {field.name!r} has an Arrow extension type, which can carry "
+                "code; write the column as a plain type"
+            )
+
+
+def _stream(path: Path) -> RowStream:
+    suffix = path.suffix.lower()
+    if suffix in (*_JSONL, ".json") and path.is_file():
+        return _stream_json(path)
+    if suffix in _PARQUET and path.is_file():
+        file = pq.ParquetFile(path, memory_map=True)
+        _check_schema(file.schema_arrow, path)
+
+        def parts(columns: Sequence[str]) -> Iterator[_Chunk]:
+            for batch in file.iter_batches(_CHUNK_ROWS, columns=list(columns)):
+                yield batch.to_pylist()
+
+        return RowStream(path, tuple(file.schema_arrow.names), file.metadata.num_rows, parts)
+    table = _read(path)  # memory-mapped, all of them
+    _check_schema(table.schema, path)
+
+    def slices(columns: Sequence[str]) -> Iterator[_Chunk]:
+        for batch in table.select(list(columns)).to_batches(max_chunksize=_CHUNK_ROWS):
+            yield batch.to_pylist()
+
+    return RowStream(path, tuple(table.column_names), table.num_rows, slices)
+
+
+def _stream_json(path: Path) -> RowStream:
+    """Line by line with Python's own reader: Arrow's fixes the types by the first block."""
+
+    def chunks(columns: Sequence[str]) -> Iterator[_Chunk]:
+        with path.open(encoding="utf-8") as file:
+            lines = (line for line in file if line.strip())
+            while chunk := list(islice(lines, _CHUNK_ROWS)):
+                rows = [json.loads(line) for line in chunk]
+                if not all(isinstance(row, dict) for row in rows):
+                    raise ValueError("a line is not a JSON object")
+                yield [{column: row.get(column) for column in columns} for row in rows]
+
+    with path.open("rb") as file:
+        num_rows = sum(1 for line in file if line.strip())
+    with path.open(encoding="utf-8") as file:
+        lines = (line for line in file if line.strip())
+        names: dict[str, None] = {}
+        for line in islice(lines, _CHUNK_ROWS):
+            names |= dict.fromkeys(json.loads(line))
+    return RowStream(path, tuple(names), num_rows, chunks)
 
 
 def _read(path: Path) -> pa.Table:

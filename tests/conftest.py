@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 VOCABULARY = 261  # 256 bytes, then <|end|> and four chat markers
 CONTEXT = 128
@@ -67,16 +67,24 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> Any:
-    """Every byte is a token, so any text round-trips and half characters occur."""
+def byte_tokenizer(opening: str | None = None) -> Any:
+    """Every byte is a token, so any text round-trips and half characters occur.
+
+    `opening`, one of the special tokens, is put in front of every text, as a bos_token.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(special)
+    if opening is not None:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{opening} $A", special_tokens=[(opening, core.token_to_id(opening))]
+        )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
+        bos_token=opening,
         eos_token="<|end|>",
         pad_token="<|end|>",
         chat_template=CHAT_TEMPLATE,

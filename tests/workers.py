@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from cluster.spec import parse_spec
 from training.assembly import assemble
 from training.checkpoint import write_checkpoint
-from training.data import TokenRows
 from training.loop import LogLine, Place, run
 from training.methods import METHODS
+from training.rows import TokenRows
 from training.spec import TrainingSpec
 
 

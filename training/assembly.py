@@ -15,10 +15,10 @@ import torch
 from cluster.base_model import load_base
 from training.backend import Backend, PlainBackend
 from training.checkpoint import Progress, read_checkpoint
-from training.data import TokenRows
 from training.loop import Place
 from training.methods import METHODS, trainable_parameters
 from training.methods.course import Course
+from training.rows import TokenRows
 from training.spec import TrainingSpec
 from training.step import Batch, LossModel, collate
 

@@ -15,6 +15,7 @@ from cluster.cli import Address
 
 if TYPE_CHECKING:
     from cluster.session import Session
+    from training.lint import DataReport
     from training.spec import TrainingSpec
 
 _CHECKED_ROWS = 200
@@ -41,6 +42,7 @@ class Plan:
     rows: int
     steps: int
     checkpoints: int
+    first_rows: DataReport
 
     def __str__(self) -> str:
         share = self.trainable_parameters / self.all_parameters
@@ -73,7 +75,11 @@ def train(
     from training.spec import TrainingSpec
 
     job = resolved(load_spec(TrainingSpec, spec, set_ or ()))
-    typer.echo(f"{spec}: {plan(job)}")
+    planned = plan(job)
+    typer.echo(f"{spec}: {planned}")
+    typer.echo(f"the first rows: {planned.first_rows.summary()}")
+    for number, text in enumerate(planned.first_rows.shown):
+        typer.echo(f"row {number}, what is learned in ⟦⟧: {text}")
     with session(address) as ray:
         job_id = submit(job, ray)
         typer.echo(f"job {job_id} on {ray.dashboard_url}")
@@ -118,21 +124,21 @@ def plan(spec: TrainingSpec) -> Plan:
         CallerError: the first thing found wrong, with its remedy.
     """
     from cluster.base_model import empty_base, load_tokenizer
-    from cluster.tables import open_table
+    from cluster.tables import stream_rows
     from training.data import tokenize
     from training.loop import count_steps
     from training.methods import METHODS, count_parameters
 
-    table = open_table(spec.data.train)
+    rows = stream_rows(spec.data.train).num_rows
     tokenizer = load_tokenizer(spec.base_model)
     with tempfile.TemporaryDirectory() as folder:
-        tokenize(spec.data, tokenizer, Path(folder, "head.arrow"), limit=_CHECKED_ROWS)
+        report = tokenize(spec.data, tokenizer, Path(folder), limit=_CHECKED_ROWS)
     base = empty_base(spec.base_model)
     model = METHODS[spec.method.kind].attach(base, spec.method, spec.base_model)
     trained, total = count_parameters(model)
-    steps = count_steps(spec, table.num_rows)
+    steps = count_steps(spec, rows)
     checkpoints = -(-steps // spec.checkpoint_every_steps)
-    return Plan(trained, total, table.num_rows, steps, checkpoints)
+    return Plan(trained, total, rows, steps, checkpoints, report)
 
 
 def resolved(spec: TrainingSpec) -> TrainingSpec:

@@ -1,18 +1,17 @@
 """What a row means: alpaca, prompt/completion, chat messages, plain text; checked cell by cell.
 
-Knows columns, no tokens and no files. Every fault is a DataError that names the file, the row and
+Knows columns and no tokens. Every fault is a DataError that names the file, the row and
 the remedy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from cluster.errors import DataError
+from cluster.tables import RowStream
 
 # format -> required columns; the first whose columns are all there is what `auto` takes.
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -22,12 +21,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 OPTIONAL = {"alpaca": ("input",)}
-_BATCH_ROWS = 4096
 
 
-def detect_format(table: pa.Table, asked: str, path: str | Path) -> str:
+def detect_format(stream: RowStream, asked: str) -> str:
     """The row format, `asked` or told by the columns. Raises DataError naming what is missing."""
-    names = table.column_names
+    names, path = stream.columns, stream.path
     if asked != "auto":
         missing = [column for column in COLUMNS[asked] if column not in names]
         if missing:
@@ -45,23 +43,20 @@ def detect_format(table: pa.Table, asked: str, path: str | Path) -> str:
     )
 
 
-def iterate_rows(table: pa.Table, row_format: str, path: str | Path) -> Iterator[dict[str, Any]]:
+def iterate_rows(stream: RowStream, row_format: str) -> Iterator[dict[str, Any]]:
     """Each row as plain Python values, its cells checked."""
     wanted = [*COLUMNS[row_format]]
-    wanted += [c for c in OPTIONAL.get(row_format, ()) if c in table.column_names]
-    number = 0
-    for batch in table.select(wanted).to_batches(max_chunksize=_BATCH_ROWS):
-        try:
-            rows: Sequence[dict[str, Any]] = batch.to_pylist()
-        except (UnicodeDecodeError, pa.ArrowException) as error:
-            raise DataError(
-                f"data {path}: rows {number} to {number + batch.num_rows - 1} hold text that is "
-                f"not UTF-8 ({error}); write them anew"
-            ) from error
-        for row in rows:
-            _check_row(row, row_format, number, path)
-            yield row
-            number += 1
+    wanted += [c for c in OPTIONAL.get(row_format, ()) if c in stream.columns]
+    for number, row in enumerate(stream.rows(wanted)):
+        _check_row(row, row_format, number, stream.path)
+        yield row
+
+
+def response_of(row: Mapping[str, Any], row_format: str) -> str:
+    """The text of a row that is learned, every turn of it."""
+    if row_format == "chat":
+        return "".join(m["content"] for m in row["messages"] if m["role"] == "assistant")
+    return row[{"alpaca": "output", "prompt_completion": "completion", "text": "text"}[row_format]]
 
 
 def _check_row(row: dict[str, Any], row_format: str, number: int, path: str | Path) -> None:

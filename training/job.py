@@ -26,9 +26,12 @@ from cluster.errors import ConflictError, GraftError, JobFailedError, outcome_of
 from cluster.registry import AdapterVersion, Registry
 from cluster.spec import parse_spec
 from cluster.store import Store, open_store
-from training.data import DataReport, fingerprint, tokenize
+from training.data import fingerprint, tokenize
+from training.data_spec import DataSpec
+from training.lint import DataReport
 from training.spec import TrainingSpec
 
+_REPORT = "report.json"
 LIBRARIES = ("raygraft", "torch", "transformers", "peft", "deepspeed", "ray")
 
 
@@ -40,8 +43,7 @@ def run_job(spec: TrainingSpec) -> AdapterVersion:
     """
     began = time.monotonic()
     store = open_store(spec.output.store)
-    tokens, report = _prepare_tokens(spec, store)
-    print(f"data: {report.summary()}", flush=True)
+    tokens, report = _prepare_tokens(spec.data, spec.base_model, store)
     run_name = f"{spec.output.name}-{uuid.uuid4().hex[:12]}"
     card = _card(spec, tokens, report)
     with tempfile.TemporaryDirectory() as folder:
@@ -54,22 +56,37 @@ def run_job(spec: TrainingSpec) -> AdapterVersion:
     return published
 
 
-def _prepare_tokens(spec: TrainingSpec, store: Store) -> tuple[str, DataReport]:
-    """The fingerprint of the tokenised file in the store, which is made now unless it is there
-    already, and what became of the rows."""
+def _prepare_tokens(data: DataSpec, base_model: str, store: Store) -> tuple[str, DataReport]:
+    """The fingerprint of the tokenised rows in the store, which are made now unless they are
+    there already, and what became of the rows. Tells both."""
+    found = fingerprint(data, base_model)
+    key = f"{_tokens_key(found)}/{_REPORT}"
+    if store.exists(key):
+        raw = json.loads(store.read(key))
+        report = DataReport(**raw | {"shown": tuple(raw["shown"])})
+        report.check(data.lint, data.train)
+    else:
+        report = _tokenize_into(store, _tokens_key(found), data, base_model)
+    print(f"data: {data.train}: {report.summary()}", flush=True)
+    for number, text in enumerate(report.shown):
+        print(f"row {number}, what is learned in ⟦⟧: {text}", flush=True)
+    return found, report
+
+
+def _tokenize_into(store: Store, key: str, data: DataSpec, base_model: str) -> DataReport:
     from cluster.base_model import load_tokenizer
 
-    found = fingerprint(spec.data, spec.base_model)
-    key = _tokens_key(found)
-    if store.exists(f"{key}.json"):
-        return found, DataReport(**json.loads(store.read(f"{key}.json")))
+    def tell(done: int, rows: int) -> None:
+        print(f"data: {done:,} of {rows:,} rows tokenised", flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "tokens.arrow")
-        report = tokenize(spec.data, load_tokenizer(spec.base_model), path)
-        for name, data in (("arrow", path.read_bytes()), ("json", _json_bytes(asdict(report)))):
+        report = tokenize(data, load_tokenizer(base_model), Path(folder), on_progress=tell)
+        parts = {part.name: part.read_bytes for part in sorted(Path(folder).iterdir())}
+        parts[_REPORT] = lambda: _json_bytes(asdict(report))  # last: it makes the others count
+        for name, read in parts.items():
             with suppress(ConflictError):  # another job made the same file meanwhile
-                store.create(f"{key}.{name}", data)
-    return found, report
+                store.create(f"{key}/{name}", read())
+    return report
 
 
 def _tokens_key(fingerprint: str) -> str:
@@ -124,7 +141,7 @@ def _card(spec: TrainingSpec, tokens: str, report: DataReport) -> dict[str, Any]
     config = Path(spec.base_model, "config.json").read_bytes()
     return {
         "spec": spec.model_dump(mode="json"),
-        "data": {"fingerprint": tokens, **asdict(report)},
+        "data": {"fingerprint": tokens, **report.counts()},
         "base_config_sha256": hashlib.sha256(config).hexdigest(),
         "libraries": {library: _version(library) for library in LIBRARIES},
     }

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from cluster.errors import JobFailedError
 from training.backend import Backend
 from training.checkpoint import Progress
-from training.data import IGNORE, TokenRows, epoch_batches, micro_batches
 from training.methods.course import Course
+from training.rows import IGNORE, TokenRows, epoch_batches, micro_batches
 from training.spec import OptimizerSpec, TrainingSpec
 from training.step import Batch, collate
 

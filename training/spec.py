@@ -7,34 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.spec import Name, Spec, StoreUri
+from training.data_spec import DataSpec
 from training.method_spec import MethodSpec
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class DataSpec(Spec):
-    """Where the rows are, and how they become tokens."""
-
-    train: str = Field(
-        description="Folder of `save_to_disk`, or an Arrow IPC, Parquet or JSONL file; on storage "
-        "that every node sees."
-    )
-    format: Literal["auto", "alpaca", "prompt_completion", "chat", "text"] = Field(
-        "auto",
-        description="What the columns mean: instruction/input/output, prompt/completion, messages, "
-        "or text. `auto` tells by their names.",
-    )
-    template: Literal["alpaca", "alpaca_short"] = Field(
-        "alpaca", description="Layout of alpaca rows; `alpaca_short` leaves out the preamble."
-    )
-    max_length: PositiveInt | None = Field(
-        None,
-        description="Longest row, in tokens. If not given: what the base's context leaves beside "
-        "the method's virtual tokens, at most 2,048.",
-    )
-    over_long: Literal["truncate", "drop", "fail"] = Field(
-        "truncate", description="What becomes of a longer row; counted in the log."
-    )
 
 
 class OutputSpec(Spec):

@@ -19,8 +19,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cluster.errors import BaseModelError
-from training.data import IGNORE
 from training.packed import NAME, Layout, packed, prefix_of
+from training.rows import IGNORE
 
 # Rows of logits that exist at once: 128 x 128,000 in float32 are 64 MiB.
 _LOGIT_ROWS = 128

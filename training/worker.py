@@ -17,9 +17,9 @@ from cluster.spec import parse_spec
 from cluster.store import open_store
 from training.assembly import Assembly, assemble
 from training.checkpoint import Progress, write_checkpoint
-from training.data import TokenRows
 from training.loop import LogLine, Place, count_steps, run
 from training.methods import METHODS, count_parameters
+from training.rows import TokenRows
 from training.spec import TrainingSpec
 
 ADAPTER_FOLDER = "adapter"
@@ -83,11 +83,11 @@ def _open_rows(spec: TrainingSpec, key: str) -> TokenRows:
     store = open_store(spec.output.store)
     folder = store.local_path()
     if folder is not None:
-        return TokenRows(folder / f"{key}.arrow")
+        return TokenRows(folder / key)
     with tempfile.TemporaryDirectory(prefix="graft-tokens-") as name:
-        copy = Path(name, "tokens.arrow")
-        store.download(f"{key}.arrow", copy)
-        return TokenRows(copy)  # mapped; the file may go
+        for part in store.list(key):
+            store.download(part, Path(name, part.rsplit("/", 1)[-1]))
+        return TokenRows(Path(name))  # mapped; the files may go
 
 
 @contextmanager

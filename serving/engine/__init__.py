@@ -11,11 +11,7 @@ from serving.engine.request import (
     GenerationRequest,
     GenerationResult,
     ScoreRequest,
-    TokenLogprobs,
     TokenOutput,
-    best_choices,
-    choices,
-    joined,
 )
 from serving.spec import EngineSpec
 
@@ -27,9 +23,5 @@ __all__ = [
     "GenerationRequest",
     "GenerationResult",
     "ScoreRequest",
-    "TokenLogprobs",
     "TokenOutput",
-    "best_choices",
-    "choices",
-    "joined",
 ]

@@ -49,10 +49,18 @@ class Batch:
 
 
 def build(
-    chunks: Sequence[Chunk], adapters: Mapping[str, LoadedAdapter], page_tokens: int
+    chunks: Sequence[Chunk],
+    adapters: Mapping[str, LoadedAdapter],
+    page_tokens: int,
+    *,
+    all_logits: bool = False,
 ) -> Batch:
-    """The batch of `chunks`, which are sorted by adapter; `adapters` by the name that a sequence
-    carries."""
+    """The batch of `chunks`, which are sorted by adapter.
+
+    Args:
+        adapters: By the name that a sequence carries.
+        all_logits: Of every token, not only of those that are sampled from.
+    """
     ids: list[int] = []
     positions: list[np.ndarray] = []
     writes: list[np.ndarray] = []
@@ -69,7 +77,10 @@ def build(
         positions.append(np.arange(first, last))
         writes.append(slots[first:last])
         rows.append(Row(begin, len(ids), slots[:last]))
-        wanted += (begin + offset for offset in chunk.wanted)
+        if all_logits:
+            wanted += range(begin, len(ids))
+        elif chunk.is_sampled:
+            wanted.append(len(ids) - 1)
     names = [chunk.sequence.adapter for chunk in chunks]
     spans = [(row.start, row.end) for row in rows]
     places = np.searchsorted(np.array(wanted, dtype=np.int64), np.array(spans, dtype=np.int64))

@@ -55,12 +55,10 @@ def make_base(folder: Path) -> None:
 
 def run_graft(base: Path, rows: list[dict[str, list[int]]], dtype: str) -> float:
     """Seconds of Graft's bare loop: what each Ray worker runs."""
-    import pyarrow as pa
-
     from cluster.spec import parse_spec
     from training.assembly import assemble
-    from training.data import TOKENS_SCHEMA, TokenRows
     from training.loop import Place, run
+    from training.rows import TokenRows, row_hash, write_rows
     from training.spec import TrainingSpec
 
     document = {
@@ -72,9 +70,9 @@ def run_graft(base: Path, rows: list[dict[str, list[int]]], dtype: str) -> float
         "gradient_accumulation_steps": ROWS_PER_STEP // MICRO_BATCH,
     }  # fmt: skip
     spec = parse_spec(TrainingSpec, document)
-    path = base.parent / "tokens.arrow"
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, TOKENS_SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, TOKENS_SCHEMA))
+    path = base.parent / "tokens"
+    pairs = [(row["input_ids"], row["labels"]) for row in rows]
+    write_rows(((ids, labels, row_hash(ids, labels)) for ids, labels in pairs), path)
     data = TokenRows(path)
     made = assemble(spec, Place(), data)
     began = time.perf_counter()

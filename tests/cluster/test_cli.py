@@ -40,7 +40,8 @@ def test_help_reads_like_a_page() -> None:
 
 @pytest.fixture
 def job(bases: Bases, tmp_path: Path) -> dict[str, Any]:
-    write_table(pa.table({"prompt": ["a"] * 4, "completion": ["b"] * 4}), tmp_path / "rows.arrow")
+    rows = {"prompt": ["a", "b", "c", "d"], "completion": ["b"] * 4}
+    write_table(pa.table(rows), tmp_path / "rows.arrow")
     return {
         "base_model": str(bases("llama")),
         "method": {"kind": "lora"},
@@ -65,6 +66,8 @@ BAD_JOBS: list[tuple[str, Change, int, tuple[str, ...]]] = [
      ("no row is left",)),
     ("corrupt data", lambda j, t: (t / "rows.arrow").write_bytes(b"nonsense"), 2,
      ("cannot be read",)),
+    ("repetitions", lambda j, t: write_table(pa.table({"text": ["x"] * 9}), t / "rows.arrow"), 2,
+     ("duplicate: 8 of 9 rows (88.9%), over data.lint.duplicate 0.5",)),
     ("no such target", lambda j, _: j["method"].update(target_modules=["qproj"]), 2,
      ("matches no module", "q_proj")),
     ("no base folder", lambda j, t: j.update(base_model=str(t / "gone")), 2,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import DataError
-from cluster.tables import check_writable, open_table, write_table
+from cluster.tables import check_writable, open_table, stream_rows, write_table
 
 TABLE = pa.table({"prompt": ["a", "bä", ""], "n": [1, 2**53 + 1, None]})
 
@@ -43,25 +44,26 @@ def test_ipc_streams_and_saved_datasets(tmp_path: Path) -> None:
     assert open_table(tmp_path / "both/train").num_rows == 3
 
 
-def test_bad_files_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [open_table, stream_rows])
+def test_bad_files_are_named(tmp_path: Path, read: Callable[[Path], object]) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        open_table(tmp_path / "gone.arrow")
+        read(tmp_path / "gone.arrow")
     for name in ("a.arrow", "a.parquet", "a.jsonl"):
         (tmp_path / name).write_bytes(b"\x00garbage\xff" * 10)
-        with pytest.raises(DataError, match=f"{name}: cannot be read"):
-            open_table(tmp_path / name)
+        with pytest.raises(DataError, match=rf"{name}: (cannot be read|.* not UTF-8)"):
+            read(tmp_path / name)
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(DataError, match=name):
-            open_table(tmp_path / name)
+            read(tmp_path / name)
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(DataError, match="unknown kind"):
-        open_table(tmp_path / "a.csv")
+        read(tmp_path / "a.csv")
     (tmp_path / "plain").mkdir()
     with pytest.raises(DataError, match=r"no state\.json"):
-        open_table(tmp_path / "plain")
+        read(tmp_path / "plain")
     write_table(TABLE.slice(0, 0), tmp_path / "empty.arrow")
     with pytest.raises(DataError, match="has no rows"):
-        open_table(tmp_path / "empty.arrow")
+        read(tmp_path / "empty.arrow")
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
@@ -71,7 +73,8 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
         open_table(tmp_path / "a.parquet")
 
 
-def test_an_arrow_extension_runs_no_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reader", ["open_table", "stream_rows"])
+def test_an_arrow_extension_runs_no_code(tmp_path: Path, reader: str) -> None:
     """Ray's tensor types carry a pickle in the schema's metadata and unpickle it on reading."""
     canary = tmp_path / "canary"
     bomb = f"cos\nsystem\n(S'touch {canary}'\ntR.".encode()
@@ -88,7 +91,7 @@ def test_an_arrow_extension_runs_no_code(tmp_path: Path) -> None:
             pq.write_table(table, path)
         code = (
             "import sys\nfrom cluster import errors, tables\n"
-            f"try: tables.open_table({str(path)!r})\n"
+            f"try: tables.{reader}({str(path)!r})\n"
             "except errors.DataError as error: sys.exit(error.message)"
         )
         result = subprocess.run(
@@ -96,6 +99,46 @@ def test_an_arrow_extension_runs_no_code(tmp_path: Path) -> None:
         )
         assert "extension type, which can carry code" in result.stderr
         assert not canary.exists()
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet", "jsonl", "saved"])
+def test_a_stream_takes_no_more_memory_than_a_part_of_its_rows(tmp_path: Path, kind: str) -> None:
+    """100 MB of rows, read by a process that may take 64 MB beyond its imports."""
+    texts = [f"{i} " + chr(97 + i % 26) * 16_384 for i in range(6_000)]
+    path, table = tmp_path / f"rows.{kind}", pa.table({"text": texts, "other": texts})
+    if kind == "saved":
+        datasets.Dataset(table).save_to_disk(str(path))
+    else:
+        write_table(table, path)
+    code = (
+        "import re, resource, datasets\n"
+        "from pathlib import Path\n"
+        "from cluster.tables import stream_rows\n"
+        "status = Path('/proc/self/status').read_text()\n"
+        "now = int(re.search(r'VmData:\\s+(\\d+) kB', status)[1]) * 1024\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (now + 64 * 2**20,) * 2)\n"
+        f"stream = stream_rows({str(path)!r})\n"
+        "print(stream.columns, stream.num_rows, sum(len(r['text']) for r in stream.rows(['text'])))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           check=False)  # fmt: skip
+    expected = f"('text', 'other') 6000 {sum(map(len, texts))}"
+    assert found.stdout.strip() == expected, found.stderr
+
+
+def test_a_stream_reads_what_a_table_holds(tmp_path: Path) -> None:
+    for kind in ("arrow", "parquet", "jsonl"):
+        write_table(TABLE, tmp_path / f"rows.{kind}")
+        stream = stream_rows(tmp_path / f"rows.{kind}")
+        assert list(stream.rows(stream.columns)) == TABLE.to_pylist()
+    lines = tmp_path / "mixed.jsonl"
+    lines.write_text('{"a": "x"}\n\n{"a": 3, "b": null}\n')
+    stream = stream_rows(lines)
+    assert (stream.columns, stream.num_rows) == (("a", "b"), 2)
+    assert list(stream.rows(["b", "a"])) == [{"b": None, "a": "x"}, {"b": None, "a": 3}]
+    lines.write_text('{"a": "x"}\n[1]\n')
+    with pytest.raises(DataError, match="not a JSON object"):
+        list(stream_rows(lines).rows(["a"]))
 
 
 def test_outputs_are_checked_before_anything_is_done(tmp_path: Path) -> None:

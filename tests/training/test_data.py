@@ -1,5 +1,6 @@
 """Rows to tokens: what each format means, where the loss falls, what becomes of bad rows."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,22 @@ from conftest import byte_tokenizer
 
 from cluster.errors import DataError
 from cluster.tables import write_table
-from training.data import (
+from training.data import fingerprint, render_alpaca, tokenize
+from training.data_spec import DataSpec, LintSpec
+from training.lint import DataReport
+from training.rows import (
     IGNORE,
-    DataReport,
     TokenRows,
     epoch_batches,
-    fingerprint,
     micro_batches,
-    render_alpaca,
-    tokenize,
+    row_hash,
+    split,
+    write_rows,
 )
-from training.spec import DataSpec
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id
+LENIENT = LintSpec(**dict.fromkeys(LintSpec.model_fields, 1.0))
 CHAT = [
     {"role": "user", "content": "hi"},
     {"role": "assistant", "content": "yo"},
@@ -37,9 +40,9 @@ def run(
     tmp_path: Path, rows: list[dict[str, Any]], tokenizer: Any = TOKENIZER, **settings: Any
 ) -> tuple[DataReport, TokenRows]:
     write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    spec = DataSpec(train=str(tmp_path / "rows.parquet"), **settings)
-    report = tokenize(spec, tokenizer, tmp_path / "tokens.arrow")
-    return report, TokenRows(tmp_path / "tokens.arrow")
+    spec = DataSpec(train=str(tmp_path / "rows.parquet"), **{"lint": LENIENT, **settings})
+    report = tokenize(spec, tokenizer, tmp_path / "tokens")
+    return report, TokenRows(tmp_path / "tokens")
 
 
 def learned(ids: list[int], labels: list[int]) -> str:
@@ -174,6 +177,88 @@ def test_the_fingerprint_follows_all_that_shapes_the_tokens(
     assert fingerprint(spec.model_copy(update={"max_length": 9}), base) != first
     write_table(pa.table({"text": ["abd"]}), tmp_path / "rows.parquet")
     assert fingerprint(spec, base) != first
+
+
+FOUND: dict[str, list[dict[str, Any]]] = {
+    "empty": [{"prompt": "p", "completion": " "}],
+    "without_label": [{"prompt": "p" * 40, "completion": "c"}],
+    "truncated": [{"prompt": "p", "completion": "c" * 40}],
+    "duplicate": [{"prompt": "p", "completion": "same"}] * 2,
+    "doubled_eos": [{"prompt": "p", "completion": "done<|end|>"}],
+    "doubled_bos": [{"prompt": "<|user|>p", "completion": "c"}],
+}
+
+
+@pytest.mark.parametrize("cause", FOUND)
+def test_what_is_wrong_is_counted_by_cause_and_fails_the_job(tmp_path: Path, cause: str) -> None:
+    tokenizer = byte_tokenizer(opening="<|user|>")
+    fine = [{"prompt": f"p{i}", "completion": "c"} for i in range(9)]
+    report, _ = run(tmp_path, fine + FOUND[cause], tokenizer, max_length=20)
+    counted = {name for name, count in report.causes().items() if count}
+    assert counted - {cause} <= {"truncated"}  # the row without a label was cut, too
+    assert getattr(report, cause) == 1
+    assert f"1 {cause.replace('_', ' ')}" in report.summary()
+    strict = LENIENT.model_copy(update={cause: 0.05})
+    with pytest.raises(DataError, match=rf"{cause}: 1 of 1\d .* data.lint.{cause} 0.05; "):
+        run(tmp_path, fine + FOUND[cause], tokenizer, max_length=20, lint=strict)
+
+
+def test_chat_rows_without_an_opening_or_an_end_are_counted(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(opening="<|system|>")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>"
+    )
+    report, _ = run(tmp_path, [{"messages": CHAT}], tokenizer)
+    assert (report.missing_bos, report.missing_eos) == (1, 1)
+
+
+def test_the_first_rows_are_shown_with_what_is_learned_marked(tmp_path: Path) -> None:
+    long = {"prompt": "a\n" + "p" * 400, "completion": "c" * 400}
+    report, _ = run(tmp_path, [{"prompt": "2+2=", "completion": "4"}, long, long, long])
+    assert report.shown[0] == "2+2=⟦4<|end|>⟧"
+    assert len(report.shown) == 3
+    assert report.shown[1].startswith("a↵ppp")
+    assert re.fullmatch(r"a↵p+ … p+⟦c+ … c+<\|end\|>⟧", report.shown[1])
+
+
+def test_the_tokens_lie_in_files_of_bounded_size(tmp_path: Path) -> None:
+    rows = [([i, i + 1, i + 2], [IGNORE, i + 1, i + 2]) for i in range(5_000)]
+    write_rows(((*row, row_hash(*row)) for row in rows), tmp_path, part_bytes=60_000)
+    sizes = [part.stat().st_size for part in sorted(tmp_path.iterdir())]
+    assert len(sizes) > 2
+    assert max(sizes) < 120_000
+    assert [TokenRows(tmp_path).row(i) for i in (0, 1023, 1024, 4_999)] == [
+        rows[i] for i in (0, 1023, 1024, 4_999)
+    ]
+
+
+def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.data._PROGRESS_S", -1.0)
+    write_table(pa.table({"text": ["abc"] * 3}), tmp_path / "rows.parquet")
+    spec, told = DataSpec(train=str(tmp_path / "rows.parquet"), lint=LENIENT), []
+    tokenize(spec, TOKENIZER, tmp_path, on_progress=lambda *at: told.append(at))
+    assert told == [(0, 3), (1, 3), (2, 3)]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5])
+def test_the_split_follows_from_the_seed_and_the_rows_alone(tmp_path: Path, share: float) -> None:
+    texts = [f"row {i}" for i in range(200)] + ["twice"] * 20
+    rows = [{"text": text} for text in texts]
+    _, one = run(tmp_path, rows)
+    _, other = run(tmp_path, rows[::-1])
+
+    def sides(tokens: TokenRows, seed: int) -> list[list[str]]:
+        return [
+            sorted(TOKENIZER.decode(part.row(i)[0][:-1]) for i in range(len(part)))
+            for part in split(tokens, share, seed)
+        ]
+
+    train, validation = sides(one, 3)
+    assert sorted(train + validation) == sorted(texts)
+    assert not set(train) & set(validation)
+    assert abs(len(validation) - share * 220) <= 20
+    assert sides(other, 3) == [train, validation]
+    assert sides(one, 4) != [train, validation]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000])

@@ -13,8 +13,8 @@ from workers import Case, run_case, run_cases, state_of, weights_of
 
 from cluster.tables import write_table
 from training.data import tokenize
+from training.data_spec import DataSpec
 from training.loop import Place
-from training.spec import DataSpec
 
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "r": 4},

@@ -10,8 +10,8 @@ from adapters import load, randomize
 from torch.nn.functional import cross_entropy
 
 from cluster.spec import parse_spec
-from training.data import IGNORE
 from training.methods import METHODS, trainable_parameters
+from training.rows import IGNORE
 from training.spec import TrainingSpec
 from training.step import HeadLoss, LossModel, collate
 

@@ -7,6 +7,7 @@ are is settled when the job is resolved; from then on the method is a text.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,11 @@ import torch
 
 from cluster.base_model import encode_prompt, load_tokenizer
 from cluster.errors import SpecError
-from cluster.tables import open_table
+from cluster.tables import stream_rows
 from training.data import render_row
+from training.data_spec import DataSpec
 from training.formats import detect_format, iterate_rows
 from training.method_spec import HardPromptSpec
-from training.spec import DataSpec
 
 
 def attach(model: Any, spec: HardPromptSpec, base_path: str) -> torch.nn.Module:
@@ -53,18 +54,19 @@ def with_text(spec: HardPromptSpec, data: DataSpec, seed: int, tokenizer: Any) -
     """
     if spec.text is not None:
         return spec
-    table = open_table(data.train)
-    row_format = detect_format(table, data.format, data.train)
+    stream = stream_rows(data.train)
+    row_format = detect_format(stream, data.format)
     count = spec.demonstrations
-    if count > table.num_rows:
+    if count > stream.num_rows:
         raise SpecError(
-            f"method.demonstrations is {count}, and data {data.train} has {table.num_rows} rows; "
+            f"method.demonstrations is {count}, and data {data.train} has {stream.num_rows} rows; "
             "lower it"
         )
     chosen = list(range(count))
     if spec.choose == "random":
-        drawn = np.random.default_rng([seed, count]).choice(table.num_rows, count, replace=False)
+        drawn = np.random.default_rng([seed, count]).choice(stream.num_rows, count, replace=False)
         chosen = drawn.tolist()
-    rows = iterate_rows(table.take(chosen), row_format, data.train)
-    texts = [render_row(row, row_format, data.template, tokenizer) for row in rows]
+    rows = islice(iterate_rows(stream, row_format), max(chosen) + 1)
+    wanted = {number: row for number, row in enumerate(rows) if number in set(chosen)}
+    texts = [render_row(wanted[number], row_format, data.template, tokenizer) for number in chosen]
     return spec.model_copy(update={"text": "".join(text + spec.separator for text in texts)})

@@ -1,0 +1,58 @@
+"""The data's part of a training job's YAML. Every field's description is its reference."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from cluster.spec import Spec
+
+Limit = Annotated[float, Field(ge=0, le=1)]
+
+
+class LintSpec(Spec):
+    """Shares of rows over which the job fails before a worker starts; 1 never fails."""
+
+    empty: Limit = Field(0.05, description="Rows whose response or text is blank.")
+    without_label: Limit = Field(0.05, description="Rows left out, since nothing is learned.")
+    truncated: Limit = Field(0.5, description="Rows cut to `max_length`.")
+    dropped: Limit = Field(0.5, description="Rows left out for being over `max_length`.")
+    duplicate: Limit = Field(0.5, description="Rows that repeat another one, token by token.")
+    missing_bos: Limit = Field(
+        0.1, description="Rows without the opening token that the tokenizer puts before prompts."
+    )
+    doubled_bos: Limit = Field(0.1, description="Rows that open with two of them.")
+    missing_eos: Limit = Field(
+        0.1, description="Rows whose learned part holds no end token: generation would not stop."
+    )
+    doubled_eos: Limit = Field(0.1, description="Rows whose learned part ends with two of them.")
+
+
+class DataSpec(Spec):
+    """Where the rows are, and how they become tokens."""
+
+    train: str = Field(
+        description="Folder of `save_to_disk`, or an Arrow IPC, Parquet or JSONL file; on storage "
+        "that every node sees."
+    )
+    format: Literal["auto", "alpaca", "prompt_completion", "chat", "text"] = Field(
+        "auto",
+        description="What the columns mean: instruction/input/output, prompt/completion, messages, "
+        "or text. `auto` tells by their names.",
+    )
+    template: Literal["alpaca", "alpaca_short"] = Field(
+        "alpaca", description="Layout of alpaca rows; `alpaca_short` leaves out the preamble."
+    )
+    max_length: PositiveInt | None = Field(
+        None,
+        description="Longest row, in tokens. If not given: what the base's context leaves beside "
+        "the method's virtual tokens, at most 2,048.",
+    )
+    over_long: Literal["truncate", "drop", "fail"] = Field(
+        "truncate", description="What becomes of a longer row; counted in the log."
+    )
+    lint: LintSpec = Field(
+        default_factory=lambda: LintSpec.model_validate({}),
+        description="How much of the data may be wrong.",
+    )

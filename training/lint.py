@@ -1,0 +1,134 @@
+"""What is wrong with the data, counted by cause, and the first rows as they will be learned.
+
+Knows tokens and counts; who reads the files is training.data.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster.base_model import encode_prompt
+from cluster.errors import DataError
+from training.data_spec import LintSpec
+from training.rows import IGNORE
+
+_SHOWN_ROWS = 3
+_SHOWN_CHARACTERS = 240
+# Cause -> what to do about it; the causes are LintSpec's fields and DataReport's counts.
+_REMEDIES = {
+    "empty": "fill or delete those rows",
+    "without_label": "look at the response column, and at data.max_length",
+    "truncated": "raise data.max_length",
+    "dropped": "raise data.max_length",
+    "duplicate": "delete the repetitions",
+    "missing_bos": "let the chat template begin with the tokenizer's bos_token",
+    "doubled_bos": "take the bos_token out of the rows or the chat template",
+    "missing_eos": "let the chat template end each assistant turn with the tokenizer's eos_token, "
+    "inside its {% generation %} part",
+    "doubled_eos": "take the eos_token out of the rows",
+}
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows: `rows` = `kept` + `without_label` + `dropped`; the other causes
+    are counted over all rows. `shown` holds the first rows as text."""
+
+    rows: int
+    kept: int
+    tokens: int
+    label_tokens: int
+    empty: int
+    without_label: int
+    truncated: int
+    dropped: int
+    duplicate: int
+    missing_bos: int
+    doubled_bos: int
+    missing_eos: int
+    doubled_eos: int
+    shown: tuple[str, ...] = ()
+
+    def causes(self) -> dict[str, int]:
+        """Rows by what is wrong with them."""
+        return {cause: getattr(self, cause) for cause in _REMEDIES}
+
+    def counts(self) -> dict[str, int]:
+        """Every number."""
+        return {name: value for name, value in asdict(self).items() if name != "shown"}
+
+    def summary(self) -> str:
+        """One line for the plan and the log."""
+        parts = [f"{self.kept:,} of {self.rows:,} rows", f"{self.tokens:,} tokens"]
+        parts.append(f"{self.label_tokens:,} learned")
+        parts += [f"{n:,} {cause.replace('_', ' ')}" for cause, n in self.causes().items() if n]
+        return ", ".join(parts)
+
+    def check(self, limits: LintSpec, path: str) -> None:
+        """Raises DataError with every cause whose share of the rows is over its limit."""
+        faults = [
+            f"  {cause}: {count:,} of {self.rows:,} rows ({count / self.rows:.1%}), over "
+            f"data.lint.{cause} {getattr(limits, cause)}; {_REMEDIES[cause]}, or raise the limit"
+            for cause, count in self.causes().items()
+            if count > getattr(limits, cause) * self.rows
+        ]
+        if faults:
+            raise DataError("\n".join([f"data {path}: too many rows are wrong", *faults]))
+
+
+class Linter:
+    """Counts row after row; holds eight bytes of each, by which repetitions are told."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._bos: int | None = tokenizer.bos_token_id
+        self._eos: int = tokenizer.eos_token_id
+        opening = encode_prompt(tokenizer, "a")
+        self._opens = self._bos is not None and opening[:1] == [self._bos]
+        self._hashes = array("Q")
+        self._shown: list[str] = []
+        self.counts = dict.fromkeys((*_REMEDIES, "kept", "tokens", "label_tokens"), 0)
+
+    def look(self, ids: Sequence[int], labels: Sequence[int], response: str, hashed: int) -> None:
+        """Count what is wrong with a whole row, before any cut; `hashed` is its `row_hash`."""
+        if len(self._shown) < _SHOWN_ROWS:
+            self._shown.append(marked(ids, labels, self._tokenizer))
+        learned = [label for label in labels if label != IGNORE]
+        self._hashes.append(hashed)
+        found = {
+            "empty": not response.strip(),
+            "missing_bos": self._opens and ids[0] != self._bos,
+            "doubled_bos": self._bos is not None and list(ids[:2]) == [self._bos] * 2,
+            "missing_eos": bool(learned) and self._eos not in learned,
+            "doubled_eos": learned[-2:] == [self._eos] * 2,
+        }
+        for cause, is_so in found.items():
+            self.counts[cause] += is_so
+
+    def report(self) -> DataReport:
+        """All counts, at the end of the rows."""
+        rows = len(self._hashes)
+        unique = len(np.unique(np.frombuffer(self._hashes, np.uint64))) if rows else 0
+        counts = self.counts | {"duplicate": rows - unique}
+        return DataReport(rows=rows, shown=tuple(self._shown), **counts)
+
+
+def marked(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> str:
+    """A row's text on one line, what is learned of it in ⟦ ⟧; long parts are cut in the middle."""
+    text, start = "", 0
+    while start < len(ids):
+        learned, end = labels[start] != IGNORE, start
+        while end < len(ids) and (labels[end] != IGNORE) == learned:
+            end += 1
+        part = tokenizer.decode(list(ids[start:end])).replace("\n", "↵")
+        if len(part) > _SHOWN_CHARACTERS:
+            half = _SHOWN_CHARACTERS // 2
+            part = f"{part[:half]} … {part[-half:]}"
+        text += f"⟦{part}⟧" if learned else part
+        start = end
+    return text

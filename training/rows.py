@@ -1,0 +1,158 @@
+"""The tokenised rows: their files, which of them validate, and the order of batches.
+
+A folder of Arrow files of bounded size, memory-mapped by workers, so that neither side ever holds
+the data. The order of rows is a pure function of (seed, epoch), the split into training and
+validation one of (seed, the rows' tokens): neither needs any state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+
+IGNORE = -100
+# Batches are formed of rows of like length among so many batches' worth of shuffled rows.
+_BUCKET_BATCHES = 32
+_CHUNK_ROWS = 1024
+_PART_BYTES = 256 * 2**20
+_SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("label_count", pa.int32()),
+        ("row_hash", pa.uint64()),
+    ]
+)
+Row = tuple[list[int], list[int]]
+
+
+def row_hash(ids: Sequence[int], labels: Sequence[int]) -> int:
+    """64 bits that tell a row from others by its tokens and by what is learned of it."""
+    both = np.array([ids, labels], dtype="<i4").tobytes()
+    return int.from_bytes(hashlib.blake2b(both, digest_size=8).digest(), "little")
+
+
+def count_learned(labels: Sequence[int]) -> int:
+    """Label tokens of a row; the first token is predicted from nothing, so it teaches nothing."""
+    return sum(label != IGNORE for label in labels[1:])
+
+
+def write_rows(
+    rows: Iterator[tuple[list[int], list[int], int]], folder: Path, part_bytes: int = _PART_BYTES
+) -> None:
+    """Write (ids, labels, `row_hash`) rows into `folder`, in files of about `part_bytes` each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks = iter(lambda: list(islice(rows, _CHUNK_ROWS)), [])
+    for number in count():
+        chunk = next(chunks, None)
+        if chunk is None:
+            return
+        path = str(folder / f"{number:05d}.arrow")
+        with pa.OSFile(path, "wb") as sink, pyarrow.ipc.new_stream(sink, _SCHEMA) as writer:
+            while chunk is not None:
+                writer.write_table(_table(chunk))
+                chunk = next(chunks, None) if sink.tell() < part_bytes else None
+
+
+def _table(chunk: Sequence[tuple[list[int], list[int], int]]) -> pa.Table:
+    ids, labels, hashes = zip(*chunk, strict=True)
+    return pa.table([ids, labels, [count_learned(row) for row in labels], hashes], schema=_SCHEMA)
+
+
+class TokenRows:
+    """The rows of a folder that `write_rows` wrote, memory-mapped; indexable by row number."""
+
+    def __init__(self, folder: Path) -> None:
+        parts = sorted(folder.glob("*.arrow"))
+        tables = [pyarrow.ipc.open_stream(pa.memory_map(str(part))).read_all() for part in parts]
+        self._table = pa.concat_tables(tables)
+        self._chosen = np.arange(self._table.num_rows)
+
+    def subset(self, chosen: np.ndarray) -> TokenRows:
+        """The rows of these numbers, int64 [rows], in this order."""
+        part = object.__new__(TokenRows)
+        part._table, part._chosen = self._table, self._chosen[chosen]
+        return part
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def row(self, index: int) -> Row:
+        """(ids, labels) of one row."""
+        at = int(self._chosen[index])
+        return self._table["input_ids"][at].as_py(), self._table["labels"][at].as_py()
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 [rows]."""
+        return self._column(pc.call_function("list_value_length", [self._table["input_ids"]]))
+
+    @cached_property
+    def label_counts(self) -> np.ndarray:
+        """Learned tokens of each row, the first excepted, int64 [rows]."""
+        return self._column(self._table["label_count"])
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """`row_hash` of each row, uint64 [rows]."""
+        return self._table["row_hash"].to_numpy()[self._chosen]
+
+    def _column(self, values: pa.ChunkedArray) -> np.ndarray:
+        return values.to_numpy().astype(np.int64)[self._chosen]
+
+
+def split(rows: TokenRows, share: float, seed: int) -> tuple[TokenRows, TokenRows]:
+    """(training, validation) rows: about `share` of them validate, at least one.
+
+    Which ones follows from the seed and each row's own tokens, not from its place in the file; rows
+    that repeat each other stay on one side, so that nothing validated was ever trained.
+    """
+    order = _mixed(rows.hashes, seed)
+    wanted = max(1, math.floor(share * len(rows)))
+    validates = order <= np.partition(order, wanted - 1)[wanted - 1]
+    return rows.subset(np.flatnonzero(~validates)), rows.subset(np.flatnonzero(validates))
+
+
+def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
+    """SplitMix64's finalizer (Steele et al. 2014) of each value with the seed, uint64 [rows]."""
+    mixed = values + np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def epoch_batches(
+    lengths: np.ndarray, global_batch_size: int, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """The row numbers of each step of an epoch: every row exactly once, like lengths together.
+
+    A pure function of its arguments: independent of the number of workers and of what was
+    trained before.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    window = global_batch_size * _BUCKET_BATCHES
+    batches: list[np.ndarray] = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i : i + global_batch_size] for i in range(0, len(part), global_batch_size)]
+    random.shuffle(batches)  # type: ignore[arg-type]
+    return batches
+
+
+def micro_batches(
+    rows: np.ndarray, rank: int, world_size: int, accumulation: int
+) -> Iterator[np.ndarray]:
+    """One worker's share of a step's rows, as `accumulation` micro-batches (some may be empty)."""
+    mine = rows[rank::world_size]
+    yield from np.array_split(mine, accumulation)

@@ -8,8 +8,9 @@ from typing import Any
 import peft
 import torch
 import transformers
+from pydantic import TypeAdapter
 
-from training.method_spec import BitFitSpec
+from training.method_spec import MethodSpec
 from training.methods import METHODS, trainable_parameters
 
 
@@ -22,8 +23,16 @@ def _peft(config: peft.PeftConfig) -> Callable[[Path], Any]:
     return lambda base: peft.get_peft_model(load(base), copy.deepcopy(config))
 
 
-def _bitfit(base: Path) -> Any:
-    return METHODS["bitfit"].attach(load(base), BitFitSpec(kind="bitfit"), str(base))
+def _own(**method: Any) -> Callable[[Path], Any]:
+    """A method by its spec; the model knows how to save itself by `method_kind`."""
+    spec: Any = TypeAdapter(MethodSpec).validate_python(method)
+
+    def attach(base: Path) -> Any:
+        model: Any = METHODS[spec.kind].attach(load(base), spec, str(base))
+        model.method_kind = spec.kind
+        return model
+
+    return attach
 
 
 _CAUSAL = {"task_type": "CAUSAL_LM"}
@@ -48,7 +57,8 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
             feedforward_modules=r".*\.(down_proj|mlp\.c_proj|fc2)",
         )
     ),
-    "bitfit": _bitfit,
+    "bitfit": _own(kind="bitfit"),
+    "layernorm": _own(kind="layernorm"),
     "prompt_tuning": _peft(peft.PromptTuningConfig(**_CAUSAL, num_virtual_tokens=5)),
     "p_tuning": _peft(
         peft.PromptEncoderConfig(**_CAUSAL, num_virtual_tokens=3, encoder_hidden_size=24)
@@ -76,7 +86,7 @@ def make_adapter(variant: str, base: Path, folder: Path, seed: int = 1) -> Path:
     torch.manual_seed(seed)
     model = VARIANTS[variant](base)
     randomize(model)
-    METHODS["bitfit" if variant == "bitfit" else "lora"].save(model, folder)
+    METHODS[getattr(model, "method_kind", "lora")].save(model, folder)
     return folder
 
 

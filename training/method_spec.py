@@ -46,12 +46,29 @@ class IA3Spec(Spec):
 
 
 class BitFitSpec(Spec):
-    """Bias-only training (Ben Zaken et al. 2021); biases that the base lacks start at zero."""
+    """Bias-only training (Ben Zaken et al. 2021, arXiv:2106.10199)."""
 
     kind: Literal["bitfit"] = Field(description="`bitfit`.")
+    subset: Literal["all", "query_mlp", "norm"] = Field(
+        "all",
+        description="`all` biases; `query_mlp`: those of the query and of the layer that widens in "
+        "the MLP, the paper's small subset; `norm`: those of norms.",
+    )
+    add_missing: bool = Field(
+        True, description="Linear modules without a bias get one that starts at zero."
+    )
     target_modules: str | tuple[str, ...] = Field(
         "all",
         description="`all` linear and norm modules, a list of suffixes, or a regular expression.",
+    )
+
+
+class LayerNormSpec(Spec):
+    """LayerNorm tuning (Zhao et al. 2023, arXiv:2312.11420): the norms' weights and biases."""
+
+    kind: Literal["layernorm"] = Field(description="`layernorm`.")
+    target_modules: str | tuple[str, ...] = Field(
+        "all", description="`all` norms, a list of module-name suffixes, or a regular expression."
     )
 
 
@@ -129,6 +146,7 @@ MethodSpec = Annotated[
     LoraSpec
     | IA3Spec
     | BitFitSpec
+    | LayerNormSpec
     | PromptTuningSpec
     | PTuningSpec
     | PrefixTuningSpec

@@ -2,15 +2,24 @@
 
 from serving.adapters.apply import DeltaHooks, Segment
 from serving.adapters.lowering import lower
-from serving.adapters.primitives import EmbeddingPrefix, KVPrefix, LinearDelta, LoweredAdapter
+from serving.adapters.primitives import (
+    Delta,
+    EmbeddingPrefix,
+    KVPrefix,
+    LinearDelta,
+    LoweredAdapter,
+    Replacement,
+)
 from serving.adapters.target import Target, describe
 
 __all__ = [
+    "Delta",
     "DeltaHooks",
     "EmbeddingPrefix",
     "KVPrefix",
     "LinearDelta",
     "LoweredAdapter",
+    "Replacement",
     "Segment",
     "Target",
     "describe",

@@ -18,7 +18,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from cluster.errors import AdapterError
-from serving.adapters.primitives import LinearDelta
+from serving.adapters.primitives import Delta, LinearDelta
 
 # A module's name, and whether its input (else its output) is meant.
 _Place = tuple[str, bool]
@@ -30,7 +30,7 @@ class Segment:
 
     start: int
     end: int
-    deltas: Mapping[str, LinearDelta]
+    deltas: Mapping[str, Delta]
 
 
 class DeltaHooks:
@@ -80,7 +80,7 @@ class DeltaHooks:
                 "adapter's targets"
             )
 
-    def install(self, deltas: Mapping[str, LinearDelta]) -> None:
+    def install(self, deltas: Mapping[str, Delta]) -> None:
         """Count one more adapter with these deltas, by module name."""
         for place in _places(deltas):
             self._users[place] = self._users.get(place, 0) + 1
@@ -90,10 +90,12 @@ class DeltaHooks:
                 self._handles[place] = (
                     module.register_forward_pre_hook(self._input_hook(name))
                     if is_input
-                    else module.register_forward_hook(self._output_hook(name, module))
+                    else module.register_forward_hook(
+                        self._output_hook(name, module), with_kwargs=True
+                    )
                 )
 
-    def uninstall(self, deltas: Mapping[str, LinearDelta]) -> None:
+    def uninstall(self, deltas: Mapping[str, Delta]) -> None:
         """Count one adapter less."""
         for place in _places(deltas):
             self._users[place] -= 1
@@ -117,7 +119,7 @@ class DeltaHooks:
             x: torch.Tensor | None = None
             for segment in self._body:
                 delta = segment.deltas.get(name)
-                if delta is not None and delta.scale_I is not None:
+                if isinstance(delta, LinearDelta) and delta.scale_I is not None:
                     x = args[0].clone() if x is None else x  # others may read the same input
                     rows = x.narrow(rows_dim, segment.start, segment.end - segment.start)
                     rows *= delta.scale_I
@@ -128,32 +130,81 @@ class DeltaHooks:
     def _output_hook(self, name: str, module: torch.nn.Module) -> Any:
         is_head, rows_dim = module is self._head, self._rows_dim[name]
 
-        def apply(_: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        def apply(
+            _: torch.nn.Module, args: tuple[Any, ...], options: Any, output: torch.Tensor
+        ) -> None:
             for segment in self._head_rows if is_head else self._body:
                 delta = segment.deltas.get(name)
-                if delta is not None:
-                    size = segment.end - segment.start
-                    y, x = (t.narrow(rows_dim, segment.start, size) for t in (output, args[0]))
-                    _add(y, x, delta)
+                if delta is None:
+                    continue
+                rows = _Rows(rows_dim, output.shape[rows_dim], segment)
+                y = rows.of(output)
+                if isinstance(delta, LinearDelta):
+                    _add(y, rows.of(args[0]), delta)
+                else:
+                    own = ([rows.of(a) for a in args], {k: rows.of(v) for k, v in options.items()})
+                    y.copy_(_run_with(module, delta.parameters, *own))
 
         return apply
 
 
-def _places(deltas: Mapping[str, LinearDelta]) -> Generator[_Place]:
+@dataclass(frozen=True)
+class _Rows:
+    """A segment's rows of whatever has `total` of them in `dim`."""
+
+    dim: int
+    total: int
+    segment: Segment
+
+    def of(self, value: Any) -> Any:
+        """Its rows, a view; `value` itself where it has no rows."""
+        if not isinstance(value, torch.Tensor) or value.ndim <= self.dim:
+            return value
+        if value.shape[self.dim] != self.total:
+            return value
+        return value.narrow(self.dim, self.segment.start, self.segment.end - self.segment.start)
+
+
+def _places(deltas: Mapping[str, Delta]) -> Generator[_Place]:
     """Every module's output, and its input where that is scaled."""
     for name, delta in deltas.items():
         yield name, False
-        if delta.scale_I is not None:
+        if isinstance(delta, LinearDelta) and delta.scale_I is not None:
             yield name, True
 
 
 def _add(y: torch.Tensor, x: torch.Tensor, delta: LinearDelta) -> None:
-    """y = scale ∘ y + (x A) B + shift, in place. y is [..., O]; x [..., I], or token ids for an
-    embedding."""
+    """y = scale ∘ y + (x A) B + x S + shift, in place. y is [..., O]; x [..., I], or token ids for
+    an embedding."""
     if delta.scale_O is not None:
         y *= delta.scale_O
     if delta.a_Ir is not None and delta.b_rO is not None:
         low_Tr = (x @ delta.a_Ir if x.is_floating_point() else delta.a_Ir[x]).flatten(0, -2)
         y.view(-1, y.shape[-1]).addmm_(low_Tr, delta.b_rO)
+    if delta.sparse is not None:
+        y += _times_sparse(x, delta.sparse).reshape(y.shape)
     if delta.shift_O is not None:
         y += delta.shift_O
+
+
+def _times_sparse(x: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
+    """x S, [rows, O] in float32; see LinearDelta."""
+    if not x.is_floating_point():
+        return sparse.index_select(0, x.flatten()).to_dense()
+    return torch.mm(sparse, x.flatten(0, -2).T.to(sparse.dtype)).T
+
+
+def _run_with(
+    module: torch.nn.Module,
+    parameters: Mapping[str, torch.Tensor],
+    args: Sequence[Any],
+    options: Mapping[str, Any],
+) -> torch.Tensor:
+    """The module's own output, with other parameters and without hooks."""
+    # A module's attribute hides its parameter of that name.
+    module.__dict__.update(parameters)
+    try:
+        return module.forward(*args, **options)
+    finally:
+        for name in parameters:
+            del module.__dict__[name]

@@ -19,9 +19,8 @@ import torch
 from cluster.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, fault
 from serving.adapters.config import mapping, number, refuse_unread
 from serving.adapters.primitives import LinearDelta, LoweredAdapter
-from serving.adapters.target import ModuleShape, Target
+from serving.adapters.target import PREFIX, ModuleShape, Target, bare_name, shape_of
 
-_PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(.+)\.lora_(?:(embedding)_)?([AB])(?:\.weight)?")
 _SHIFT = re.compile(r"(.+?)(?:\.base_layer)?\.(lora_B\.bias|bias)")
 # Fields that chose where and how a LoRA was trained; the tensors tell the result.
@@ -56,17 +55,17 @@ def lower_lora(
     factors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     shifts: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        name = _bare(folder, key)
+        name = bare_name(folder, key)
         if match := _LOW_RANK.fullmatch(name):
             # An embedding keeps A as [r, vocabulary] and B as [out, r], like a linear module.
             factors[match[1]][match[3]] = tensor
         elif match := _SHIFT.fullmatch(name):
-            module, shape = match[1], _shape_of(folder, key, match[1], target)
+            module, shape = match[1], shape_of(folder, key, match[1], target)
             scale = _scale(folder, module) if match[2] == "lora_B.bias" else None
             change = tensor.float() * scale if scale else _change_of_bias(tensor, shape)
             shifts[module] = shifts.get(module, 0) + _fit_shift(folder, key, change, shape)
         elif match := _BASE_WEIGHT.fullmatch(name):
-            _check_base_weight(folder, key, tensor, _shape_of(folder, key, match[1], target))
+            _check_base_weight(folder, key, tensor, shape_of(folder, key, match[1], target))
         else:
             raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which is not of a LoRA")
     deltas = {
@@ -137,29 +136,11 @@ def _by_module(
 ) -> Iterator[tuple[str, str, ModuleShape]]:
     """(key, module, its shape) of a method with one tensor, named by `suffix`, for each module."""
     for key in keys:
-        name = _bare(folder, key)
+        name = bare_name(folder, key)
         if not name.endswith(suffix):
             raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which {otherwise}")
         module = name.removesuffix(suffix)
-        yield key, module, _shape_of(folder, key, module, target)
-
-
-def _bare(folder: AdapterFolder, key: str) -> str:
-    if not key.startswith(_PREFIX):
-        raise fault(folder.path, WEIGHTS, f"has tensor {key!r}; keys begin with {_PREFIX!r}")
-    return key.removeprefix(_PREFIX)
-
-
-def _shape_of(folder: AdapterFolder, key: str, module: str, target: Target) -> ModuleShape:
-    shape = target.modules.get(module)
-    if shape is None:
-        raise fault(
-            folder.path,
-            WEIGHTS,
-            f"has {key!r}, but the base {target.name} has no module {module!r}; "
-            f"the adapter was made for another base ({folder.base_model})",
-        )
-    return shape
+        yield key, module, shape_of(folder, key, module, target)
 
 
 def _low_rank(
@@ -169,7 +150,7 @@ def _low_rank(
     shift: torch.Tensor | None,
     target: Target,
 ) -> LinearDelta:
-    shape = _shape_of(folder, f"{_PREFIX}{module}.lora_A", module, target)
+    shape = shape_of(folder, f"{PREFIX}{module}.lora_A", module, target)
     if set(parts) != {"A", "B"}:
         raise fault(
             folder.path, WEIGHTS, f"has lora_{next(iter(parts))} of {module!r} without its pair"

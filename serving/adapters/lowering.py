@@ -21,6 +21,7 @@ from serving.adapters.linear import lower_bitfit, lower_ia3, lower_lora
 from serving.adapters.primitives import LoweredAdapter
 from serving.adapters.soft_prompt import lower_prefix_tuning, lower_prompt_tuning
 from serving.adapters.target import Target
+from serving.adapters.weights import lower_layernorm, lower_shira, lower_sparse_delta
 
 Lower = Callable[[AdapterFolder, Mapping[str, torch.Tensor], Target], LoweredAdapter]
 
@@ -28,10 +29,17 @@ LOWER: Mapping[str, Lower] = {
     "LORA": lower_lora,
     "BITFIT": lower_bitfit,
     "IA3": lower_ia3,
+    "LN_TUNING": lower_layernorm,
+    "SPARSE_DELTA": lower_sparse_delta,
+    "SHIRA": lower_shira,
     "PROMPT_TUNING": lower_prompt_tuning,
     "P_TUNING": lower_prompt_tuning,
     "PREFIX_TUNING": lower_prefix_tuning,
 }
+
+
+# How the names of integer tensors end; a method that has none refuses them.
+INDICES = "indices"
 
 
 def lower(path: str | Path, target: Target) -> LoweredAdapter:
@@ -54,7 +62,10 @@ def lower(path: str | Path, target: Target) -> LoweredAdapter:
         tensors = load_file(folder.path / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise fault(folder.path, WEIGHTS, f"cannot be read ({error})") from error
-    wrong = next((k for k, t in tensors.items() if not t.is_floating_point()), None)
+    wrong = next(
+        (k for k, t in tensors.items() if not t.is_floating_point() and not k.endswith(INDICES)),
+        None,
+    )
     if wrong is not None:
         raise fault(folder.path, WEIGHTS, f"has tensor {wrong!r} that is not floating point")
     return known(folder, tensors, target)

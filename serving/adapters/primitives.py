@@ -15,10 +15,14 @@ import torch
 
 @dataclass(frozen=True)
 class LinearDelta:
-    """What an adapter makes of one module: scale_O ∘ W(scale_I ∘ x) + (x A) B + shift.
+    """What an adapter makes of one module: scale_O ∘ W(scale_I ∘ x) + (x A) B + x S + shift.
 
     For an embedding, x is the one-hot row of the token, so A has a row for each token id. Tensors
     have the engine's dtype and device; a LoRA's factor is already in B.
+
+    Args:
+        sparse: The sparse change S of the weight, in float32 whatever the engine's dtype: CSR
+            [O, I]; of an embedding COO [I, O], whose rows are the tokens'.
     """
 
     a_Ir: torch.Tensor | None = None
@@ -26,6 +30,20 @@ class LinearDelta:
     shift_O: torch.Tensor | None = None
     scale_O: torch.Tensor | None = None
     scale_I: torch.Tensor | None = None
+    sparse: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Parameters of one module in place of the base's, by their name in the module: the module
+    runs again with them on the adapter's rows. What a norm's weight needs, since no change of its
+    output is the same as a change of its weight."""
+
+    parameters: Mapping[str, torch.Tensor]
+
+
+# What an adapter makes of one module.
+Delta = LinearDelta | Replacement
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,7 @@ class KVPrefix:
 class LoweredAdapter:
     """One adapter as primitives: deltas by module name, and at most one prefix."""
 
-    deltas: Mapping[str, LinearDelta] = field(default_factory=dict[str, LinearDelta])
+    deltas: Mapping[str, Delta] = field(default_factory=dict[str, Delta])
     prefix: EmbeddingPrefix | KVPrefix | None = None
 
     @property

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from cluster.adapter_folder import WEIGHTS, AdapterFolder, fault
 from cluster.errors import BaseModelError
 
+# What PEFT puts in front of each tensor's name.
+PREFIX = "base_model.model."
 # Config fields of bases whose layers see more than embeddings, or share keys between layers.
 _NO_PREFIX = ("hidden_size_per_layer_input", "num_kv_shared_layers")
 
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """One module that a delta can act on. `bias` and `weight` are the base's own, or None;
-    `scale` is what an embedding multiplies its vectors by, and so PEFT a LoRA's."""
+    """One module that a delta can act on. A transposed one is linear with its weight in [in, out]
+    order; another, such as a norm, takes no change of its weight by a product. `parameters` are
+    all that it has itself, by name; `weight` that of a linear module in [out, in] order or of an
+    embedding, or None; `scale` is what an embedding multiplies its vectors by, and PEFT a LoRA."""
 
     in_features: int
     out_features: int
-    takes_low_rank: bool
+    kind: Literal["linear", "transposed", "embedding", "other"]
+    parameters: Mapping[str, torch.Tensor]
     bias: torch.Tensor | None
     weight: torch.Tensor | None = None
     scale: float = 1.0
+
+    @property
+    def takes_low_rank(self) -> bool:
+        """Whether x A B adds up to what a changed weight gives."""
+        return self.kind != "other"
 
 
 @dataclass(frozen=True)
@@ -73,17 +84,41 @@ def describe(model: Any, name: str) -> Target:
     )
 
 
+def bare_name(folder: AdapterFolder, key: str) -> str:
+    """A tensor's name in the base. Raises AdapterError."""
+    if not key.startswith(PREFIX):
+        raise fault(folder.path, WEIGHTS, f"has tensor {key!r}; keys begin with {PREFIX!r}")
+    return key.removeprefix(PREFIX)
+
+
+def shape_of(folder: AdapterFolder, key: str, module: str, target: Target) -> ModuleShape:
+    """The module that the tensor `key` is of. Raises AdapterError if the base has none."""
+    shape = target.modules.get(module)
+    if shape is None:
+        raise fault(
+            folder.path,
+            WEIGHTS,
+            f"has {key!r}, but the base {target.name} has no module {module!r}; "
+            f"the adapter was made for another base ({folder.base_model})",
+        )
+    return shape
+
+
 def _shape(module: torch.nn.Module) -> ModuleShape | None:
-    bias = getattr(module, "bias", None)
-    bias = bias.detach() if isinstance(bias, torch.nn.Parameter) else None
+    own = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
+    weight, bias = own.get("weight"), own.get("bias")
     if isinstance(module, torch.nn.Linear):
-        return ModuleShape(module.in_features, module.out_features, True, bias, module.weight)
+        return ModuleShape(module.in_features, module.out_features, "linear", own, bias, weight)
     if isinstance(module, Conv1D):
-        return ModuleShape(module.nx, module.nf, True, bias)
+        return ModuleShape(module.nx, module.nf, "transposed", own, bias)
     if isinstance(module, torch.nn.Embedding):
         scale = float(getattr(module, "embed_scale", 1.0))
+        # With a forward of its own, as for positions, it may be called with something else.
+        takes_ids = scale != 1 or type(module).forward is torch.nn.Embedding.forward
         size = (module.num_embeddings, module.embedding_dim)
-        return ModuleShape(*size, True, None, module.weight, scale)
-    if bias is not None and bias.ndim == 1:  # a norm
-        return ModuleShape(bias.shape[0], bias.shape[0], False, bias)
-    return None
+        return ModuleShape(*size, "embedding" if takes_ids else "other", own, None, weight, scale)
+    if not own:
+        return None
+    vector = next((p for p in (bias, weight) if p is not None and p.ndim == 1), None)
+    features = 0 if vector is None else vector.shape[0]  # of a norm
+    return ModuleShape(features, features, "other", own, bias)

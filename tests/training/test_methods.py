@@ -42,6 +42,7 @@ CASES: list[dict[str, Any]] = [
     {"kind": "lora", "r": 3, "rank_pattern": {"q_proj|c_attn": 2}},
     {"kind": "ia3"},
     {"kind": "bitfit"},
+    {"kind": "layernorm"},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4, "init": "text", "init_text": "Say it"},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4, "init": "vocabulary"},
@@ -70,7 +71,7 @@ def test_a_saved_adapter_loads_to_the_same_logits(
     assert (expected[:, -20:] - plain).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c["kind"] != "bitfit"], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if METHODS[c["kind"]].peft_type is None], ids=str)
 def test_what_peft_knows_plain_peft_loads(
     bases: Bases, case: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -112,6 +113,37 @@ def test_bitfit_trains_the_biases_that_are_there(bases: Bases) -> None:
     model, _ = attach(bases("gpt2"), kind="bitfit")
     own = {n for n, _ in load(bases("gpt2")).named_parameters() if n.endswith("bias")}
     assert set(trainable_parameters(model)) == own
+
+
+def test_bitfits_subsets(bases: Bases) -> None:
+    """The paper's small subset is the query and what widens in the MLP."""
+
+    def trained(family: str, **method: Any) -> set[str]:
+        names = trainable_parameters(attach(bases(family), kind="bitfit", **method)[0])
+        return {".".join(name.split(".")[-3:-1]) for name in names}
+
+    small = {"self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj"}
+    assert trained("llama", subset="query_mlp") == small
+    assert trained("phi", subset="query_mlp") == {"self_attn.q_proj", "mlp.fc1"}
+    assert trained("gpt2", subset="norm") == {"0.ln_1", "0.ln_2", "1.ln_1", "1.ln_2",
+                                              "transformer.ln_f"}  # fmt: skip
+    assert trained("qwen2_moe", add_missing=False) == {f"self_attn.{x}_proj" for x in "qkv"}
+    for family, method, message in (
+        ("gpt2", {"subset": "query_mlp"}, "finds no query"),
+        ("llama", {"subset": "norm"}, "has no bias in norm"),
+        ("llama", {"add_missing": False}, "without method.add_missing"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            attach(bases(family), kind="bitfit", **method)
+
+
+def test_layernorm_takes_norms_alone(bases: Bases) -> None:
+    model, _ = attach(bases("qwen3"), kind="layernorm", target_modules=["norm", "q_norm"])
+    assert len(trainable_parameters(model)) == 3
+    with pytest.raises(SpecError, match="is no norm"):
+        attach(bases("llama"), kind="layernorm", target_modules=["q_proj"])
+    with pytest.raises(SpecError, match=r"'nrm'.* matches no module .*input_layernorm"):
+        attach(bases("llama"), kind="layernorm", target_modules=["nrm"])
 
 
 def test_bitfit_targets_by_suffix_and_by_expression(bases: Bases) -> None:

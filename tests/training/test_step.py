@@ -21,6 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "r": 4},
     "ia3": {"kind": "ia3"},
     "bitfit": {"kind": "bitfit"},
+    "layernorm": {"kind": "layernorm"},
     "prompt_tuning": {"kind": "prompt_tuning", "num_virtual_tokens": 4},
     "p_tuning": {"kind": "p_tuning", "num_virtual_tokens": 4, "encoder": "lstm"},
     "prefix_tuning": {"kind": "prefix_tuning", "num_virtual_tokens": 4, "projection": True},

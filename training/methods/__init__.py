@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from training.methods import bitfit, hard_prompt, ia3, lora, soft_prompt
+from training.methods import bitfit, hard_prompt, ia3, layernorm, lora, soft_prompt
 from training.methods.course import Course
 
 
@@ -44,6 +44,7 @@ METHODS: Mapping[str, Method] = {
     "lora": Method(lora.attach, *_PEFT),
     "ia3": Method(ia3.attach, *_PEFT),
     "bitfit": Method(bitfit.attach, bitfit.save, bitfit.load, bitfit.PEFT_TYPE),
+    "layernorm": Method(layernorm.attach, *_PEFT),
     "prompt_tuning": Method(soft_prompt.attach_prompt_tuning, *_PEFT),
     "p_tuning": Method(soft_prompt.attach_p_tuning, *_PEFT),
     "prefix_tuning": Method(soft_prompt.attach_prefix_tuning, *_PEFT),

@@ -20,9 +20,26 @@ from transformers.pytorch_utils import Conv1D
 from cluster.adapter_folder import CONFIG, WEIGHTS, open_adapter_folder
 from cluster.errors import AdapterError, SpecError
 from training.method_spec import BitFitSpec
+from training.methods.layernorm import norm_modules
 
 PEFT_TYPE = "BITFIT"
 SCHEMA = 1
+# Names that families give the query's projection and the MLP's widening layers (gate and up).
+_QUERY = {"q_proj", "query", "q", "wq", "q_lin"}
+_WIDENING = {
+    "gate_proj",
+    "up_proj",
+    "c_fc",
+    "fc1",
+    "fc_in",
+    "dense_h_to_4h",
+    "wi",
+    "wi_0",
+    "wi_1",
+    "w1",
+    "w3",
+    "lin1",
+}
 _KEY = re.compile(r"base_model\.model\.(.+)\.bias")
 
 
@@ -30,10 +47,10 @@ def attach(model: Any, spec: BitFitSpec, base_path: str) -> torch.nn.Module:
     """Freeze `model` but the targeted biases, adding zeros where a linear module has none.
 
     Raises:
-        SpecError: `target_modules` matches nothing.
+        SpecError: `subset` or `target_modules` matches nothing.
     """
     model.requires_grad_(False)
-    candidates = biasable_modules(model)
+    candidates = _subset(model, spec, base_path)
     chosen = {n: m for n, m in candidates.items() if _targeted(n, spec.target_modules)}
     if not chosen:
         names = sorted({name.rsplit(".", 1)[-1] for name in candidates})
@@ -95,6 +112,34 @@ def biasable_modules(model: Any) -> dict[str, torch.nn.Module]:
             or isinstance(getattr(module, "bias", None), torch.nn.Parameter)
         )
     }
+
+
+def _subset(model: Any, spec: BitFitSpec, base_path: str) -> dict[str, torch.nn.Module]:
+    """The modules whose biases the spec's subset names. Raises SpecError if there are none."""
+    modules = biasable_modules(model)
+    if spec.subset == "norm":
+        modules = {name: module for name, module in modules.items() if name in norm_modules(model)}
+    elif spec.subset == "query_mlp":
+        kinds = {"query": _QUERY, "widening MLP layer": _WIDENING}
+        wanted = {
+            kind: [name for name in modules if name.rsplit(".", 1)[-1] in names]
+            for kind, names in kinds.items()
+        }
+        missing = next((part for part, found in wanted.items() if not found), None)
+        if missing is not None:
+            raise SpecError(
+                f"method.subset: query_mlp finds no {missing} of its own in {base_path} (it may be "
+                "fused with others); use subset all, or name method.target_modules"
+            )
+        modules = {name: modules[name] for found in wanted.values() for name in found}
+    if not spec.add_missing:
+        modules = {n: m for n, m in modules.items() if getattr(m, "bias", None) is not None}
+    if not modules:
+        raise SpecError(
+            f"method.subset: {base_path} has no bias in {spec.subset}"
+            + ("" if spec.add_missing else " without method.add_missing")
+        )
+    return modules
 
 
 def _trainable_bias(module: torch.nn.Module) -> torch.nn.Parameter:

@@ -1,0 +1,58 @@
+"""LayerNorm tuning (Zhao et al. 2023, arXiv:2312.11420) through PEFT: norms alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cluster.errors import SpecError
+from training.method_spec import LayerNormSpec
+
+
+def attach(model: Any, spec: LayerNormSpec, base_path: str) -> torch.nn.Module:
+    """Train copies of the targeted norms, in float32 whatever the base's dtype.
+
+    Raises:
+        SpecError: `target_modules` matches nothing, or something that is no norm.
+    """
+    from peft import LNTuningConfig, get_peft_model
+
+    norms = norm_modules(model)
+    last_names = sorted({name.rsplit(".", 1)[-1] for name in norms})
+    targets = spec.target_modules
+    if targets == "all":
+        targets = tuple(last_names)
+    config = LNTuningConfig(
+        task_type="CAUSAL_LM",
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        base_model_name_or_path=base_path,
+    )
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except ValueError as error:
+        raise SpecError(
+            f"method.target_modules: {targets!r} matches no module of {base_path}; "
+            f"its norms are {', '.join(last_names)}"
+        ) from error
+    wrong = [name for name in adapted.base_model.targeted_module_names if name not in norms]
+    if wrong:
+        raise SpecError(
+            f"method.target_modules: {wrong[0]!r} is no norm; the norms of {base_path} are "
+            f"{', '.join(last_names)}"
+        )
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def norm_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The norms of `model` that have something to train, by name; families name their classes
+    alike (LayerNorm, LlamaRMSNorm, …)."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and next(module.parameters(recurse=False), None) is not None
+    }

@@ -82,7 +82,8 @@ class LossModel(torch.nn.Module):
         if not self.has_plain_head:
             return cross_entropy(logits_NV.float(), targets_N, reduction="sum")
         head = self._base.get_output_embeddings()
-        loss: Any = HeadLoss.apply(hidden_NH, head.weight, head.bias, targets_N)
+        trained = [p for p in head.parameters() if p.requires_grad]
+        loss: Any = HeadLoss.apply(hidden_NH, targets_N, head, *trained)
         return loss
 
     def _run(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,10 +128,15 @@ class LossModel(torch.nn.Module):
             ).logits
         return head.hidden_NH, logits
 
-    @torch.no_grad()
     def _choose(self, is_sharded: bool) -> None:
         """Set `is_packed` and `has_plain_head` by what agrees with the padded pass."""
-        parameter = next(self._base.parameters())
+        parameter = self._base.get_input_embeddings().weight
+        is_half = parameter.dtype != torch.float32
+        # As the loop does: what a method trains is in fp32 beside a base in half precision.
+        with torch.no_grad(), torch.autocast(parameter.device.type, torch.bfloat16, is_half):
+            self._compare(parameter, is_sharded)
+
+    def _compare(self, parameter: torch.Tensor, is_sharded: bool) -> None:
         rows = [([n + i for i in range(n)], [n + i for i in range(n)]) for n in _PROBE_LENGTHS]
         batch = collate(rows, parameter.device)
         was_training = self.training
@@ -138,7 +144,7 @@ class LossModel(torch.nn.Module):
         hidden_NH, expected_NV = self._run(batch)
         tolerance = _TOLERANCE[parameter.dtype] * max(1e-6, float(expected_NV.abs().max()))
         head = self._base.get_output_embeddings()
-        if not is_sharded and type(head) is torch.nn.Linear and not head.weight.requires_grad:
+        if not is_sharded:
             difference = (head(hidden_NH) - expected_NV).abs().max()
             self.has_plain_head = bool(difference <= tolerance)
         own = self._base.config._attn_implementation
@@ -157,9 +163,9 @@ class LossModel(torch.nn.Module):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Cross entropy of a frozen output embedding, summed, with its gradient made on the way.
+    """Cross entropy behind an output embedding, summed, with its gradients made on the way.
 
-    Each part of logits serves the loss and the gradient at once, so neither logits nor their
+    Each part of logits serves the loss and the gradients at once, so neither logits nor their
     gradient exist in full, and nothing is computed again.
     """
 
@@ -167,30 +173,38 @@ class HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_NH: torch.Tensor,
-        weight_VH: torch.Tensor,
-        bias_V: torch.Tensor | None,
         targets_N: torch.Tensor,
+        head: torch.nn.Module,
+        *trained: torch.Tensor,
     ) -> torch.Tensor:
-        """The sum, float32."""
+        """The sum, float32; `trained` are all of the head's parameters that want gradients."""
         loss = hidden_NH.new_zeros((), dtype=torch.float32)
-        gradient_NH = torch.empty_like(hidden_NH)
+        gradients = [torch.zeros_like(tensor) for tensor in (hidden_NH, *trained)]
         for start in range(0, len(targets_N), _LOGIT_ROWS):
             rows = slice(start, start + _LOGIT_ROWS)
-            logits_RV = torch.nn.functional.linear(hidden_NH[rows], weight_VH, bias_V).float()
+            hidden_RH = hidden_NH[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                logits_RV = head(hidden_RH)
             target_R1 = targets_N[rows, None]
-            log_sum_R1 = logits_RV.logsumexp(-1, keepdim=True)
-            loss += (log_sum_R1 - logits_RV.gather(-1, target_R1)).sum()
-            gradient_RV = logits_RV.sub_(log_sum_R1).exp_()
+            gradient_RV = logits_RV.detach().float()
+            log_sum_R1 = gradient_RV.logsumexp(-1, keepdim=True)
+            loss += (log_sum_R1 - gradient_RV.gather(-1, target_R1)).sum()
+            gradient_RV = gradient_RV.sub(log_sum_R1).exp_()
             gradient_RV.scatter_add_(-1, target_R1, -torch.ones_like(log_sum_R1))
-            gradient_NH[rows] = gradient_RV.to(weight_VH.dtype) @ weight_VH
-        ctx.save_for_backward(gradient_NH)
+            parts = torch.autograd.grad(
+                logits_RV, (hidden_RH, *trained), gradient_RV.to(logits_RV.dtype)
+            )
+            gradients[0][rows] = parts[0]
+            for whole, part in zip(gradients[1:], parts[1:], strict=True):
+                whole += part
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """The gradient of the hidden states; the head is frozen."""
-        (gradient_NH,) = ctx.saved_tensors
-        return gradient_NH * grads[0].to(gradient_NH.dtype), None, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of the hidden states and of what is trained in the head."""
+        first, *others = (g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
+        return first, None, None, *others
 
 
 class _HeadAt:

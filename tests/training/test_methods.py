@@ -71,7 +71,9 @@ def test_a_saved_adapter_loads_to_the_same_logits(
     assert (expected[:, -20:] - plain).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if METHODS[c["kind"]].peft_type is None], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if METHODS[c["kind"]].peft_type is None], ids=str
+)
 def test_what_peft_knows_plain_peft_loads(
     bases: Bases, case: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -112,16 +112,21 @@ def test_a_batch_without_labels_is_a_zero_with_a_graph(bases: Bases) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 127, 128, 300])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_loss_by_parts_is_cross_entropy(count: int, bias: bool) -> None:
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_the_loss_by_parts_is_cross_entropy(count: int, is_trained: bool) -> None:
     torch.manual_seed(0)
-    weight, offset = torch.randn(50, 8), torch.randn(50) if bias else None
+    head = torch.nn.Linear(8, 50).requires_grad_(is_trained)
     targets = torch.randint(50, (count,))
     hidden = torch.randn(count, 8)
     whole, parts = (hidden.clone().requires_grad_() for _ in range(2))
-    expected = cross_entropy(whole @ weight.T + (offset if bias else 0), targets, reduction="sum")
+    expected = cross_entropy(head(whole), targets, reduction="sum")
     (2 * expected).backward()
-    loss = HeadLoss.apply(parts, weight, offset, targets)
+    gradients = [p.grad for p in head.parameters()]
+    head.zero_grad()
+    trained = [p for p in head.parameters() if p.requires_grad]
+    loss = HeadLoss.apply(parts, targets, head, *trained)
     (2 * loss).backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(parts.grad, whole.grad)
+    for parameter, gradient in zip(trained, gradients if is_trained else [], strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)

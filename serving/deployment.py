@@ -16,6 +16,7 @@ from cluster.errors import GraftError, UnavailableError
 from cluster.registry import AdapterVersion
 from cluster.session import store_credentials
 from cluster.spec import parse_spec
+from serving.autoscaling import METRIC, OutstandingTokens
 from serving.engine.request import GenerationRequest, TokenOutput
 from serving.spec import ServingSpec
 
@@ -48,6 +49,10 @@ class EngineReplica:
     def record_routing_stats(self) -> dict[str, Any]:
         """Read by Ray Serve every second, for the router."""
         return {"adapters": self._replica.adapters}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Read by Ray Serve several times within the look-back, for `autoscaling`."""
+        return {METRIC: (await self._replica.stats()).outstanding_tokens}
 
     async def check_health(self) -> None:
         """Called by Ray Serve; raising makes it replace this replica."""
@@ -121,12 +126,21 @@ class Gateway:
 
 def build(spec: ServingSpec) -> Any:
     """The Ray Serve application of `spec`."""
-    from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
     from serving.router import STATS_PERIOD_S, AdapterRouter
 
     document = spec.model_dump(mode="json")
-    env = {"env_vars": {**store_credentials(), "TOKENIZERS_PARALLELISM": "false"}}
+    # Serve reports loads every ten seconds of its own accord, however short the look-back.
+    report_s = str(min(10.0, spec.replicas.look_back_s / 2))
+    env = {
+        "env_vars": {
+            **store_credentials(),
+            "TOKENIZERS_PARALLELISM": "false",
+            "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": report_s,
+            "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": report_s,
+        }
+    }
     threads = str(spec.engine.threads or max(1, int(spec.replicas.cpus)))
     # Any: Serve's decorators are typed for their other uses.
     deployment: Any = serve.deployment
@@ -144,8 +158,17 @@ def build(spec: ServingSpec) -> Any:
         autoscaling_config=AutoscalingConfig(
             min_replicas=spec.replicas.min,
             max_replicas=spec.replicas.max,
-            target_ongoing_requests=spec.replicas.target_ongoing_requests,
+            look_back_period_s=spec.replicas.look_back_s,
+            upscale_delay_s=spec.replicas.upscale_delay_s,
+            downscale_delay_s=spec.replicas.downscale_delay_s,
+            policy=AutoscalingPolicy(
+                policy_function=OutstandingTokens,
+                policy_kwargs={"target": spec.replicas.target_outstanding_tokens},
+            ),
         ),
+        graceful_shutdown_timeout_s=spec.replicas.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5,
         request_router_config=router,
         ray_actor_options={
             "num_cpus": spec.replicas.cpus,
@@ -159,6 +182,8 @@ def build(spec: ServingSpec) -> Any:
         name="gateway",
         num_replicas=spec.gateway.replicas,
         max_ongoing_requests=spec.gateway.max_waiting_requests,
+        graceful_shutdown_timeout_s=spec.replicas.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
         ray_actor_options={"num_cpus": spec.gateway.cpus, "runtime_env": env},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )

@@ -40,10 +40,9 @@ class Replica:
         """References of the adapters that are loaded now."""
         return self._thread.engine.adapters
 
-    @property
-    def stats(self) -> EngineStats:
-        """The engine's counts."""
-        return self._thread.engine.stats
+    async def stats(self) -> EngineStats:
+        """The engine's counts, between two steps."""
+        return await self._thread.call(lambda: self._thread.engine.stats)
 
     async def generate(
         self, request: GenerationRequest, adapter: AdapterVersion | None, *, stream: bool

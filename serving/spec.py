@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from cluster.spec import Name, Spec, StoreUri
 
@@ -47,12 +54,30 @@ class EngineSpec(Spec):
 class ReplicasSpec(Spec):
     """Engine replicas: how many, and what each takes of the cluster."""
 
-    min: PositiveInt = Field(1, description="Replicas kept at all times.")
+    min: NonNegativeInt = Field(
+        1, description="Replicas kept at all times; with 0 the first request waits for one."
+    )
     max: PositiveInt = Field(1, description="Replicas at the highest load; at least `min`.")
     cpus: PositiveFloat = Field(1, description="CPU cores of each.")
     gpus: float = Field(0, ge=0, description="GPUs of each.")
-    target_ongoing_requests: PositiveInt = Field(
-        32, description="Requests in progress per replica that autoscaling aims at."
+    target_outstanding_tokens: PositiveInt = Field(
+        16384,
+        description="Tokens still to be computed, of prompts and answers, per replica that "
+        "autoscaling aims at.",
+    )
+    look_back_s: PositiveFloat = Field(
+        10.0, description="Seconds over which the load is averaged before it counts."
+    )
+    upscale_delay_s: NonNegativeFloat = Field(
+        10.0, description="Seconds for which more replicas must be wanted before they are started."
+    )
+    downscale_delay_s: NonNegativeFloat = Field(
+        120.0, description="Seconds for which fewer must be wanted before one is taken away."
+    )
+    drain_timeout_s: PositiveFloat = Field(
+        600.0,
+        description="Seconds that a replica which is taken away has for its running requests; "
+        "what is left then goes on at another.",
     )
     max_ongoing_requests: PositiveInt = Field(
         256, description="Requests that a replica accepts; further ones wait at the gateway."

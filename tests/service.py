@@ -14,6 +14,7 @@ from adapters import make_adapter
 from cluster.base_model import load_tokenizer
 from cluster.registry import Registry
 from serving.catalogue import Catalogue
+from serving.engine import EngineStats
 from serving.gateway.routes import create_app
 from serving.gateway.service import Service
 from serving.replica import Replica
@@ -31,6 +32,10 @@ class Running:
     registry: Registry
     replica: Replica
     service: Service
+
+    @property
+    def stats(self) -> EngineStats:
+        return asyncio.run(self.replica.stats())
 
 
 def publish(registry: Registry, base: Path, folder: Path, *variants: str) -> None:

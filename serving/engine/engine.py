@@ -65,6 +65,7 @@ class EngineStats:
     steps: int
     generated_tokens: int
     preemptions: int
+    outstanding_tokens: int
 
 
 class Engine:
@@ -109,7 +110,8 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """Counts as of now."""
+        """Counts as of now; on the thread that owns the engine."""
+        left = [(a.sequence, a.prompt_tokens + a.max_tokens) for a in self._answers.values()]
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
@@ -119,6 +121,7 @@ class Engine:
             steps=self._steps,
             generated_tokens=self._generated,
             preemptions=self._preemptions,
+            outstanding_tokens=sum(end - sequence.num_computed for sequence, end in left),
         )
 
     def lower(self, path: str | Path) -> LoweredAdapter:

@@ -200,11 +200,11 @@ def test_an_interrupted_file_goes_on_where_it_was(service: Running, tmp_path: Pa
         assert not (tmp_path / "out.arrow").exists()
     kept = len(journal.read_text().splitlines()) - 1
     assert 30 < kept < 300
-    before = service.replica.stats.generated_tokens
+    before = service.stats.generated_tokens
     result = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert "300 rows" in result.stdout
     assert "kept from before" in result.stdout
-    assert service.replica.stats.generated_tokens - before <= (300 - kept + 8) * 16
+    assert service.stats.generated_tokens - before <= (300 - kept + 8) * 16
     found = open_table(tmp_path / "out.arrow").to_pylist()
     assert [row["id"] for row in found] == list(range(300))
     assert not any(row["error"] for row in found)

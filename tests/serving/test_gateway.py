@@ -323,17 +323,17 @@ def test_adapters_of_another_base(
 
 
 def test_a_client_that_leaves_frees_its_pages(service: Running, http: httpx2.Client) -> None:
-    stats = service.replica.stats
+    stats = service.stats
     assert stats.running == 0
     ask = {"model": "lora", "prompt": "x", "max_tokens": 120, "ignore_eos": True, "stream": True}
     with http.stream("POST", "/v1/completions", json={**ask, "n": 8}) as response:
         next(response.iter_lines())
     deadline = time.monotonic() + 5
-    while service.replica.stats.running or service.replica.stats.waiting:
+    while service.stats.running or service.stats.waiting:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert service.replica.stats.generated_tokens - stats.generated_tokens < 8 * 120
-    assert service.replica.stats.free_pages >= stats.free_pages - 2
+    assert service.stats.generated_tokens - stats.generated_tokens < 8 * 120
+    assert service.stats.free_pages >= stats.free_pages - 2
 
 
 def test_many_at_once_equal_one_by_one(service: Running) -> None:

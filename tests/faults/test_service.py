@@ -1,0 +1,198 @@
+"""A service on a real cluster under load while its replicas come, go and are killed.
+
+One service for all: from one replica to three and back, streams and whole answers, and not one
+answer differs from what the engine says when it is left alone.
+"""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+from adapters import make_adapter
+from conftest import RayCluster
+
+from cluster.registry import Registry
+from serving.engine import Engine, EngineSpec, GenerationRequest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+REQUESTS, MAX_REPLICAS, KILLS = 200, 3, 3
+ADAPTERS = (None, "lora", "prefix-tuning")
+
+
+@dataclass(frozen=True)
+class Service:
+    """`graft serve` at `url`; `expected` is what each of the requests must be answered with."""
+
+    url: str
+    process: subprocess.Popen[str]
+    expected: list[str]
+
+
+def request(number: int) -> dict[str, Any]:
+    """Every second one streams, every third has an adapter, every fourth draws at random."""
+    return {
+        "prompt": f"request {number}",
+        "adapter": ADAPTERS[number % 3],
+        "max_tokens": 40 + number % 50,
+        "temperature": 0.0 if number % 4 else 1.0,
+        "seed": number,
+        "ignore_eos": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def service(
+    ray_cluster: RayCluster, bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    folder, base = tmp_path_factory.mktemp("service"), bases("llama")
+    registry = Registry(str(folder / "store"))
+    engine = Engine(EngineSpec(base_model=str(base)))
+    for variant in ("lora", "prefix_tuning"):
+        path = make_adapter(variant, base, folder / variant)
+        registry.publish(variant.replace("_", "-"), path)
+        engine.add_adapter(variant.replace("_", "-"), path)
+    answers = engine.generate([GenerationRequest(**request(i)) for i in range(REQUESTS)])
+    settings = (
+        f"store={registry.store.uri}", f"engine.base_model={base}", f"cache={folder}/cache",
+        "gateway.port=0", f"replicas.max={MAX_REPLICAS}", "replicas.target_outstanding_tokens=2000",
+        "replicas.look_back_s=2", "replicas.upscale_delay_s=1", "replicas.downscale_delay_s=6",
+        "engine.max_running_requests=16",
+    )  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster.cli", "serve", "configs/serving/local.yaml",
+         "--address", ray_cluster.address, *(p for s in settings for p in ("--set", s))],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, **ray_cluster.env},
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"(http://\S+)/v1", line):
+            break
+    else:
+        pytest.fail("".join(lines))
+    yield Service(found[1], process, [answer.text for answer in answers])
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+
+
+def replicas() -> list[int]:
+    """The processes of the engine replicas."""
+    found: list[int] = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "ServeReplica" in process.name() and "engine" in " ".join(process.cmdline()):
+                found.append(process.pid)
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(found)
+
+
+async def ask(http: httpx2.AsyncClient, number: int) -> str:
+    """The answer to one request; a stream must end as OpenAI's do."""
+    body = request(number)
+    body["model"] = body.pop("adapter") or "demo-base"
+    if number % 2:
+        response = await http.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]["text"]
+    pieces: list[str] = []
+    async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        assert response.status_code == 200, await response.aread()
+        lines = [line async for line in response.aiter_lines() if line]
+    assert lines[-1] == "data: [DONE]", lines[-1]
+    for line in lines[:-1]:
+        event = json.loads(line.removeprefix("data: "))
+        pieces.append(event["choices"][0]["text"])
+    return "".join(pieces)
+
+
+@asynccontextmanager
+async def connected(service: Service) -> AsyncIterator[httpx2.AsyncClient]:
+    limits = httpx2.Limits(max_connections=None)
+    async with httpx2.AsyncClient(
+        base_url=service.url, timeout=120, limits=limits, trust_env=False
+    ) as http:
+        yield http
+
+
+def until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+async def grow(service: Service, count: int) -> None:
+    """Waves of requests until there are so many replicas; every answer is checked."""
+    async with connected(service) as http:
+        deadline = time.monotonic() + 60
+        while len(replicas()) < count:
+            assert time.monotonic() < deadline, replicas()
+            answers = await asyncio.gather(*(ask(http, n) for n in range(REQUESTS)))
+            assert answers == service.expected
+
+
+def test_more_load_more_replicas_and_no_answer_changes(service: Service) -> None:
+    assert len(replicas()) == 1
+    asyncio.run(grow(service, MAX_REPLICAS))
+
+
+def test_killed_replicas_cost_nobody_a_token(service: Service) -> None:
+    async def wave() -> list[str]:
+        async with connected(service) as http:
+            asked = [asyncio.create_task(ask(http, n)) for n in range(REQUESTS)]
+            for _ in range(KILLS):
+                await asyncio.sleep(0.7)
+                assert not all(task.done() for task in asked), "nothing ran when it was killed"
+                os.kill(replicas()[-1], signal.SIGKILL)
+            return await asyncio.gather(*asked)
+
+    assert asyncio.run(wave()) == service.expected
+
+
+def test_less_load_fewer_replicas_and_no_stream_is_cut(service: Service) -> None:
+    async def trickle() -> None:
+        async with connected(service) as http:
+            number = 0
+            deadline = time.monotonic() + 60
+            while len(replicas()) > 1:
+                assert time.monotonic() < deadline, replicas()
+                number = (number + 2) % REQUESTS
+                assert await ask(http, number) == service.expected[number]
+
+    asyncio.run(grow(service, 2))
+    asyncio.run(trickle())
+
+
+def test_a_terminated_service_finishes_what_runs(service: Service) -> None:
+    """The last one: SIGTERM while answers are on their way."""
+
+    async def last() -> list[str]:
+        async with connected(service) as http:
+            asked = [asyncio.create_task(ask(http, n)) for n in range(40)]
+            await asyncio.sleep(0.5)
+            assert not any(task.done() for task in asked)
+            service.process.send_signal(signal.SIGTERM)
+            return await asyncio.gather(*asked)
+
+    assert asyncio.run(last()) == service.expected[:40]
+    until(lambda: not replicas(), timeout_s=30, what="replicas are left")
+    assert service.process.wait(30) == 0

@@ -27,7 +27,7 @@ def _neutral(*values: object) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-_Zero = Annotated[float | int | None, _neutral(0, 0.0)]
+_TokenKey = Annotated[str, Field(pattern=r"^\d{1,10}$")]
 _No = Annotated[bool | None, _neutral(False)]
 _Nothing = Annotated[Any, _neutral({}, [])]
 
@@ -47,11 +47,17 @@ class Sampling(_Body):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[_TokenKey, float] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     # Told to us, and of no effect on the answer.
     user: str | None = None
@@ -60,10 +66,6 @@ class Sampling(_Body):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    # Not served yet.
-    presence_penalty: _Zero = None
-    frequency_penalty: _Zero = None
-    logit_bias: _Nothing = None
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Sampling:
@@ -77,6 +79,11 @@ class Sampling(_Body):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """`logit_bias` by token id, whose keys are text in JSON."""
+        return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
 
 
 class CompletionRequest(Sampling):

@@ -14,7 +14,7 @@ from pathlib import Path
 from cluster.errors import OverloadedError
 from cluster.registry import AdapterVersion, Registry
 from serving.adapters import LoweredAdapter
-from serving.engine import Engine, EngineStats, GenerationRequest, TokenOutput
+from serving.engine import Engine, EngineStats, GenerationRequest, TokenOutput, joined
 from serving.engine_thread import EngineThread
 from serving.spec import ServingSpec
 
@@ -54,19 +54,8 @@ class Replica:
                 async for output in outputs:
                     yield output
                 return
-            tokens: list[int] = []
-            texts: list[str] = []
-            async for output in outputs:
-                tokens += output.token_ids
-                texts.append(output.text)
-                if output.finish_reason is not None:
-                    yield TokenOutput(
-                        output.request_id,
-                        tuple(tokens),
-                        "".join(texts),
-                        output.finish_reason,
-                        output.error,
-                    )
+            parts = [output async for output in outputs]
+            yield joined(parts)
 
     def stop(self) -> None:
         """End the engine and every request."""

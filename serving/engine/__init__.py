@@ -11,7 +11,11 @@ from serving.engine.request import (
     GenerationRequest,
     GenerationResult,
     ScoreRequest,
+    TokenLogprobs,
     TokenOutput,
+    best_choices,
+    choices,
+    joined,
 )
 from serving.spec import EngineSpec
 
@@ -23,5 +27,9 @@ __all__ = [
     "GenerationRequest",
     "GenerationResult",
     "ScoreRequest",
+    "TokenLogprobs",
     "TokenOutput",
+    "best_choices",
+    "choices",
+    "joined",
 ]

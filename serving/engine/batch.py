@@ -49,18 +49,10 @@ class Batch:
 
 
 def build(
-    chunks: Sequence[Chunk],
-    adapters: Mapping[str, LoadedAdapter],
-    page_tokens: int,
-    *,
-    all_logits: bool = False,
+    chunks: Sequence[Chunk], adapters: Mapping[str, LoadedAdapter], page_tokens: int
 ) -> Batch:
-    """The batch of `chunks`, which are sorted by adapter.
-
-    Args:
-        adapters: By the name that a sequence carries.
-        all_logits: Of every token, not only of those that are sampled from.
-    """
+    """The batch of `chunks`, which are sorted by adapter; `adapters` by the name that a sequence
+    carries."""
     ids: list[int] = []
     positions: list[np.ndarray] = []
     writes: list[np.ndarray] = []
@@ -77,10 +69,7 @@ def build(
         positions.append(np.arange(first, last))
         writes.append(slots[first:last])
         rows.append(Row(begin, len(ids), slots[:last]))
-        if all_logits:
-            wanted += range(begin, len(ids))
-        elif chunk.is_sampled:
-            wanted.append(len(ids) - 1)
+        wanted += (begin + offset for offset in chunk.wanted)
     names = [chunk.sequence.adapter for chunk in chunks]
     spans = [(row.start, row.end) for row in rows]
     places = np.searchsorted(np.array(wanted, dtype=np.int64), np.array(spans, dtype=np.int64))

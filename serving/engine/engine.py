@@ -6,25 +6,20 @@ and `cancel` from the one thread that owns the engine. No Ray, no HTTP.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from cluster.base_model import encode_prompt, load_tokenizer
-from cluster.errors import (
-    ConflictError,
-    ContextLengthError,
-    EngineError,
-    RequestError,
-)
+from cluster.errors import ConflictError, EngineError
 from serving.adapters import LoweredAdapter, lower
+from serving.engine.answer import Answer
 from serving.engine.bank import AdapterBank
-from serving.engine.batch import LoadedAdapter, build
-from serving.engine.detokenizer import Detokenizer
+from serving.engine.batch import build
+from serving.engine.intake import Intake
 from serving.engine.pages import PagePool
 from serving.engine.request import (
     FinishReason,
@@ -32,25 +27,12 @@ from serving.engine.request import (
     GenerationResult,
     ScoreRequest,
     TokenOutput,
-    check_generated,
-    check_token_ids,
+    result_of,
 )
 from serving.engine.runner import Runner
-from serving.engine.sampler import Sampling, sample
-from serving.engine.scheduler import Chunk, Scheduler, Sequence
+from serving.engine.sampler import Sampled, sample
+from serving.engine.scheduler import Chunk, Scheduler
 from serving.spec import EngineSpec
-
-
-@dataclass
-class _Answer:
-    """One request in progress."""
-
-    request: GenerationRequest
-    sequence: Sequence
-    prompt_tokens: int
-    max_tokens: int
-    seed: int
-    detokenizer: Detokenizer | None
 
 
 @dataclass(frozen=True)
@@ -85,13 +67,15 @@ class Engine:
             max_running=spec.max_running_requests,
             max_step_tokens=spec.max_step_tokens,
         )
-        # Without tokenizer files it takes token ids alone.
-        has_tokenizer = any(Path(spec.base_model).glob("tokenizer*"))
-        self.tokenizer: Any = load_tokenizer(spec.base_model) if has_tokenizer else None
-        self._eos = _end_tokens(self.runner.model, self.tokenizer)
+        self._intake = Intake(spec, self.runner)
         self._bank = AdapterBank(spec, self.runner, self._pool, self._scheduler)
-        self._answers: dict[str, _Answer] = {}
+        self._answers: dict[str, Answer] = {}
         self._count = self._steps = self._generated = self._preemptions = 0
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's; None if it has none."""
+        return self._intake.tokenizer
 
     @property
     def adapters(self) -> list[str]:
@@ -192,12 +176,12 @@ class Engine:
             return []
         self._steps += 1
         outputs: list[TokenOutput] = []
-        for chunk, token in self._compute(chunks, outputs):
+        for chunk, sampled in self._compute(chunks, outputs):
             chunk.sequence.num_computed += chunk.count
             if chunk.is_sampled:
                 answer = self._answers[chunk.sequence.id]
                 try:
-                    outputs.append(self._accept(answer, token))
+                    outputs.append(self._accept(answer, sampled))
                 except Exception as error:  # a tokenizer's decode; it must not end the engine
                     outputs.append(self._fail(answer, f"{type(error).__name__}: {error}"))
         return outputs
@@ -213,30 +197,17 @@ class Engine:
         answers = [self._prepare(r, f"generate-{i}") for i, r in enumerate(requests)]
         for answer in answers:
             self._start(answer)
-        tokens: dict[str, list[int]] = {answer.sequence.id: [] for answer in answers}
-        texts: dict[str, list[str]] = {answer.sequence.id: [] for answer in answers}
-        reasons: dict[str, FinishReason] = {}
+        outputs: dict[str, list[TokenOutput]] = {answer.sequence.id: [] for answer in answers}
         try:
             while self.has_work:
                 for output in self.step():
-                    tokens[output.request_id] += output.token_ids
-                    texts[output.request_id].append(output.text)
+                    outputs[output.request_id].append(output)
                     if output.finish_reason is FinishReason.ERROR:
                         raise EngineError(f"{output.request_id}: {output.error}")
-                    if output.finish_reason is not None:
-                        reasons[output.request_id] = output.finish_reason
         finally:
             for answer in answers:
                 self.cancel(answer.sequence.id)
-        return [
-            GenerationResult(
-                tokens[answer.sequence.id],
-                "".join(texts[answer.sequence.id]),
-                reasons[answer.sequence.id],
-                answer.prompt_tokens,
-            )
-            for answer in answers
-        ]
+        return [result_of(outputs[answer.sequence.id], answer.prompt_tokens) for answer in answers]
 
     def score(self, requests: Many[ScoreRequest]) -> list[torch.Tensor]:
         """Logits after every token of each request: float32 [tokens, vocabulary], on CPU.
@@ -247,19 +218,19 @@ class Engine:
         self._check_idle()
         scored: list[torch.Tensor] = []
         for number, request in enumerate(requests):
-            answer = self._prepare(
-                GenerationRequest(
-                    prompt_token_ids=request.token_ids, adapter=request.adapter, max_tokens=None
-                ),
-                f"score-{number}",
-                min_new_tokens=0,
+            asked = GenerationRequest(
+                prompt_token_ids=request.token_ids,
+                adapter=request.adapter,
+                max_tokens=0,
+                prompt_logprobs=0,
             )
+            answer = self._prepare(asked, f"score-{number}")
             self._start(answer)
             parts: list[torch.Tensor] = []
             try:
                 while answer.sequence.num_left:
                     chunks = self._scheduler.schedule()
-                    batch = build(chunks, self._bank.held, self.spec.page_tokens, all_logits=True)
+                    batch = build(chunks, self._bank.held, self.spec.page_tokens)
                     parts.append(self.runner.forward(batch).cpu())
                     answer.sequence.num_computed += chunks[0].count
             finally:
@@ -275,53 +246,12 @@ class Engine:
         assert not set(held) & set(used), "a request owns a prefix's page"
         assert len(held) + len(used) + self._pool.num_free == self._pool.num_pages
 
-    def _prepare(
-        self, request: GenerationRequest, request_id: str, *, min_new_tokens: int = 1
-    ) -> _Answer:
+    def _prepare(self, request: GenerationRequest, request_id: str) -> Answer:
         request.check()
-        ids = self._prompt_ids(request)
-        loaded: LoadedAdapter | None = None
-        if request.adapter is not None:
-            loaded = self._bank.get(request.adapter)
-        prefix = loaded.lowered.prefix_tokens if loaded else 0
-        room = self.max_context_tokens - prefix - len(ids)
-        wanted = max(min_new_tokens, room) if request.max_tokens is None else request.max_tokens
-        if wanted > room:
-            beside = f" + {prefix} of the adapter's prefix" if prefix else ""
-            raise ContextLengthError(
-                f"the prompt has {len(ids)} tokens{beside} and max_tokens is "
-                f"{request.max_tokens or 1}, over the context of {self.max_context_tokens}; "
-                "shorten the prompt or lower max_tokens",
-                param="prompt" if len(ids) + prefix >= self.max_context_tokens else "max_tokens",
-            )
-        if request.stop and self.tokenizer is None:
-            raise RequestError("stop needs a tokenizer, and the base has none", param="stop")
-        generated = check_generated(request, wanted, self.runner.vocabulary)
-        detokenizer = Detokenizer(self.tokenizer, ids, request.stop) if self.tokenizer else None
-        if detokenizer:
-            for token in generated:
-                detokenizer.add(token)  # its text was given out with it
-        sequence = Sequence(request_id, ids + generated, loaded.name if loaded else "", prefix)
-        return _Answer(
-            request,
-            sequence,
-            prompt_tokens=len(ids),
-            max_tokens=wanted,
-            seed=secrets.randbits(63) if request.seed is None else request.seed,
-            detokenizer=detokenizer,
-        )
+        adapter = None if request.adapter is None else self._bank.get(request.adapter)
+        return self._intake.open(request, request_id, adapter)
 
-    def _prompt_ids(self, request: GenerationRequest) -> list[int]:
-        if request.prompt_token_ids is not None:
-            check_token_ids(request.prompt_token_ids, self.runner.vocabulary, "prompt_token_ids")
-            return [int(token) for token in request.prompt_token_ids]
-        if self.tokenizer is None:
-            raise RequestError("the base has no tokenizer; give prompt_token_ids", param="prompt")
-        ids = encode_prompt(self.tokenizer, request.prompt or "")
-        check_token_ids(ids, self.runner.vocabulary, "prompt")
-        return ids
-
-    def _start(self, answer: _Answer) -> None:
+    def _start(self, answer: Answer) -> None:
         if answer.sequence.id in self._answers:
             raise ConflictError(f"request {answer.sequence.id!r}: is in progress already")
         if answer.request.adapter is not None:
@@ -331,13 +261,12 @@ class Engine:
 
     def _compute(
         self, chunks: list[Chunk], outputs: list[TokenOutput]
-    ) -> list[tuple[Chunk, int | None]]:
+    ) -> list[tuple[Chunk, Sampled | None]]:
         """Each chunk with the token sampled behind it. Where a pass fails, its adapters are tried
         one by one, so that only requests of the guilty one fail; their ends go to `outputs`."""
         try:
             logits_NV = self.runner.forward(build(chunks, self._bank.held, self.spec.page_tokens))
-            sampled = [chunk for chunk in chunks if chunk.is_sampled]
-            tokens = sample(logits_NV, [self._sampling(chunk.sequence) for chunk in sampled])
+            sampled = self._sample(chunks, logits_NV)
         except Exception as error:
             names = sorted({chunk.sequence.adapter for chunk in chunks})
             if len(names) == 1:
@@ -346,39 +275,36 @@ class Engine:
                 return []
             groups = [[c for c in chunks if c.sequence.adapter == name] for name in names]
             return [pair for group in groups for pair in self._compute(group, outputs)]
-        by_id = dict(zip((chunk.sequence.id for chunk in sampled), tokens, strict=True))
-        return [(chunk, by_id.get(chunk.sequence.id)) for chunk in chunks]
+        return [(chunk, sampled.get(chunk.sequence.id)) for chunk in chunks]
 
-    def _sampling(self, sequence: Sequence) -> Sampling:
-        answer = self._answers[sequence.id]
-        request = answer.request
-        position = len(sequence.tokens) - answer.prompt_tokens
-        return Sampling(request.temperature, request.top_p, request.top_k, answer.seed, position)
+    def _sample(self, chunks: list[Chunk], logits_NV: torch.Tensor) -> dict[str, Sampled | None]:
+        """What follows each sequence that has been read to its end; prompts' own logits go to the
+        answers that asked for them."""
+        ends = np.cumsum([len(chunk.wanted) for chunk in chunks]).tolist()
+        for chunk, end in zip(chunks, ends, strict=True):
+            if chunk.sequence.scored_tokens:
+                rows_NV = logits_NV[end - len(chunk.wanted) : end]
+                self._answers[chunk.sequence.id].read_prompt(chunk, rows_NV)
+        last = {c.sequence.id: end - 1 for c, end in zip(chunks, ends, strict=True) if c.is_sampled}
+        if len(last) < len(logits_NV):
+            logits_NV = logits_NV[list(last.values())]
+        sampled = sample(logits_NV, [self._answers[i].sampling for i in last])
+        return dict(zip(last, sampled, strict=True))
 
-    def _accept(self, answer: _Answer, token: int | None) -> TokenOutput:
-        if token is None:
+    def _accept(self, answer: Answer, sampled: Sampled | None) -> TokenOutput:
+        if sampled is None:
             return self._fail(answer, "the logits are not finite; the adapter or base is damaged")
-        self._generated += 1
-        answer.sequence.tokens.append(token)
-        count = len(answer.sequence.tokens) - answer.prompt_tokens
-        is_end = token in self._eos and not answer.request.ignore_eos
-        text = answer.detokenizer.add(token) if answer.detokenizer and not is_end else ""
-        reason: FinishReason | None = None
-        if is_end or (answer.detokenizer and answer.detokenizer.stopped):
-            reason = FinishReason.STOP
-        elif count >= answer.max_tokens:
-            reason = FinishReason.LENGTH
-        if reason is not None:
-            if answer.detokenizer:
-                text += answer.detokenizer.finish()
+        output = answer.accept(sampled)
+        self._generated += len(output.token_ids)
+        if output.finish_reason is not None:
             self._end(answer)
-        return TokenOutput(answer.sequence.id, (token,), text, reason)
+        return output
 
-    def _fail(self, answer: _Answer, message: str) -> TokenOutput:
+    def _fail(self, answer: Answer, message: str) -> TokenOutput:
         self._end(answer)
         return TokenOutput(answer.sequence.id, (), "", FinishReason.ERROR, message)
 
-    def _end(self, answer: _Answer) -> None:
+    def _end(self, answer: Answer) -> None:
         """Take a request out, and a removed adapter with its last request."""
         del self._answers[answer.sequence.id]
         self._preemptions += answer.sequence.preemptions
@@ -391,11 +317,3 @@ class Engine:
             raise ConflictError(
                 "submitted requests are in progress; step them to their ends, or cancel them"
             )
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer, by the generation config and the tokenizer."""
-    configured: Any = getattr(model.generation_config, "eos_token_id", None)
-    found = configured if isinstance(configured, list) else [configured]
-    found = [*found, getattr(tokenizer, "eos_token_id", None)]
-    return frozenset(int(token) for token in found if token is not None)

@@ -7,16 +7,21 @@ cannot fail for its own sake.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 
 from cluster.errors import RequestError
 
-MAX_STOP_STRINGS = 16
+MAX_STOPS = 16
 MAX_SEED = 2**63 - 1
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
 
 
 class FinishReason(StrEnum):
@@ -31,17 +36,31 @@ class FinishReason(StrEnum):
 class GenerationRequest:
     """One prompt and how to continue it.
 
+    The logits of a token go through repetition, presence and frequency penalties, logit_bias,
+    temperature, top_k, top_p and min_p, in this order.
+
     Attributes:
         prompt: Text, tokenised with the base's opening tokens; or `prompt_token_ids`, as they are.
         adapter: A name given to `add_adapter`, or None for the base alone.
-        max_tokens: Tokens to generate; None for as many as the context allows.
+        max_tokens: Tokens to generate; None for as many as the context allows. 0 is for
+            `prompt_logprobs` alone.
         temperature: 0 takes the most probable token; above, the logits are divided by it.
         top_p: Only the smallest set of tokens with at least this probability is sampled from.
         top_k: Only so many of the most probable tokens are; None for all.
+        min_p: Only tokens at least this share as probable as the most probable one are.
+        repetition_penalty: Divides the logit of a token that occurs in prompt or answer if it is
+            above 0, else multiplies it (transformers' definition).
+        presence_penalty: Taken from the logit of a token that occurs in the answer (OpenAI's).
+        frequency_penalty: Taken from it once for each time that it occurs.
+        logit_bias: Added to the logits of these token ids.
         seed: Makes sampling repeatable: random numbers follow from (seed, position) alone. None
             draws a seed.
         stop: Texts before which the answer ends.
+        stop_token_ids: Tokens with which it ends, besides the end-of-sequence token.
         ignore_eos: Go on after the end-of-sequence token.
+        logprobs: Tell each token's log probability by the bare logits, and so many of the most
+            probable tokens beside it.
+        prompt_logprobs: The same for the prompt's tokens but the first.
         generated_token_ids: The answer's first tokens, given out before on another replica. The
             answer goes on behind them, and its outputs with it; `max_tokens`, positions and `stop`
             count them. Exact with a `seed`.
@@ -54,13 +73,32 @@ class GenerationRequest:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     seed: int | None = None
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     generated_token_ids: Sequence[int] = ()
 
     def check(self) -> None:
-        """Raise RequestError, naming the field, unless the sampling options are possible."""
+        """Raise RequestError, naming the field, unless the request is possible for some engine."""
+        self._check_source()
+        for name, (is_possible, meaning) in _RANGES.items():
+            value = getattr(self, name)
+            _require(is_possible(value), name, f"{name} is {value!r:.80}; it must be {meaning}")
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise RequestError(
+                "max_tokens is 0; ask for at least one token, or for prompt_logprobs",
+                param="max_tokens",
+            )
+
+    def _check_source(self) -> None:
         _require(
             (self.prompt is None) != (self.prompt_token_ids is None),
             "prompt",
@@ -70,43 +108,6 @@ class GenerationRequest:
             self.prompt is None or _is_text(self.prompt),
             "prompt",
             "prompt must be one text that can be written as UTF-8; give many as many requests",
-        )
-        _require(
-            self.adapter is None or _is_text(self.adapter),
-            "adapter",
-            f"adapter is {self.adapter!r}; it must be a name",
-        )
-        _require(
-            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens > 0),
-            "max_tokens",
-            f"max_tokens is {self.max_tokens!r}; it must be a whole number above 0",
-        )
-        _require(
-            _is_number(self.temperature) and 0 <= self.temperature <= 100,
-            "temperature",
-            f"temperature is {self.temperature!r}; it must be between 0 and 100",
-        )
-        _require(
-            _is_number(self.top_p) and 0 < self.top_p <= 1,
-            "top_p",
-            f"top_p is {self.top_p!r}; it must be above 0 and at most 1",
-        )
-        _require(
-            self.top_k is None or (_is_int(self.top_k) and self.top_k > 0),
-            "top_k",
-            f"top_k is {self.top_k!r}; it must be a whole number above 0",
-        )
-        _require(
-            self.seed is None or (_is_int(self.seed) and -MAX_SEED <= self.seed <= MAX_SEED),
-            "seed",
-            f"seed is {self.seed!r}; it must be a 64-bit whole number",
-        )
-        _require(
-            not isinstance(self.stop, str)
-            and all(_is_text(text) and text for text in self.stop)
-            and len(self.stop) <= MAX_STOP_STRINGS,
-            "stop",
-            f"stop must be at most {MAX_STOP_STRINGS} texts, none of them empty",
         )
 
 
@@ -119,11 +120,22 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """A token's log probability, and the most probable tokens of its place with theirs."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class TokenOutput:
     """What one step brought one request: usually one token, and the text that is now certain.
 
     The last output of a request has a `finish_reason`; `error` says what went wrong if that is
-    ERROR. Text can lag behind tokens: half a character or of a stop text is held back.
+    ERROR. Text can lag behind tokens: half a character or of a stop text is held back. Where they
+    were asked for, `logprobs` has one entry for each token, and the first output has
+    `prompt_logprobs`, one for each token of the prompt but the first.
     """
 
     request_id: str
@@ -131,21 +143,78 @@ class TokenOutput:
     text: str
     finish_reason: FinishReason | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """A whole answer. `token_ids` has the end-of-sequence token if that ended it."""
+    """A whole answer. `token_ids` has the end token if one ended it. `logprobs` and
+    `prompt_logprobs` are as in TokenOutput."""
 
     token_ids: list[int]
     text: str
     finish_reason: FinishReason
     prompt_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-def check_token_ids(ids: Sequence[int], vocabulary: int, param: str) -> None:
+def joined(outputs: Sequence[TokenOutput]) -> TokenOutput:
+    """All outputs of one request as one."""
+    last = outputs[-1]
+    return TokenOutput(
+        last.request_id,
+        tuple(token for output in outputs for token in output.token_ids),
+        "".join(output.text for output in outputs),
+        last.finish_reason,
+        last.error,
+        tuple(entry for output in outputs for entry in output.logprobs),
+        tuple(entry for output in outputs for entry in output.prompt_logprobs),
+    )
+
+
+def result_of(outputs: Sequence[TokenOutput], prompt_tokens: int) -> GenerationResult:
+    """All outputs of a request that has ended, and did not fail, as its result."""
+    whole = joined(outputs)
+    assert whole.finish_reason is not None
+    return GenerationResult(
+        list(whole.token_ids),
+        whole.text,
+        whole.finish_reason,
+        prompt_tokens,
+        whole.logprobs,
+        whole.prompt_logprobs,
+    )
+
+
+def choices(request: GenerationRequest, n: int) -> list[GenerationRequest]:
+    """`n` requests for as many answers to one prompt; their seeds follow from the request's seed
+    and their index, and the first has the seed itself. They share the prompt's pages.
+
+    Raises:
+        RequestError: n is out of range.
+    """
+    possible = _is_int(n) and 0 < n <= MAX_CHOICES
+    _require(possible, "n", f"n is {n!r:.80}; it must be a whole number from 1 to {MAX_CHOICES}")
+    if request.seed is None:
+        return [request] * n
+    return [request, *(replace(request, seed=_derived(request.seed, i)) for i in range(1, n))]
+
+
+def best_choices(answers: Sequence[Sequence[TokenLogprobs]], n: int) -> list[int]:
+    """The indices of the `n` answers of the highest log probability per token, best first (what
+    OpenAI's best_of keeps)."""
+
+    def mean(index: int) -> float:
+        entries = answers[index]
+        return math.fsum(entry.logprob for entry in entries) / max(1, len(entries))
+
+    return sorted(range(len(answers)), key=mean, reverse=True)[:n]
+
+
+def check_token_ids(ids: Iterable[int], vocabulary: int, param: str) -> None:
     """Raise RequestError unless `ids` are token ids of a vocabulary of that size."""
-    _require(len(ids) > 0, param, f"{param} is empty; give at least one token")
     for position, token in enumerate(ids):
         _require(
             _is_int(token) and 0 <= token < vocabulary,
@@ -153,20 +222,6 @@ def check_token_ids(ids: Sequence[int], vocabulary: int, param: str) -> None:
             f"{param}[{position}] is {token!r}; token ids are whole numbers from 0 to "
             f"{vocabulary - 1}",
         )
-
-
-def check_generated(request: GenerationRequest, max_tokens: int, vocabulary: int) -> list[int]:
-    """The tokens that the answer begins with. Raises RequestError unless more can follow them."""
-    given, field = request.generated_token_ids, "generated_token_ids"
-    if not given:
-        return []
-    check_token_ids(given, vocabulary, field)
-    _require(
-        len(given) < max_tokens,
-        field,
-        f"{field} has {len(given)} tokens, and the answer has {max_tokens} in all; it is over",
-    )
-    return [int(token) for token in given]
 
 
 def _is_int(value: object) -> bool:
@@ -182,6 +237,76 @@ def _is_number(value: object) -> bool:
 def _is_text(value: object) -> bool:
     """Half of a surrogate pair is a str and no text."""
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _is_bias(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) <= MAX_LOGIT_BIAS
+        and all(_is_int(token) for token in value)
+        and all(_is_number(bias) and -100 <= bias <= 100 for bias in value.values())
+    )
+
+
+def _are(value: object, check: Callable[[Any], bool], most: int) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) <= most
+        and all(check(part) for part in value)
+    )
+
+
+def _number(least: float, most: float) -> Callable[[Any], bool]:
+    return lambda value: _is_number(value) and least <= value <= most
+
+
+def _whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
+    return lambda value: value is None or (_is_int(value) and least <= value <= most)
+
+
+_COUNT = f"a whole number from 0 to {MAX_LOGPROBS}"
+_PENALTY = (_number(-2, 2), "between -2 and 2")
+# What each option can be, in the words of its refusal.
+_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "adapter": (lambda value: value is None or _is_text(value), "a name"),
+    "max_tokens": (_whole(0), "a whole number above 0"),
+    "temperature": (_number(0, 100), "between 0 and 100"),
+    "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "above 0 and at most 1"),
+    "top_k": (_whole(1), "a whole number above 0"),
+    "min_p": (_number(0, 1), "between 0 and 1"),
+    "repetition_penalty": (
+        lambda value: _is_number(value) and 0 < value <= 100,
+        "above 0 and at most 100",
+    ),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "logit_bias": (
+        _is_bias,
+        f"at most {MAX_LOGIT_BIAS} token ids, each with a number between -100 and 100",
+    ),
+    "seed": (_whole(-MAX_SEED, MAX_SEED), "a 64-bit whole number"),
+    "stop": (
+        lambda value: _are(value, lambda text: _is_text(text) and text != "", MAX_STOPS),
+        f"at most {MAX_STOPS} texts, none of them empty",
+    ),
+    "stop_token_ids": (
+        lambda value: _are(value, _is_int, MAX_STOPS),
+        f"at most {MAX_STOPS} token ids",
+    ),
+    "generated_token_ids": (
+        lambda value: _are(value, _is_int, MAX_SEED),
+        "token ids",
+    ),
+    "logprobs": (_whole(0, MAX_LOGPROBS), _COUNT),
+    "prompt_logprobs": (_whole(0, MAX_LOGPROBS), _COUNT),
+}
+
+
+def _derived(seed: int, index: int) -> int:
+    """A seed of 63 bits that no neighbouring seed shares."""
+    digest = blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _require(condition: bool, param: str, message: str) -> None:

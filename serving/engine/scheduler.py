@@ -20,13 +20,15 @@ class Sequence:
     """One request's tokens and how far they are computed.
 
     `tokens` is the prompt and what was generated; `prefix_tokens` positions in front of them
-    belong to the adapter, in pages of its own. `adapter` groups rows of a step.
+    belong to the adapter, in pages of its own. `adapter` groups rows of a step. Logits are wanted
+    behind the last token, and behind each of the first `scored_tokens`.
     """
 
     id: str
     tokens: list[int]
     adapter: str = ""
     prefix_tokens: int = 0
+    scored_tokens: int = 0
     num_computed: int = 0
     pages: list[int] = field(default_factory=list[int])
     preemptions: int = 0
@@ -50,6 +52,15 @@ class Chunk:
     def is_sampled(self) -> bool:
         """Whether the step ends at the sequence's last token."""
         return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def wanted(self) -> range:
+        """The tokens, counted from the chunk's first, behind which logits are wanted."""
+        scored = min(self.count, self.sequence.scored_tokens - self.start)
+        if scored <= 0:
+            return range(self.count - self.is_sampled, self.count)
+        assert scored == self.count or not self.is_sampled, "prompts alone are scored"
+        return range(scored)
 
 
 class Scheduler:

@@ -10,20 +10,25 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.base_model import encode_prompt
 from cluster.errors import EngineError, GraftError, OverloadedError, RequestError
 from cluster.registry import AdapterVersion
 from serving.catalogue import Catalogue
-from serving.engine.request import MAX_SEED, FinishReason, GenerationRequest
+from serving.engine.request import MAX_SEED, FinishReason, GenerationRequest, choices
 from serving.gateway import failover
 from serving.protocol import ChatRequest, CompletionRequest, Sampling, Usage
 
 # OpenAI's defaults.
 _COMPLETION_TOKENS = 16
 _TEMPERATURE = 1.0
+# Options that mean the same to the engine.
+_SAME = (
+    "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "stop_token_ids",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -179,17 +184,16 @@ def _job(
             adapter=adapter.ref if adapter else None,
             max_tokens=max_tokens,
             temperature=_TEMPERATURE if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=body.top_k,
             seed=seed,
             stop=body.stop_texts,
+            logit_bias=body.biases,
             ignore_eos=body.ignore_eos,
+            **{name: given for name in _SAME if (given := getattr(body, name)) is not None},
         )
         first.check()
         if not prompt:
             raise RequestError("prompt is empty; give at least one token", param="prompt")
-        for choice in range(body.n or 1):
-            requests.append(replace(first, seed=(seed + choice) % MAX_SEED if choice else seed))
+        requests += choices(first, body.n or 1)
     if not requests:
         raise RequestError("prompt is an empty list; give at least one prompt", param="prompt")
     return Job(

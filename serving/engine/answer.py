@@ -1,0 +1,83 @@
+"""One request in progress: what it has said, what it will be sampled by, and when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from serving.engine.detokenizer import Detokenizer
+from serving.engine.request import FinishReason, GenerationRequest, TokenLogprobs, TokenOutput
+from serving.engine.sampler import Sampled, Sampling, logprobs_of
+from serving.engine.scheduler import Chunk, Sequence
+
+
+@dataclass
+class Answer:
+    """The state of a request. `sequence` is the scheduler's; its tokens grow here.
+
+    `end_tokens` end the answer and are no part of its text; `max_tokens` is resolved.
+    """
+
+    request: GenerationRequest
+    sequence: Sequence
+    prompt_tokens: int
+    max_tokens: int
+    seed: int
+    end_tokens: frozenset[int]
+    detokenizer: Detokenizer | None
+    _prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its next token is sampled."""
+        return Sampling(self.request, self.seed, self.sequence.tokens, self.prompt_tokens)
+
+    def read_prompt(self, chunk: Chunk, logits_NV: torch.Tensor) -> None:
+        """Note the log probabilities of the prompt's tokens, whose predictions are the rows of
+        `chunk.wanted`. They are made once: a preempted request does not ask for them again."""
+        predicted = [
+            self.sequence.tokens[place + 1]
+            for offset in chunk.wanted
+            if (place := chunk.start + offset) + 1 < self.prompt_tokens
+        ]
+        done = len(self._prompt_logprobs) - chunk.start
+        count = self.request.prompt_logprobs or 0
+        if predicted[done:]:
+            rows_NV = logits_NV[done : len(predicted)]
+            counts = [count] * len(rows_NV)
+            self._prompt_logprobs += logprobs_of(rows_NV, predicted[done:], counts)
+        if len(self._prompt_logprobs) == self.prompt_tokens - 1:
+            self.sequence.scored_tokens = 0
+
+    def accept(self, sampled: Sampled) -> TokenOutput:
+        """Take the next token; its output has a finish reason if it is the last."""
+        is_first = len(self.sequence.tokens) == self.prompt_tokens
+        prompt_logprobs = tuple(self._prompt_logprobs) if is_first else ()
+        if self.max_tokens == 0:
+            return TokenOutput(
+                self.sequence.id, (), "", FinishReason.LENGTH, prompt_logprobs=prompt_logprobs
+            )
+        self.sequence.tokens.append(sampled.token)
+        text, reason = self._say(sampled.token)
+        return TokenOutput(
+            self.sequence.id,
+            (sampled.token,),
+            text,
+            reason,
+            logprobs=(sampled.logprobs,) if sampled.logprobs else (),
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _say(self, token: int) -> tuple[str, FinishReason | None]:
+        """The text that is certain now, and why the answer ends here, if it does."""
+        is_end = token in self.end_tokens
+        text = self.detokenizer.add(token) if self.detokenizer and not is_end else ""
+        reason: FinishReason | None = None
+        if is_end or (self.detokenizer and self.detokenizer.stopped):
+            reason = FinishReason.STOP
+        elif len(self.sequence.tokens) - self.prompt_tokens >= self.max_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None and self.detokenizer:
+            text += self.detokenizer.finish()
+        return text, reason

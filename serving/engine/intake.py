@@ -1,0 +1,116 @@
+"""From a request to an answer in progress, or to a refusal that names the field.
+
+What any engine would refuse is `GenerationRequest.check`; here is what this base cannot do.
+"""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+from cluster.base_model import encode_prompt, load_tokenizer
+from cluster.errors import ContextLengthError, RequestError
+from serving.engine.answer import Answer
+from serving.engine.batch import LoadedAdapter
+from serving.engine.detokenizer import Detokenizer
+from serving.engine.request import GenerationRequest, check_token_ids
+from serving.engine.runner import Runner
+from serving.engine.scheduler import Sequence
+from serving.spec import EngineSpec
+
+
+class Intake:
+    """Knows the base's tokenizer and limits; keeps nothing of a request."""
+
+    def __init__(self, spec: EngineSpec, runner: Runner) -> None:
+        # Without tokenizer files it takes token ids alone.
+        has_tokenizer = any(Path(spec.base_model).glob("tokenizer*"))
+        self.tokenizer: Any = load_tokenizer(spec.base_model) if has_tokenizer else None
+        self._vocabulary = runner.vocabulary
+        self._context = runner.max_context_tokens
+        self._end_tokens = _end_tokens(runner.model, self.tokenizer)
+
+    def open(
+        self, request: GenerationRequest, request_id: str, adapter: LoadedAdapter | None
+    ) -> Answer:
+        """The answer to `request`, which is checked already, with nothing said yet.
+
+        Raises:
+            RequestError: it asks the impossible.
+        """
+        ids = self._prompt_ids(request)
+        check_token_ids(request.logit_bias, self._vocabulary, "logit_bias")
+        check_token_ids(request.stop_token_ids, self._vocabulary, "stop_token_ids")
+        if request.stop and self.tokenizer is None:
+            raise RequestError("stop needs a tokenizer, and the base has none", param="stop")
+        prefix = adapter.lowered.prefix_tokens if adapter else 0
+        max_tokens = self._room(request, len(ids), prefix)
+        generated = self._generated(request, max_tokens)
+        detokenizer = Detokenizer(self.tokenizer, ids, request.stop) if self.tokenizer else None
+        if detokenizer:
+            for token in generated:
+                detokenizer.add(token)  # its text was given out with it
+        is_scored = request.prompt_logprobs is not None and not generated
+        ends = frozenset() if request.ignore_eos else self._end_tokens
+        return Answer(
+            request,
+            Sequence(
+                request_id,
+                ids + generated,
+                adapter.name if adapter else "",
+                prefix,
+                scored_tokens=len(ids) if is_scored else 0,
+            ),
+            prompt_tokens=len(ids),
+            max_tokens=max_tokens,
+            seed=secrets.randbits(63) if request.seed is None else request.seed,
+            end_tokens=ends | frozenset(request.stop_token_ids),
+            detokenizer=detokenizer,
+        )
+
+    def _prompt_ids(self, request: GenerationRequest) -> list[int]:
+        if request.prompt_token_ids is not None:
+            ids, param = list(request.prompt_token_ids), "prompt_token_ids"
+        elif self.tokenizer is None:
+            raise RequestError("the base has no tokenizer; give prompt_token_ids", param="prompt")
+        else:
+            ids, param = encode_prompt(self.tokenizer, request.prompt or ""), "prompt"
+        if not ids:
+            raise RequestError(f"{param} is empty; give at least one token", param=param)
+        check_token_ids(ids, self._vocabulary, param)
+        return [int(token) for token in ids]
+
+    def _generated(self, request: GenerationRequest, max_tokens: int) -> list[int]:
+        """The tokens that the answer begins with. Raises RequestError unless more can follow."""
+        given, field = request.generated_token_ids, "generated_token_ids"
+        check_token_ids(given, self._vocabulary, field)
+        if given and len(given) >= max_tokens:
+            raise RequestError(
+                f"{field} has {len(given)} tokens, and the answer has {max_tokens} in all; "
+                "it is over",
+                param=field,
+            )
+        return [int(token) for token in given]
+
+    def _room(self, request: GenerationRequest, prompt_tokens: int, prefix_tokens: int) -> int:
+        """How many tokens it may generate. Raises ContextLengthError."""
+        room = self._context - prefix_tokens - prompt_tokens
+        wanted = max(1, room) if request.max_tokens is None else request.max_tokens
+        if wanted > room:
+            beside = f" + {prefix_tokens} of the adapter's prefix" if prefix_tokens else ""
+            is_full = prompt_tokens + prefix_tokens >= self._context
+            raise ContextLengthError(
+                f"the prompt has {prompt_tokens} tokens{beside} and max_tokens is {wanted}, over "
+                f"the context of {self._context}; shorten the prompt or lower max_tokens",
+                param="prompt" if is_full else "max_tokens",
+            )
+        return wanted
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends an answer, by the generation config and the tokenizer."""
+    configured: Any = getattr(model.generation_config, "eos_token_id", None)
+    found = configured if isinstance(configured, list) else [configured]
+    found = [*found, getattr(tokenizer, "eos_token_id", None)]
+    return frozenset(int(token) for token in found if token is not None)

@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cluster.errors import BaseModelError
+from training.lora_linear import fuse_loras
 from training.packed import NAME, Layout, packed, prefix_of
 from training.rows import IGNORE
 
@@ -73,6 +74,8 @@ class LossModel(torch.nn.Module):
             config.peft_type.value if config is not None and config.is_prompt_learning else None
         )
         self.is_packed = self.has_plain_head = False
+        if not is_sharded:
+            fuse_loras(model)
         self._choose(is_sharded)
 
     def forward(self, batch: Batch) -> torch.Tensor:

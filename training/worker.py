@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from cluster.errors import CallerError, JobFailedError
+from cluster.memory import keep_freed_memory
 from cluster.spec import parse_spec
 from cluster.store import open_store
 from training.assembly import Assembly, assemble
@@ -40,6 +41,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
 def _train(config: Mapping[str, Any]) -> None:
     import ray.train
 
+    keep_freed_memory()
     spec = parse_spec(TrainingSpec, config["spec"])
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), _device(spec))

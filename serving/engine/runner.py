@@ -19,6 +19,7 @@ import torch
 
 from cluster.base_model import load_base
 from cluster.errors import BaseModelError
+from cluster.memory import keep_freed_memory
 from serving.adapters import DeltaHooks, EmbeddingPrefix, KVPrefix, Target, describe
 from serving.engine.attention import NAME, AttentionPlan, Span, attend_by
 from serving.engine.batch import Batch, Row, page_slots
@@ -40,6 +41,7 @@ class Runner:
     """
 
     def __init__(self, spec: EngineSpec) -> None:
+        keep_freed_memory()
         self.device = _device(spec.device)
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)

@@ -55,12 +55,14 @@ def make_base(folder: Path) -> None:
 
 def run_graft(base: Path, rows: list[dict[str, list[int]]], dtype: str) -> float:
     """Seconds of Graft's bare loop: what each Ray worker runs."""
+    from cluster.memory import keep_freed_memory
     from cluster.spec import parse_spec
     from training.assembly import assemble
     from training.loop import Place, run
     from training.rows import TokenRows, row_hash, write_rows
     from training.spec import TrainingSpec
 
+    keep_freed_memory()  # as the worker does
     document = {
         "base_model": str(base),
         "method": {"kind": "lora", "r": LORA["r"], "alpha": LORA["lora_alpha"]},

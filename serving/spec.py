@@ -46,6 +46,11 @@ class EngineSpec(Spec):
         description="Memory for KV pages. If not given: what max_running_requests full contexts "
         "need, but at most 1 GiB on CPU, or 80 % of the free memory of a GPU.",
     )
+    prefix_cache: bool = Field(
+        True,
+        description="Keep full KV pages and share them between requests of one tenant and "
+        "adapter (by content) that begin alike, until pages run out.",
+    )
     max_adapters: PositiveInt = Field(
         64, description="Adapters held at once; a replica drops the least recently used for others."
     )

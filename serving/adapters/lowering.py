@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -68,4 +71,13 @@ def lower(path: str | Path, target: Target) -> LoweredAdapter:
     )
     if wrong is not None:
         raise fault(folder.path, WEIGHTS, f"has tensor {wrong!r} that is not floating point")
-    return known(folder, tensors, target)
+    return replace(known(folder, tensors, target), content=_content(folder, tensors))
+
+
+def _content(folder: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> str:
+    """A hash of what was read, whatever the file holds by now."""
+    digest = blake2b(json.dumps(folder.config, sort_keys=True, default=repr).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

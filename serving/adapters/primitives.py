@@ -64,10 +64,12 @@ class KVPrefix:
 
 @dataclass(frozen=True)
 class LoweredAdapter:
-    """One adapter as primitives: deltas by module name, and at most one prefix."""
+    """One adapter as primitives: deltas by module name, and at most one prefix. `content` is a hash
+    of all that it was made of; adapters without one share nothing."""
 
     deltas: Mapping[str, Delta] = field(default_factory=dict[str, Delta])
     prefix: EmbeddingPrefix | KVPrefix | None = None
+    content: str = ""
 
     @property
     def prefix_tokens(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.request import FinishReason, GenerationRequest, TokenLogprobs, TokenOutput
 from serving.engine.sampler import Sampled, Sampling, logprobs_of
-from serving.engine.scheduler import Chunk, Sequence
+from serving.engine.sequence import Chunk, Sequence
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The adapters that an engine holds: installed by name, counted by request, evicted when idle.
 
 An adapter that is removed while requests use it stays until the last of them has ended, under a
-name that no new request can get. Knows the runner's hooks and pages; no requests.
+name that no new request can get. Knows the runner's hooks; no pages, no requests.
 """
 
 from __future__ import annotations
@@ -9,21 +9,16 @@ from __future__ import annotations
 from cluster.errors import AdapterError, ConflictError, ModelNotFoundError, OverloadedError
 from cluster.spec import nearest
 from serving.adapters import LoweredAdapter
-from serving.engine.batch import LoadedAdapter, page_slots
-from serving.engine.pages import PagePool
+from serving.engine.batch import LoadedAdapter
 from serving.engine.runner import Runner
-from serving.engine.scheduler import Scheduler
 from serving.spec import EngineSpec
 
 
 class AdapterBank:
     """Used by the engine's thread alone."""
 
-    def __init__(
-        self, spec: EngineSpec, runner: Runner, pool: PagePool, scheduler: Scheduler
-    ) -> None:
+    def __init__(self, spec: EngineSpec, runner: Runner) -> None:
         self._spec, self._runner = spec, runner
-        self._pool, self._scheduler = pool, scheduler
         self._named: dict[str, LoadedAdapter] = {}  # least recently used first
         self._held: dict[str, LoadedAdapter] = {}  # by unique name, removed ones included
         self._users: dict[str, int] = {}  # requests in progress by unique name
@@ -52,27 +47,24 @@ class AdapterBank:
         """See Engine.install_adapter."""
         if not name or name in self._named:
             raise ConflictError(f"adapter {name!r}: is loaded already; remove it first")
-        needed = self._fitting_pages(name, lowered)
-        while (reason := self._lack(needed)) is not None:
-            if not (evict and self._evict()):
-                raise OverloadedError(f"adapter {name!r}: {reason}")
-        self._scheduler.reclaim(needed)
-        pages = self._pool.take(needed)
-        assert pages is not None, "preempting every request frees all pages but the prefixes'"
-        slots = page_slots(pages, self._spec.page_tokens)[: lowered.prefix_tokens]
-        try:
-            if lowered.prefix is not None:
-                self._runner.write_prefix(lowered.prefix, slots)
-        except Exception as error:
-            self._pool.give_back(pages)
+        context_tokens = self._runner.max_context_tokens
+        if lowered.prefix_tokens >= context_tokens:
             raise AdapterError(
-                f"adapter {name!r}: the base cannot compute its prefix: {error}"
-            ) from error
+                f"adapter {name!r}: its prefix of {lowered.prefix_tokens} tokens fills the context "
+                f"of {context_tokens}; raise engine.max_context_tokens if the base allows it"
+            )
+        while len(self._named) >= self._spec.max_adapters:
+            if not (evict and self._evict()):
+                raise OverloadedError(
+                    f"adapter {name!r}: {len(self._named)} adapters are loaded, which is "
+                    "engine.max_adapters; remove one or raise it"
+                )
         self._runner.hooks.install(lowered.deltas)
         # Two adapters of one name, the older still finishing, must not share a segment.
         unique = f"{name}#{self._installed}"
         self._installed += 1
-        self._named[name] = self._held[unique] = LoadedAdapter(unique, lowered, pages, slots)
+        loaded = LoadedAdapter(unique, lowered, lowered.content or unique)
+        self._named[name] = self._held[unique] = loaded
         self._users[unique] = 0
 
     def remove(self, name: str) -> None:
@@ -98,7 +90,6 @@ class AdapterBank:
         self._removed.remove(loaded.name)
         del self._held[loaded.name], self._users[loaded.name]
         self._runner.hooks.uninstall(loaded.lowered.deltas)
-        self._pool.give_back(loaded.pages)
 
     def _evict(self) -> bool:
         """Remove the least recently used adapter without requests, if there is one."""
@@ -106,42 +97,3 @@ class AdapterBank:
         if idle is not None:
             self.remove(idle)
         return idle is not None
-
-    def _lack(self, pages: int) -> str | None:
-        """Why one more adapter with so many pages has no room now; None if it has.
-
-        A whole context must still fit beside all prefixes.
-        """
-        if len(self._named) >= self._spec.max_adapters:
-            return (
-                f"{len(self._named)} adapters are loaded, which is engine.max_adapters; "
-                "remove one or raise it"
-            )
-        taken = sum(len(loaded.pages) for loaded in self._held.values())
-        if pages and taken + pages > self._prefix_room:
-            return (
-                f"its prefix needs {pages} KV pages and the loaded ones hold {taken} of "
-                f"{self._prefix_room}; remove one or raise engine.kv_cache_gib"
-            )
-        return None
-
-    @property
-    def _prefix_room(self) -> int:
-        context_tokens, page_tokens = self._runner.max_context_tokens, self._spec.page_tokens
-        return self._pool.num_pages - -(-context_tokens // page_tokens)
-
-    def _fitting_pages(self, name: str, lowered: LoweredAdapter) -> int:
-        """Pages that the prefix takes. Raises AdapterError if it can never have them."""
-        context_tokens = self._runner.max_context_tokens
-        if lowered.prefix_tokens >= context_tokens:
-            raise AdapterError(
-                f"adapter {name!r}: its prefix of {lowered.prefix_tokens} tokens fills the context "
-                f"of {context_tokens}; raise engine.max_context_tokens if the base allows it"
-            )
-        needed = -(-lowered.prefix_tokens // self._spec.page_tokens)
-        if needed > self._prefix_room:
-            raise AdapterError(
-                f"adapter {name!r}: its prefix needs {needed} KV pages, and beside one context "
-                f"there are {self._prefix_room}; raise engine.kv_cache_gib"
-            )
-        return needed

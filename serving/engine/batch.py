@@ -13,17 +13,18 @@ from itertools import groupby
 import numpy as np
 
 from serving.adapters import LoweredAdapter, Segment
-from serving.engine.scheduler import Chunk
+from serving.engine.sequence import Chunk
+from serving.engine.sequence import Sequence as Scheduled
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter that the engine holds. Its prefix lies in `pages` of the pool, at `slots`."""
+    """An adapter that the engine holds. `name` is its own; adapters of one `identity` give the
+    same keys and values."""
 
     name: str
     lowered: LoweredAdapter
-    pages: Sequence[int]
-    slots: np.ndarray
+    identity: str
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ def build(
     wanted: list[int] = []
     for chunk in chunks:
         sequence, begin = chunk.sequence, len(ids)
-        slots = page_slots(sequence.pages, page_tokens)
-        if sequence.adapter:
-            slots = np.concatenate([adapters[sequence.adapter].slots, slots])
+        slots = context_slots(sequence, page_tokens)
         first = sequence.prefix_tokens + chunk.start
         last = first + chunk.count
         ids += sequence.tokens[chunk.start : chunk.start + chunk.count]
@@ -82,6 +81,14 @@ def build(
         body=_segments(names, spans, adapters),
         head=_segments(names, [(int(a), int(b)) for a, b in places], adapters),
     )
+
+
+def context_slots(sequence: Scheduled, page_tokens: int) -> np.ndarray:
+    """The slots of a sequence's positions in order: its prefix's, then its own, which begin in a
+    page of their own."""
+    slots = page_slots(sequence.pages, page_tokens)
+    unused = sequence.prefix_pages(page_tokens) * page_tokens
+    return np.concatenate([slots[: sequence.prefix_tokens], slots[unused:]]) if unused else slots
 
 
 def page_slots(pages: Sequence[int], page_tokens: int) -> np.ndarray:

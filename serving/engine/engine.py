@@ -18,7 +18,7 @@ from cluster.errors import ConflictError, EngineError
 from serving.adapters import LoweredAdapter, lower
 from serving.engine.answer import Answer
 from serving.engine.bank import AdapterBank
-from serving.engine.batch import build
+from serving.engine.batch import build, context_slots
 from serving.engine.intake import Intake
 from serving.engine.pages import PagePool
 from serving.engine.request import (
@@ -31,13 +31,15 @@ from serving.engine.request import (
 )
 from serving.engine.runner import Runner
 from serving.engine.sampler import Sampled, sample
-from serving.engine.scheduler import Chunk, Scheduler
+from serving.engine.scheduler import Scheduler
+from serving.engine.sequence import Chunk
 from serving.spec import EngineSpec
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine holds and has done."""
+    """What the engine holds and has done. Free pages include those that are kept for others;
+    `cached_tokens` were found in them and not computed."""
 
     running: int
     waiting: int
@@ -46,6 +48,7 @@ class EngineStats:
     adapters: int
     steps: int
     generated_tokens: int
+    cached_tokens: int
     preemptions: int
     outstanding_tokens: int
 
@@ -68,7 +71,7 @@ class Engine:
             max_step_tokens=spec.max_step_tokens,
         )
         self._intake = Intake(spec, self.runner)
-        self._bank = AdapterBank(spec, self.runner, self._pool, self._scheduler)
+        self._bank = AdapterBank(spec, self.runner)
         self._answers: dict[str, Answer] = {}
         self._count = self._steps = self._generated = self._preemptions = 0
 
@@ -104,6 +107,7 @@ class Engine:
             adapters=len(self._bank.names),
             steps=self._steps,
             generated_tokens=self._generated,
+            cached_tokens=self._scheduler.cached_tokens,
             preemptions=self._preemptions,
             outstanding_tokens=sum(end - sequence.num_computed for sequence, end in left),
         )
@@ -121,7 +125,7 @@ class Engine:
         Raises:
             AdapterError: the folder does not fit; nothing changed.
             ConflictError: the name is taken.
-            OverloadedError: no room among adapters or pages.
+            OverloadedError: engine.max_adapters are loaded.
         """
         self.install_adapter(name, self.lower(path))
 
@@ -134,7 +138,7 @@ class Engine:
         Raises:
             AdapterError: its prefix can never fit.
             ConflictError: the name is taken.
-            OverloadedError: no room among adapters or pages.
+            OverloadedError: engine.max_adapters are loaded.
         """
         self._bank.install(name, lowered, evict=evict)
 
@@ -177,7 +181,7 @@ class Engine:
         self._steps += 1
         outputs: list[TokenOutput] = []
         for chunk, sampled in self._compute(chunks, outputs):
-            chunk.sequence.num_computed += chunk.count
+            self._scheduler.advance(chunk)
             if chunk.is_sampled:
                 answer = self._answers[chunk.sequence.id]
                 try:
@@ -230,9 +234,8 @@ class Engine:
             try:
                 while answer.sequence.num_left:
                     chunks = self._scheduler.schedule()
-                    batch = build(chunks, self._bank.held, self.spec.page_tokens)
-                    parts.append(self.runner.forward(batch).cpu())
-                    answer.sequence.num_computed += chunks[0].count
+                    parts.append(self._forward(chunks).cpu())
+                    self._scheduler.advance(chunks[0])
             finally:
                 self._end(answer)
             scored.append(torch.cat(parts))
@@ -241,10 +244,10 @@ class Engine:
     def check(self) -> None:
         """Raise AssertionError unless pages, sequences and adapters agree (for tests)."""
         self._scheduler.check()
-        held = [page for loaded in self._bank.held.values() for page in loaded.pages]
-        used = [page for sequence in self._scheduler for page in sequence.pages]
-        assert not set(held) & set(used), "a request owns a prefix's page"
-        assert len(held) + len(used) + self._pool.num_free == self._pool.num_pages
+        waiting = {sequence.id for sequence in self._scheduler}
+        assert waiting == set(self._answers), "a request is not scheduled"
+        unknown = {s.adapter for s in self._scheduler if s.adapter} - set(self._bank.held)
+        assert not unknown, f"requests use adapters that are gone: {unknown}"
 
     def _prepare(self, request: GenerationRequest, request_id: str) -> Answer:
         request.check()
@@ -265,7 +268,7 @@ class Engine:
         """Each chunk with the token sampled behind it. Where a pass fails, its adapters are tried
         one by one, so that only requests of the guilty one fail; their ends go to `outputs`."""
         try:
-            logits_NV = self.runner.forward(build(chunks, self._bank.held, self.spec.page_tokens))
+            logits_NV = self._forward(chunks)
             sampled = self._sample(chunks, logits_NV)
         except Exception as error:
             names = sorted({chunk.sequence.adapter for chunk in chunks})
@@ -276,6 +279,16 @@ class Engine:
             groups = [[c for c in chunks if c.sequence.adapter == name] for name in names]
             return [pair for group in groups for pair in self._compute(group, outputs)]
         return [(chunk, sampled.get(chunk.sequence.id)) for chunk in chunks]
+
+    def _forward(self, chunks: list[Chunk]) -> torch.Tensor:
+        """Logits of the rows that chunks want, behind the prefixes that are not there yet."""
+        for sequence in (chunk.sequence for chunk in chunks):
+            if sequence.prefix_tokens and not sequence.has_prefix:
+                prefix = self._bank.held[sequence.adapter].lowered.prefix
+                assert prefix is not None
+                slots = context_slots(sequence, self.spec.page_tokens)[: sequence.prefix_tokens]
+                self.runner.write_prefix(prefix, slots)
+        return self.runner.forward(build(chunks, self._bank.held, self.spec.page_tokens))
 
     def _sample(self, chunks: list[Chunk], logits_NV: torch.Tensor) -> dict[str, Sampled | None]:
         """What follows each sequence that has been read to its end; prompts' own logits go to the

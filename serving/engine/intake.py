@@ -14,9 +14,10 @@ from cluster.errors import ContextLengthError, RequestError
 from serving.engine.answer import Answer
 from serving.engine.batch import LoadedAdapter
 from serving.engine.detokenizer import Detokenizer
+from serving.engine.pages import root_key
 from serving.engine.request import GenerationRequest, check_token_ids
 from serving.engine.runner import Runner
-from serving.engine.scheduler import Sequence
+from serving.engine.sequence import Sequence
 from serving.spec import EngineSpec
 
 
@@ -27,6 +28,7 @@ class Intake:
         # Without tokenizer files it takes token ids alone.
         has_tokenizer = any(Path(spec.base_model).glob("tokenizer*"))
         self.tokenizer: Any = load_tokenizer(spec.base_model) if has_tokenizer else None
+        self._is_caching = spec.prefix_cache
         self._vocabulary = runner.vocabulary
         self._context = runner.max_context_tokens
         self._end_tokens = _end_tokens(runner.model, self.tokenizer)
@@ -51,6 +53,7 @@ class Intake:
         if detokenizer:
             for token in generated:
                 detokenizer.add(token)  # its text was given out with it
+        identity = adapter.identity if adapter else ""
         is_scored = request.prompt_logprobs is not None and not generated
         ends = frozenset() if request.ignore_eos else self._end_tokens
         return Answer(
@@ -58,8 +61,11 @@ class Intake:
             Sequence(
                 request_id,
                 ids + generated,
-                adapter.name if adapter else "",
-                prefix,
+                adapter=adapter.name if adapter else "",
+                tenant=request.cache_salt,
+                prefix_tokens=prefix,
+                prefix_key=root_key("prefix", identity),
+                root=root_key("tokens", request.cache_salt, identity) if self._is_caching else None,
                 scored_tokens=len(ids) if is_scored else 0,
             ),
             prompt_tokens=len(ids),

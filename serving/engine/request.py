@@ -58,6 +58,8 @@ class GenerationRequest:
         stop: Texts before which the answer ends.
         stop_token_ids: Tokens with which it ends, besides the end-of-sequence token.
         ignore_eos: Go on after the end-of-sequence token.
+        cache_salt: The tenant. Requests share KV pages, and shares of the engine are equal, within
+            and between tenants.
         logprobs: Tell each token's log probability by the bare logits, and so many of the most
             probable tokens beside it.
         prompt_logprobs: The same for the prompt's tokens but the first.
@@ -82,6 +84,7 @@ class GenerationRequest:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    cache_salt: str = ""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     generated_token_ids: Sequence[int] = ()
@@ -270,6 +273,7 @@ _PENALTY = (_number(-2, 2), "between -2 and 2")
 # What each option can be, in the words of its refusal.
 _RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "adapter": (lambda value: value is None or _is_text(value), "a name"),
+    "cache_salt": (_is_text, "a text"),
     "max_tokens": (_whole(0), "a whole number above 0"),
     "temperature": (_number(0, 100), "between 0 and 100"),
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "above 0 and at most 1"),

@@ -156,7 +156,7 @@ class Runner:
         target = self.target
         token_bytes = 2 * target.num_layers * target.num_kv_heads * target.head_size
         page_bytes = token_bytes * target.dtype.itemsize * spec.page_tokens
-        wanted = spec.max_running_requests * -(-self.max_context_tokens // spec.page_tokens)
+        wanted = 1 + spec.max_running_requests * -(-self.max_context_tokens // spec.page_tokens)
         if spec.kv_cache_gib is not None:
             pages = int(spec.kv_cache_gib * _GIB / page_bytes)
         elif self.device.type == "cuda":
@@ -164,7 +164,8 @@ class Runner:
             pages = min(wanted, int(free_bytes * _GPU_FREE_SHARE / page_bytes))
         else:
             pages = min(wanted, int(_CPU_CACHE_GIB * _GIB / page_bytes))
-        least = -(-self.max_context_tokens // spec.page_tokens)
+        # One more, since what follows an adapter's prefix begins in a page of its own.
+        least = -(-self.max_context_tokens // spec.page_tokens) + 1
         if pages < least:
             raise BaseModelError(
                 f"base_model {spec.base_model}: one context of {self.max_context_tokens} tokens "

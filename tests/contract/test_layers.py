@@ -98,7 +98,8 @@ def test_training_and_serving_never_meet() -> None:
 
 
 def test_the_core_of_the_engine_is_plain_python() -> None:
-    for module in ("serving.engine.pages", "serving.engine.scheduler"):
+    for module in ("pages", "sequence", "fair_queue", "scheduler"):
+        module = f"serving.engine.{module}"
         assert not {m for m in imported_modules(MODULES[module]) if within(m, {"torch"})}
 
 

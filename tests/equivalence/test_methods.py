@@ -47,9 +47,11 @@ class Setup:
         model = self.reference(variant)
         return model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :].float()
 
-    def reference_greedy(self, variant: str | None, prompt: list[int]) -> list[int]:
+    def reference_greedy(
+        self, variant: str | None, prompt: list[int], new_tokens: int = NEW_TOKENS
+    ) -> list[int]:
         ids = list(prompt)
-        for _ in range(NEW_TOKENS):
+        for _ in range(new_tokens):
             ids.append(int(self.reference_logits(variant, ids)[-1].argmax()))
         return ids[len(prompt) :]
 
@@ -93,6 +95,34 @@ def test_greedy_tokens_are_those_of_peft_alone_and_mixed(setup: Setup) -> None:
     for request, tokens in zip(requests, expected, strict=True):
         assert setup.engine.generate([request])[0].token_ids == tokens
     setup.engine.check()
+
+
+def test_greedy_tokens_do_not_depend_on_where_keys_and_values_came_from(setup: Setup) -> None:
+    """Computed, found in the cache, computed in chunks, or lost and computed or found again."""
+    prompt, new_tokens = list(range(60, 100)), 16
+    requests = [
+        GenerationRequest(
+            prompt_token_ids=prompt, adapter=variant, max_tokens=new_tokens, ignore_eos=True
+        )
+        for variant in (None, *VARIANTS)
+    ]
+    expected = [setup.reference_greedy(r.adapter, prompt, new_tokens) for r in requests]
+    for found in (0, 32 * len(requests)):
+        before = setup.engine.stats.cached_tokens
+        assert [r.token_ids for r in setup.engine.generate(requests)] == expected
+        assert setup.engine.stats.cached_tokens == before + found
+    page_bytes = 16 * 2 * sum(keys[0].nbytes for keys in setup.engine.runner._keys)
+    tight = Engine(
+        EngineSpec(
+            base_model=str(setup.base), max_step_tokens=11, kv_cache_gib=11.5 * page_bytes / 2**30
+        )
+    )
+    for variant, path in setup.folders.items():
+        tight.add_adapter(variant, path)
+    for _ in range(2):
+        assert [r.token_ids for r in tight.generate(requests)] == expected
+        tight.check()
+    assert tight.stats.preemptions > 0
 
 
 @pytest.mark.parametrize("copies", [True, False])

@@ -436,19 +436,27 @@ def test_bases_whose_long_answers_follow_another_rule_are_refused(
     make_engine(base, max_context_tokens=64)
 
 
-def test_a_full_engine_makes_room_for_prefixes_too(bases: Bases, adapters: dict[str, Path]) -> None:
-    """21 virtual tokens take 2 pages, and beside one context there are 4."""
-    engine = make_engine(bases("llama"), kv_cache_gib=12 * 4096 / 2**30)
-    for number in range(5):
-        lowered = engine.lower(adapters["prefix_tuning"])
-        engine.install_adapter(f"a{number}", lowered, evict=True)
-        engine.check()
-    assert engine.adapters == ["a3", "a4"]
-    with pytest.raises(OverloadedError, match="KV pages"):
-        engine.add_adapter("more", adapters["prefix_tuning"])
+def test_prefixes_share_pages_that_would_hold_one_context(
+    bases: Bases, adapters: dict[str, Path], engine: Engine, tmp_path: Path
+) -> None:
+    """21 virtual tokens take 2 pages, as many as there are beside 7 of the tokens."""
     tight = make_engine(bases("llama"), kv_cache_gib=9 * 4096 / 2**30)
-    with pytest.raises(AdapterError, match="kv_cache_gib"):
-        tight.add_adapter("never", adapters["prefix_tuning"])
+    requests: list[GenerationRequest] = []
+    for number in range(5):
+        name = f"prefix{number}"
+        for each in (engine, tight):
+            each.add_adapter(name, make_adapter("prefix_tuning", bases("llama"), tmp_path / name,
+                                                number))  # fmt: skip
+        requests += [
+            GenerationRequest(prompt_token_ids=prompt, adapter=name, max_tokens=107 - len(prompt),
+                              ignore_eos=True)
+            for prompt in PROMPTS
+        ]  # fmt: skip
+    expected = engine.generate(requests)
+    assert tight.generate(requests) == expected
+    tight.check()
+    for number in range(5):
+        engine.remove_adapter(f"prefix{number}")
 
 
 def test_a_pass_that_raises_fails_its_own_adapter_alone(

@@ -1,0 +1,86 @@
+"""One request as the scheduler sees it: tokens, how far they are computed, and in which pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from serving.engine.pages import next_key
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request's tokens: the prompt and what was generated.
+
+    Attributes:
+        adapter: Groups the rows of a step; with `tenant`, what requests are fair to each other by.
+        prefix_tokens: Positions in front of the tokens that belong to the adapter. They fill the
+            first `prefix_pages`, which all requests of one `prefix_key` share.
+        prefix_key: What the prefix is.
+        root: What tokens' pages are shared by: same root, same keys and values. None: not at all.
+        scored_tokens: Logits are wanted behind each of so many first tokens, not only behind the
+            last, so these are computed and not taken from other requests' pages.
+        pages: Used by this sequence: the prefix's, then its own.
+        num_computed: Tokens (the prefix apart) whose keys and values lie in the pages.
+        has_prefix: Whether the prefix lies in its pages.
+    """
+
+    id: str
+    tokens: list[int]
+    adapter: str = ""
+    tenant: str = ""
+    prefix_tokens: int = 0
+    prefix_key: bytes = b""
+    root: bytes | None = None
+    scored_tokens: int = 0
+    pages: list[int] = field(default_factory=list[int])
+    num_computed: int = 0
+    has_prefix: bool = False
+    preemptions: int = 0
+    _keys: list[bytes] = field(default_factory=list[bytes])
+
+    @property
+    def num_left(self) -> int:
+        """Tokens whose keys and values are still to be computed."""
+        return len(self.tokens) - self.num_computed
+
+    def prefix_pages(self, page_tokens: int) -> int:
+        """Pages of the adapter's prefix."""
+        return -(-self.prefix_tokens // page_tokens)
+
+    def keys(self, tokens: int, page_tokens: int) -> list[bytes]:
+        """What the prefix's pages and the full ones of the first so many tokens hold."""
+        prefix = self.prefix_pages(page_tokens)
+        if not self._keys:
+            self._keys = [next_key(self.prefix_key, [page]) for page in range(prefix)]
+        if self.root is None:
+            return self._keys
+        count = prefix + tokens // page_tokens
+        while len(self._keys) < count:
+            start = (len(self._keys) - prefix) * page_tokens
+            previous = self._keys[-1] if start else self.root
+            self._keys.append(next_key(previous, self.tokens[start : start + page_tokens]))
+        return self._keys[:count]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`count` tokens of a sequence from its token `start`; the last of them is sampled from if
+    nothing is left behind it."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the step ends at the sequence's last token."""
+        return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def wanted(self) -> range:
+        """The tokens, counted from the chunk's first, behind which logits are wanted."""
+        scored = min(self.count, self.sequence.scored_tokens - self.start)
+        if scored <= 0:
+            return range(self.count - self.is_sampled, self.count)
+        assert scored == self.count or not self.is_sampled, "prompts alone are scored"
+        return range(scored)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,8 @@ from cluster.errors import AdapterError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# In the weights' metadata, where PEFT reads nothing: the lowest rank at which a LoRA is good.
+MIN_RANK = "graft_min_rank"
 MAX_CONFIG_BYTES = 2**20
 MAX_HEADER_BYTES = 100 * 2**20
 MAX_TENSORS = 50_000
@@ -55,6 +57,7 @@ class AdapterFolder:
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def method(self) -> str:
@@ -78,7 +81,8 @@ def open_adapter_folder(path: str | Path) -> AdapterFolder:
     if not path.is_dir():
         raise AdapterError(f"adapter folder {path}: is not a folder; check the path")
     config = _read_config(path)
-    return AdapterFolder(path, config, _read_header(path))
+    tensors, metadata = _read_header(path)
+    return AdapterFolder(path, config, tensors, metadata)
 
 
 def check_finite(folder: AdapterFolder) -> None:
@@ -140,7 +144,8 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def _read_header(path: Path) -> Mapping[str, TensorEntry]:
+def _read_header(path: Path) -> tuple[Mapping[str, TensorEntry], Mapping[str, str]]:
+    """The tensors, and whatever text stands beside them."""
     hint = ""
     if (path / "adapter_model.bin").exists():
         hint = (
@@ -164,12 +169,13 @@ def _read_header(path: Path) -> Mapping[str, TensorEntry]:
     if not isinstance(header, dict):
         raise fault(path, WEIGHTS, "has a header that is not an object")
     header = cast("dict[str, Any]", header)
-    header.pop("__metadata__", None)
+    raw: Any = header.pop("__metadata__", None)
+    metadata = {str(k): str(v) for k, v in raw.items()} if isinstance(raw, dict) else {}
     if not 0 < len(header) <= MAX_TENSORS:
         raise fault(path, WEIGHTS, f"holds {len(header):,} tensors; 1 to {MAX_TENSORS:,} are read")
     entries = {name: _entry(path, name, raw, 8 + length) for name, raw in header.items()}
     _check_layout(path, entries, 8 + length, size)
-    return entries
+    return entries, metadata
 
 
 def _entry(path: Path, name: str, raw: Any, data_start: int) -> TensorEntry:

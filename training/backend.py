@@ -26,6 +26,7 @@ class Backend(Protocol):
 
     model: Any  # called with a training.step.Batch; its loss
     adapted: Any  # the model with its method on, as METHODS save it
+    gradient_scale: float  # a step's gradients, summed over workers, are so many times too large
 
     def set_learning_rate(self, value: float) -> None:
         """Before the step's first micro-batch."""
@@ -47,16 +48,23 @@ class Backend(Protocol):
         """Go on from `full_state` as it was after `step` updates."""
         ...
 
+    def set_parameter(self, parameter: Any, value: torch.Tensor) -> None:
+        """Give a trained parameter another value, in full; its moments stay."""
+        ...
+
     @contextmanager
     def whole_parameters(self) -> Generator[None]:
-        """A scope in which every trained parameter of the model is whole on rank 0."""
+        """A scope in which every trained parameter of the model is whole, to be read."""
         ...
 
 
 def build_optimizer(model: torch.nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
-    """AdamW over the trained parameters."""
+    """AdamW over the trained parameters, grouped by the `rate_ratio` that their method gave."""
+    groups: dict[float, list[torch.nn.Parameter]] = {1.0: []}  # there must be one, if empty
+    for parameter in trainable_parameters(model).values():
+        groups.setdefault(getattr(parameter, "rate_ratio", 1.0), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": list(trainable_parameters(model).values())}],  # a group may be empty
+        [{"params": group, "rate_ratio": ratio} for ratio, group in groups.items()],
         lr=spec.learning_rate,
         betas=spec.betas,
         eps=spec.eps,
@@ -69,6 +77,7 @@ class PlainBackend:
 
     def __init__(self, model: LossModel, spec: OptimizerSpec) -> None:
         self.model, self.adapted = model, model.model
+        self.gradient_scale = 1.0
         self._parameters = trainable_parameters(model)
         self._optimizer = build_optimizer(model, spec)
         self._max_norm = spec.max_grad_norm or float("inf")
@@ -76,7 +85,7 @@ class PlainBackend:
     def set_learning_rate(self, value: float) -> None:
         """See Backend."""
         for group in self._optimizer.param_groups:
-            group["lr"] = value
+            group["lr"] = value * group["rate_ratio"]
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
@@ -116,6 +125,10 @@ class PlainBackend:
                     "step": torch.tensor(float(step)),
                     **moments,
                 }
+
+    def set_parameter(self, parameter: Any, value: torch.Tensor) -> None:
+        """See Backend."""
+        parameter.data.copy_(value)
 
     @contextmanager
     def whole_parameters(self) -> Generator[None]:

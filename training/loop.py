@@ -110,7 +110,11 @@ def run(
             batch = _load(rows, part, place.device)
             with _precision(spec, place.device):
                 loss = backend.model(batch)
-            backend.backward(loss / label_count)
+            share, penalty = loss / label_count, course.penalty()
+            if penalty is not None:
+                parts = place.world_size * spec.gradient_accumulation_steps
+                share = share + penalty / parts
+            backend.backward(share)
             meter.add_loss(loss.detach())
         grad_norm = backend.finish_step()
         if not math.isfinite(grad_norm):

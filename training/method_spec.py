@@ -7,22 +7,57 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.spec import Spec
 
 
-class LoraSpec(Spec):
-    """Low-rank adaptation (Hu et al. 2021): W + (alpha / r) B A on chosen linear modules."""
+class LowRankSpec(Spec):
+    """What the low-rank methods share: where the updates are, and what is trained beside them."""
+
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="`all-linear`, a list of module-name suffixes, or a regular expression.",
+    )
+    exclude_modules: str | tuple[str, ...] = Field(
+        (), description="Targets to leave out: a list of suffixes, or a regular expression."
+    )
+    layers_to_transform: tuple[NonNegativeInt, ...] = Field(
+        (), description="Numbers of the layers to adapt, from 0; all if empty."
+    )
+    modules_to_save: tuple[str, ...] = Field(
+        (), description="Suffixes of modules that are trained and saved whole, such as `lm_head`."
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="Which of the base's biases are trained too."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the update's input.")
+
+
+class LoraSpec(LowRankSpec):
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): W + (alpha / r) B A on chosen linear
+    modules; with rsLoRA's scale, LoRA+'s rates, PiSSA's or OLoRA's start, or as DoRA."""
 
     kind: Literal["lora"] = Field(description="`lora`.")
     r: PositiveInt = Field(8, description="Rank of each update.")
     alpha: PositiveFloat = Field(16, description="Scale: the update is multiplied by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the update's input.")
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (rank-stabilised).")
-    target_modules: str | tuple[str, ...] = Field(
-        "all-linear",
-        description="`all-linear`, a list of module-name suffixes, or a regular expression.",
+    use_rslora: bool = Field(
+        False, description="Scale by alpha / sqrt(r) (rank-stabilised, arXiv:2312.03732)."
+    )
+    use_dora: bool = Field(
+        False,
+        description="Train each output's magnitude apart from its direction (DoRA, "
+        "arXiv:2402.09353).",
+    )
+    init: Literal["default", "gaussian", "pissa", "olora"] = Field(
+        "default",
+        description="Start of A and B: B zero with A uniform or `gaussian`; or the weight's "
+        "largest singular vectors (`pissa`, arXiv:2404.02948) or first QR factors (`olora`, "
+        "arXiv:2406.01775), published as a plain LoRA of twice the rank over the unchanged base.",
+    )
+    lora_plus_ratio: PositiveFloat = Field(
+        1.0,
+        description="Learning rate of B over that of A (LoRA+, arXiv:2402.12354; 16 is usual).",
     )
     rank_pattern: dict[str, PositiveInt] = Field(
         default_factory=dict, description="Module-name pattern -> its own rank."
@@ -30,6 +65,61 @@ class LoraSpec(Spec):
     alpha_pattern: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="Module-name pattern -> its own alpha."
     )
+
+
+class AdaLoraSpec(LowRankSpec):
+    """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): updates P diag(E) Q whose ranks are cut,
+    module by module, to a budget that the most important singular values share."""
+
+    kind: Literal["adalora"] = Field(description="`adalora`.")
+    r: PositiveInt = Field(8, description="Mean rank at the end.")
+    init_r: PositiveInt = Field(12, description="Rank of every update at the start; above r.")
+    alpha: PositiveFloat = Field(
+        16, description="Scale: the update is multiplied by alpha / init_r."
+    )
+    warmup_ratio: float = Field(
+        0.1, ge=0, lt=1, description="Share of steps before the first rank is cut."
+    )
+    final_ratio: float = Field(
+        0.3, ge=0, lt=1, description="Share of steps at the end, in which ranks stay as they are."
+    )
+    allocate_every_steps: PositiveInt = Field(10, description="Steps between two allocations.")
+    beta1: float = Field(0.85, gt=0, lt=1, description="Decay of the importance's mean.")
+    beta2: float = Field(0.85, gt=0, lt=1, description="Decay of its uncertainty's mean.")
+    orthogonality: float = Field(
+        0.5,
+        ge=0,
+        description="Weight in the loss of how far P and Q are from orthogonal; not in the logged "
+        "loss.",
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> AdaLoraSpec:
+        if self.init_r <= self.r:
+            raise ValueError(f"init_r is {self.init_r}, not above r {self.r}; nothing would be cut")
+        if self.warmup_ratio + self.final_ratio >= 1:
+            raise ValueError(
+                f"warmup_ratio {self.warmup_ratio} and final_ratio {self.final_ratio} leave no "
+                "steps in which ranks are cut; lower one"
+            )
+        return self
+
+
+class DyLoraSpec(LowRankSpec):
+    """DyLoRA (Valipour et al. 2022, arXiv:2210.07558): each step trains a LoRA's first b ranks, so
+    that every rank from min_rank to r can be served from one adapter."""
+
+    kind: Literal["dylora"] = Field(description="`dylora`.")
+    r: PositiveInt = Field(8, description="Highest rank.")
+    min_rank: PositiveInt = Field(1, description="Lowest rank; b is drawn evenly between the two.")
+    alpha: PositiveFloat = Field(16, description="Scale: at rank b, alpha / b.")
+    frozen: bool = Field(False, description="Update only the b-th rank of a step, not all up to b.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> DyLoraSpec:
+        if self.min_rank > self.r:
+            raise ValueError(f"min_rank is {self.min_rank}, above r {self.r}; lower it")
+        return self
 
 
 class IA3Spec(Spec):
@@ -144,6 +234,8 @@ class HardPromptSpec(Spec):
 
 MethodSpec = Annotated[
     LoraSpec
+    | AdaLoraSpec
+    | DyLoraSpec
     | IA3Spec
     | BitFitSpec
     | LayerNormSpec

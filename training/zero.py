@@ -66,14 +66,14 @@ class ZeroBackend:
         self._optimizer: Any = optimizer
         self._parameters = trainable_parameters(engine.module)
         # DeepSpeed averages over workers and micro-batches; the loop hands in shares of a sum.
-        self._scale = float(dist.get_world_size() * spec.gradient_accumulation_steps)
-        # Stage 3 runs AdamW once on zeros to make its states, which must not count as a step.
-        self._set_step(0)
+        self.gradient_scale = float(dist.get_world_size())
+        self._scale = self.gradient_scale * spec.gradient_accumulation_steps
+        self._make_moments()
 
     def set_learning_rate(self, value: float) -> None:
         """See Backend."""
         for group in self._optimizer.param_groups:
-            group["lr"] = value
+            group["lr"] = value * group["rate_ratio"]
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
@@ -97,14 +97,13 @@ class ZeroBackend:
 
     def load_full_state(self, state: Mapping[str, torch.Tensor], step: int) -> None:
         """See Backend."""
-        self._make_moments()
         for name, parameter in self._parameters.items():
-            values = [state[f"{part}/{name}"] for part in PARTS]
-            if hasattr(parameter, "ds_id"):
-                _set_shards(parameter, *values)
-            else:
-                _set_whole(parameter, *values)
+            _set(parameter, *(state[f"{part}/{name}"] for part in PARTS))
         self._set_step(step)
+
+    def set_parameter(self, parameter: Any, value: torch.Tensor) -> None:
+        """See Backend."""
+        _set(parameter, value)
 
     @contextmanager
     def whole_parameters(self) -> Generator[None]:
@@ -116,7 +115,8 @@ class ZeroBackend:
             yield
 
     def _make_moments(self) -> None:
-        """DeepSpeed has no moments to set before its first step has made them."""
+        """DeepSpeed has none to read or set before its first step, and finds those of the first
+        group alone after it; at stage 3 that step was run on zeros, and must not count."""
         zero = self._optimizer
         is_sharded = hasattr(zero, "fp32_partitioned_groups_flat")  # stage 3
         for partition in (
@@ -136,13 +136,19 @@ class ZeroBackend:
                 moments["step"] = torch.tensor(float(step))
 
 
+def _set(parameter: Any, *values: torch.Tensor) -> None:
+    """Set a parameter's value, and its two moments if they are given."""
+    set_values = _set_shards if hasattr(parameter, "ds_id") else _set_whole
+    set_values(parameter, *values)
+
+
 def _set_whole(parameter: Any, *values: torch.Tensor) -> None:
-    """Set the value and the two moments of a parameter of stage 1 or 2."""
+    """The same for stages 1 and 2."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     safe_set_full_fp32_param(parameter, values[0])
     parameter.data.copy_(values[0])  # the forward's own copy, which only a step would refresh
-    for part, value in zip(PARTS[1:], values[1:], strict=True):
+    for part, value in zip(PARTS[1:], values[1:], strict=False):
         safe_set_full_optimizer_state(parameter, value, part)
 
 
@@ -159,5 +165,5 @@ def _set_shards(parameter: Any, *values: torch.Tensor) -> None:
         shards.append(padded.narrow(0, size * dist.get_rank(), size))
     safe_set_local_fp32_param(parameter, shards[0])
     parameter.ds_tensor.data.copy_(shards[0])
-    for part, shard in zip(PARTS[1:], shards[1:], strict=True):
+    for part, shard in zip(PARTS[1:], shards[1:], strict=False):
         safe_set_local_optimizer_state(parameter, shard, part)

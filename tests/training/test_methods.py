@@ -40,6 +40,11 @@ def attach(base: Path, **method: Any) -> tuple[Any, Any]:
 
 CASES: list[dict[str, Any]] = [
     {"kind": "lora", "r": 3, "rank_pattern": {"q_proj|c_attn": 2}},
+    {"kind": "lora", "r": 3, "use_dora": True, "modules_to_save": ["lm_head"]},
+    {"kind": "lora", "r": 3, "init": "pissa", "rank_pattern": {"q_proj|c_attn": 2}},
+    {"kind": "lora", "r": 3, "init": "olora", "use_rslora": True, "use_dora": True},
+    {"kind": "adalora", "r": 2, "init_r": 3},
+    {"kind": "dylora", "r": 3, "layers_to_transform": [1]},
     {"kind": "ia3"},
     {"kind": "bitfit"},
     {"kind": "layernorm"},

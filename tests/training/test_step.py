@@ -19,6 +19,8 @@ Bases = Callable[[str], Path]
 DEVICE = torch.device("cpu")
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "r": 4},
+    "dora": {"kind": "lora", "r": 4, "use_dora": True, "modules_to_save": ["lm_head"]},
+    "adalora": {"kind": "adalora", "r": 2, "init_r": 4},
     "ia3": {"kind": "ia3"},
     "bitfit": {"kind": "bitfit"},
     "layernorm": {"kind": "layernorm"},

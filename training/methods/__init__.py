@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 
-from training.methods import bitfit, hard_prompt, ia3, layernorm, lora, soft_prompt
+from training.methods import (
+    adalora,
+    bitfit,
+    dylora,
+    hard_prompt,
+    ia3,
+    layernorm,
+    lora,
+    soft_prompt,
+)
 from training.methods.course import Course
 
 
@@ -41,7 +50,9 @@ class Method:
 
 _PEFT = (lora.save_peft, lora.load_peft)
 METHODS: Mapping[str, Method] = {
-    "lora": Method(lora.attach, *_PEFT),
+    "lora": Method(lora.attach, lora.save, lora.load_peft),
+    "adalora": Method(adalora.attach, *_PEFT, course=adalora.AdaLoraCourse),
+    "dylora": Method(dylora.attach, dylora.save, lora.load_peft, course=dylora.DyLoraCourse),
     "ia3": Method(ia3.attach, *_PEFT),
     "bitfit": Method(bitfit.attach, bitfit.save, bitfit.load, bitfit.PEFT_TYPE),
     "layernorm": Method(layernorm.attach, *_PEFT),

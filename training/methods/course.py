@@ -34,6 +34,10 @@ class Course:
     def begin_step(self, step: int, steps: int) -> None:
         """Before the first forward of update `step` (from 0) of `steps`."""
 
+    def penalty(self) -> torch.Tensor | None:
+        """What the last forward adds to the step's loss, a scalar with a graph; the step takes the
+        mean of it over its micro-batches and workers."""
+
     def end_step(self, step: int, steps: int, backend: Backend) -> None:
         """After update `step`."""
 

@@ -8,7 +8,7 @@ import torch
 
 from cluster.errors import SpecError
 from training.method_spec import IA3Spec
-from training.methods.lora import linear_names
+from training.methods.placement import linear_names
 
 
 def attach(model: Any, spec: IA3Spec, base_path: str) -> torch.nn.Module:

@@ -1,73 +1,83 @@
-"""LoRA through PEFT, and PEFT's own way to save and load that every PEFT method shares."""
+"""LoRA through PEFT, and PEFT's own way to save and load that every PEFT method shares.
+
+PiSSA and OLoRA take a part B0 A0 of the base's weight into the adapter, so what is trained is
+W - s B0 A0 + s B A. It is published as a LoRA of twice the rank, [B | -B0] [A ; A0], which is the
+same over the unchanged base.
+
+    I in    O out    r rank
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from cluster.adapter_folder import CONFIG, WEIGHTS
 from cluster.errors import SpecError
 from training.method_spec import LoraSpec
+from training.methods.placement import attach_low_rank, check_patterns, peft_placement
+
+_START = "graft_start"  # of a model: its first factors, where they were taken from the base
 
 
 def attach(model: Any, spec: LoraSpec, base_path: str) -> torch.nn.Module:
     """Add a LoRA to the targeted linear modules of `model`.
 
     Raises:
-        SpecError: `target_modules` or a pattern matches nothing; the message lists what there is.
+        SpecError: an option names nothing of the base, or does not fit it; the message lists what
+            there is.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    targets = spec.target_modules
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        **peft_placement(model, spec, base_path),
         r=spec.r,
         lora_alpha=spec.alpha,  # type: ignore[arg-type] # PEFT takes floats and annotates int
-        lora_dropout=spec.dropout,
         use_rslora=spec.use_rslora,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_dora=spec.use_dora,
+        init_lora_weights="gaussian" if spec.init == "gaussian" else True,
         rank_pattern=dict(spec.rank_pattern),
         alpha_pattern=dict(spec.alpha_pattern),
-        base_model_name_or_path=base_path,
     )
-    try:
-        adapted = get_peft_model(model, config)
-    except (ValueError, re.error) as error:
-        if "target modules" not in str(error).lower():
-            raise SpecError(f"method: PEFT refuses it on {base_path}: {error}") from error
-        raise SpecError(
-            f"method.target_modules: {targets!r} matches no module of {base_path}; "
-            f"it has {', '.join(linear_names(model))}"
-        ) from error
-    for field, patterns in (
-        ("rank_pattern", spec.rank_pattern),
-        ("alpha_pattern", spec.alpha_pattern),
-    ):
-        tuner: Any = adapted.base_model
-        _check_patterns(field, patterns, tuner.targeted_module_names)
+    takes_weights = spec.init in ("pissa", "olora")
+    if takes_weights:
+        _check_can_take(model, spec)
+    adapted = attach_low_rank(model, config, spec, base_path)
+    check_patterns("rank_pattern", spec.rank_pattern, adapted)
+    check_patterns("alpha_pattern", spec.alpha_pattern, adapted)
+    if takes_weights and not next(model.parameters()).is_meta:
+        setattr(adapted, _START, _take_weights(adapted, spec.init))
+    parameter: Any
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B." in name and parameter.requires_grad:
+            parameter.rate_ratio = spec.lora_plus_ratio
     return adapted
 
 
-def _check_patterns(field: str, patterns: Iterable[str], targeted: Iterable[str]) -> None:
-    """PEFT only warns of a pattern that nothing matches, and trains without it."""
-    names = list(targeted)
-    for pattern in patterns:
-        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
-            last = sorted({name.rsplit(".", 1)[-1] for name in names})
-            raise SpecError(
-                f"method.{field}: {pattern!r} matches no targeted module; they are "
-                f"{', '.join(last)}"
-            )
-
-
-def linear_names(model: torch.nn.Module) -> list[str]:
-    """The distinct last names of the linear modules, for error messages."""
-    kinds = ("Linear", "Conv1D")
-    found = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if type(m).__name__ in kinds}
-    return sorted(found)
+def save(model: Any, folder: Path) -> None:
+    """Write the adapter folder as PEFT does, over the unchanged base."""
+    save_peft(model, folder)
+    start: dict[str, torch.Tensor] | None = getattr(model, _START, None)
+    if start is None:
+        return
+    tensors = load_file(folder / WEIGHTS)
+    for key, first in start.items():
+        is_a = ".lora_A." in key
+        parts = (tensors[key], first.to(tensors[key]) * (1 if is_a else -1))
+        tensors[key] = torch.cat(parts, dim=0 if is_a else 1)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    # alpha / r, or alpha / √r, must stay what it was.
+    by = 2**0.5 if config["use_rslora"] else 2
+    config |= {"init_lora_weights": True, "r": 2 * config["r"]}
+    config["lora_alpha"] *= by
+    config["rank_pattern"] = {k: 2 * rank for k, rank in config["rank_pattern"].items()}
+    config["alpha_pattern"] = {k: by * alpha for k, alpha in config["alpha_pattern"].items()}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def save_peft(model: Any, folder: Path) -> None:
@@ -80,3 +90,57 @@ def load_peft(model: Any, folder: Path) -> torch.nn.Module:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder))
+
+
+def _check_can_take(model: Any, spec: LoraSpec) -> None:
+    """PEFT would make factors of a lower rank than it says, and cannot split quantised weights."""
+    if getattr(model, "quantization_method", None) is not None:
+        raise SpecError(
+            f"method.init: {spec.init!r} takes a part of the base's weights, which "
+            "base_quantization keeps in a few bits; set it to default or gaussian"
+        )
+    rank = max([spec.r, *spec.rank_pattern.values()])
+    for name, module in model.named_modules():
+        if type(module).__name__ not in ("Linear", "Conv1D"):
+            continue
+        smallest = min(module.weight.shape)
+        if rank > smallest and module is not model.get_output_embeddings():
+            raise SpecError(
+                f"method.r: {rank} is above what {name!r} of shape {tuple(module.weight.shape)} "
+                f"has; with init {spec.init!r} set it to at most {smallest}"
+            )
+
+
+@torch.no_grad()
+def _take_weights(adapted: Any, init: str) -> dict[str, torch.Tensor]:
+    """Start each update from a part of its base weight, which loses it; returns these factors, on
+    CPU, by their keys in the folder."""
+    start: dict[str, torch.Tensor] = {}
+    for name in adapted.base_model.targeted_module_names:
+        layer = adapted.base_model.model.get_submodule(name)
+        weight, scale = layer.get_base_layer().weight, layer.scaling["default"]
+        a_rI, b_Or = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        weight_OI = weight.float().T if layer.fan_in_fan_out else weight.float()
+        first_a_rI, first_b_Or = _factors(weight_OI, len(a_rI), scale, init)
+        a_rI.copy_(first_a_rI)
+        b_Or.copy_(first_b_Or)
+        rest_OI = weight_OI - scale * b_Or @ a_rI
+        weight.copy_(rest_OI.T if layer.fan_in_fan_out else rest_OI)
+        start |= {
+            f"base_model.model.{name}.lora_{part}.weight": value.detach().cpu().clone()
+            for part, value in (("A", a_rI), ("B", b_Or))
+        }
+    return start
+
+
+def _factors(
+    weight_OI: torch.Tensor, rank: int, scale: float, init: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B). PiSSA: U √S, √S V of the largest singular values, over the scale; OLoRA: the first
+    columns of Q and rows of R."""
+    if init == "olora":
+        q_OI, r_II = torch.linalg.qr(weight_OI)
+        return r_II[:rank], q_OI[:, :rank]
+    u_Or, s_r, v_rI = torch.linalg.svd(weight_OI, full_matrices=False)
+    root_r = (s_r[:rank] / scale).sqrt()
+    return root_r[:, None] * v_rI[:rank], u_Or[:, :rank] * root_r

@@ -1,0 +1,128 @@
+"""Where a low-rank method's updates go: the options that all of them share, checked.
+
+PEFT only warns of a name that matches nothing, or passes over it, and trains without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from cluster.errors import SpecError
+from training.method_spec import LowRankSpec
+
+
+def peft_placement(model: Any, spec: LowRankSpec, base_path: str) -> dict[str, Any]:
+    """The arguments of a LoraConfig, or of its children, that a LowRankSpec means.
+
+    Raises:
+        SpecError: an option names nothing of the base.
+    """
+    targets, excluded = spec.target_modules, spec.exclude_modules
+    if spec.layers_to_transform and isinstance(targets, str):
+        if targets != "all-linear":
+            raise SpecError(
+                f"method.layers_to_transform: the expression target_modules {targets!r} chooses "
+                "the layers itself; give suffixes, or leave it empty"
+            )
+        targets = tuple(linear_names(model))
+    names = [name for name, _ in model.named_modules() if name]
+    patterns = (excluded,) if isinstance(excluded, str) else excluded
+    _check_names("exclude_modules", patterns, names, is_regex=isinstance(excluded, str))
+    _check_names("modules_to_save", spec.modules_to_save, names)
+    return {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_path,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "exclude_modules": excluded if isinstance(excluded, str) else list(excluded) or None,
+        "layers_to_transform": list(spec.layers_to_transform) or None,
+        "modules_to_save": list(spec.modules_to_save) or None,
+        "bias": spec.bias,
+        "lora_dropout": spec.dropout,
+    }
+
+
+def attach_low_rank(model: Any, config: Any, spec: LowRankSpec, base_path: str) -> torch.nn.Module:
+    """`model` with PEFT's `config` on it; all that is trained is float32.
+
+    Raises:
+        SpecError: the targets match nothing, or only a part of them does.
+    """
+    from peft import get_peft_model
+
+    names = linear_names(model)
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except (ValueError, TypeError, re.error) as error:
+        if "target modules" not in str(error).lower():
+            raise SpecError(f"method: PEFT refuses it on {base_path}: {error}") from error
+        raise SpecError(
+            f"method.target_modules: {spec.target_modules!r} matches no module of {base_path}; "
+            f"it has {', '.join(names)}"
+        ) from error
+    targeted: list[str] = adapted.base_model.targeted_module_names
+    for layer in spec.layers_to_transform:
+        if not any(re.search(rf"\.{layer}\.", f"{name}.") for name in targeted):
+            raise SpecError(
+                f"method.layers_to_transform: {base_path} has no layer {layer}; they count from 0"
+            )
+    if spec.bias != "none" and not any(
+        name.endswith("bias") and p.requires_grad for name, p in adapted.named_parameters()
+    ):
+        raise SpecError(
+            f"method.bias: {spec.bias!r}, but {base_path} has no such bias; set it to none"
+        )
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            # Updates of a bias or a head are far below bf16's resolution.
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def check_patterns(field: str, patterns: Iterable[str], adapted: Any) -> None:
+    """Raise SpecError for a rank or alpha pattern that matches no targeted module."""
+    names: list[str] = adapted.base_model.targeted_module_names
+    for pattern in patterns:
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            raise SpecError(
+                f"method.{field}: {pattern!r} matches no targeted module; they are "
+                f"{_last_names(names)}"
+            )
+
+
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """The distinct last names of the linear modules but the output embedding."""
+    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+    whole: Any = model
+    head = whole.get_output_embeddings()
+    named: Mapping[str, Any] = dict(model.named_modules())
+    found = (n for n, m in named.items() if type(m).__name__ in kinds and m is not head)
+    return sorted({name.rsplit(".", 1)[-1] for name in found})
+
+
+def _check_names(
+    field: str, patterns: Iterable[str], names: list[str], *, is_regex: bool = False
+) -> None:
+    for pattern in patterns:
+        try:
+            found = (
+                any(re.fullmatch(pattern, name) for name in names)
+                if is_regex
+                else any(f".{name}".endswith(f".{pattern}") for name in names)
+            )
+        except re.error as error:
+            raise SpecError(f"method.{field}: {pattern!r} is no regular expression: {error}") from (
+                error
+            )
+        if pattern and not found:
+            raise SpecError(
+                f"method.{field}: {pattern!r} matches no module; there are {_last_names(names)}"
+            )
+
+
+def _last_names(names: Iterable[str]) -> str:
+    last = {name.rsplit(".", 1)[-1] for name in names}
+    return ", ".join(sorted(name for name in last if not name.isdigit()))

@@ -39,6 +39,41 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False
 
 
+class JsonSchema(_Body):
+    """The schema that an answer must follow; every schema is followed strictly."""
+
+    name: str | None = None
+    description: str | None = None
+    rule: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_a_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema comes with type = json_schema, and only with it")
+        return self
+
+
+class StructuredOutputs(_Body):
+    """vLLM's way to ask for other forms; one of them."""
+
+    regex: str | None = None
+    choice: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        if (self.regex is None) == (self.choice is None):
+            raise ValueError("give either regex or choice")
+        return self
+
+
 class Sampling(_Body):
     """What both kinds of completion share."""
 
@@ -59,6 +94,8 @@ class Sampling(_Body):
     stream_options: StreamOptions | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     # Told to us, and of no effect on the answer.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -71,6 +108,8 @@ class Sampling(_Body):
     def _options_of_a_stream(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream = true")
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("give either response_format or structured_outputs")
         return self
 
     @property
@@ -79,6 +118,17 @@ class Sampling(_Body):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def form(self) -> tuple[Literal["json_schema", "json_object", "regex", "choice"], Any] | None:
+        """The kind and rule that the answer must follow."""
+        if self.structured_outputs is not None:
+            asked = self.structured_outputs
+            return ("choice", asked.choice) if asked.regex is None else ("regex", asked.regex)
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        schema = self.response_format.json_schema
+        return ("json_schema", schema.rule) if schema else ("json_object", None)
 
     @property
     def biases(self) -> dict[int, float]:
@@ -146,7 +196,6 @@ class ChatRequest(Sampling):
     tools: _Nothing = None
     tool_choice: Annotated[Any, _neutral("none", "auto")] = None
     parallel_tool_calls: bool | None = None
-    response_format: Annotated[Any, _neutral({"type": "text"})] = None
     modalities: Annotated[Any, _neutral(["text"])] = None
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from serving.engine.detokenizer import Detokenizer
+from serving.engine.grammar import Grammar
 from serving.engine.request import FinishReason, GenerationRequest, TokenLogprobs, TokenOutput
 from serving.engine.sampler import Sampled, Sampling, logprobs_of
 from serving.engine.sequence import Chunk, Sequence
@@ -26,12 +27,14 @@ class Answer:
     seed: int
     end_tokens: frozenset[int]
     detokenizer: Detokenizer | None
+    grammar: Grammar | None
     _prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
 
     @property
     def sampling(self) -> Sampling:
         """How its next token is sampled."""
-        return Sampling(self.request, self.seed, self.sequence.tokens, self.prompt_tokens)
+        allowed = self.grammar.allowed() if self.grammar else None
+        return Sampling(self.request, self.seed, self.sequence.tokens, self.prompt_tokens, allowed)
 
     def read_prompt(self, chunk: Chunk, logits_NV: torch.Tensor) -> None:
         """Note the log probabilities of the prompt's tokens, whose predictions are the rows of
@@ -51,13 +54,18 @@ class Answer:
             self.sequence.scored_tokens = 0
 
     def accept(self, sampled: Sampled) -> TokenOutput:
-        """Take the next token; its output has a finish reason if it is the last."""
+        """Take the next token; its output has a finish reason if it is the last. Raises EngineError
+        if its grammar cannot go on."""
         is_first = len(self.sequence.tokens) == self.prompt_tokens
         prompt_logprobs = tuple(self._prompt_logprobs) if is_first else ()
         if self.max_tokens == 0:
             return TokenOutput(
                 self.sequence.id, (), "", FinishReason.LENGTH, prompt_logprobs=prompt_logprobs
             )
+        if self.grammar:
+            self.grammar.check()
+            self.grammar.accept([sampled.token])
+            self.grammar.check()
         self.sequence.tokens.append(sampled.token)
         text, reason = self._say(sampled.token)
         return TokenOutput(
@@ -74,7 +82,8 @@ class Answer:
         is_end = token in self.end_tokens
         text = self.detokenizer.add(token) if self.detokenizer and not is_end else ""
         reason: FinishReason | None = None
-        if is_end or (self.detokenizer and self.detokenizer.stopped):
+        is_complete = self.grammar is not None and self.grammar.is_complete
+        if is_end or is_complete or (self.detokenizer and self.detokenizer.stopped):
             reason = FinishReason.STOP
         elif len(self.sequence.tokens) - self.prompt_tokens >= self.max_tokens:
             reason = FinishReason.LENGTH

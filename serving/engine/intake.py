@@ -14,6 +14,7 @@ from cluster.errors import ContextLengthError, RequestError
 from serving.engine.answer import Answer
 from serving.engine.batch import LoadedAdapter
 from serving.engine.detokenizer import Detokenizer
+from serving.engine.grammar import Grammar, Grammars
 from serving.engine.pages import root_key
 from serving.engine.request import GenerationRequest, check_token_ids
 from serving.engine.runner import Runner
@@ -32,6 +33,7 @@ class Intake:
         self._vocabulary = runner.vocabulary
         self._context = runner.max_context_tokens
         self._end_tokens = _end_tokens(runner.model, self.tokenizer)
+        self._grammars = Grammars(self.tokenizer, self._vocabulary, self._end_tokens)
 
     def open(
         self, request: GenerationRequest, request_id: str, adapter: LoadedAdapter | None
@@ -55,7 +57,8 @@ class Intake:
                 detokenizer.add(token)  # its text was given out with it
         identity = adapter.identity if adapter else ""
         is_scored = request.prompt_logprobs is not None and not generated
-        ends = frozenset() if request.ignore_eos else self._end_tokens
+        grammar = self._grammar(request, generated)
+        ends = frozenset() if request.ignore_eos and not grammar else self._end_tokens
         return Answer(
             request,
             Sequence(
@@ -73,6 +76,7 @@ class Intake:
             seed=secrets.randbits(63) if request.seed is None else request.seed,
             end_tokens=ends | frozenset(request.stop_token_ids),
             detokenizer=detokenizer,
+            grammar=grammar,
         )
 
     def _prompt_ids(self, request: GenerationRequest) -> list[int]:
@@ -98,6 +102,16 @@ class Intake:
                 param=field,
             )
         return [int(token) for token in given]
+
+    def _grammar(self, request: GenerationRequest, generated: list[int]) -> Grammar | None:
+        """Where its grammar stands behind what was generated. Raises RequestError."""
+        if request.response_format is None:
+            return None
+        grammar = self._grammars.open(request.response_format)
+        if not grammar.accept(generated):
+            field = "generated_token_ids"
+            raise RequestError(f"{field} do not follow response_format", param=field)
+        return grammar
 
     def _room(self, request: GenerationRequest, prompt_tokens: int, prefix_tokens: int) -> int:
         """How many tokens it may generate. Raises ContextLengthError."""

@@ -6,12 +6,13 @@ cannot fail for its own sake.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +23,10 @@ MAX_SEED = 2**63 - 1
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
+# Of a response format: characters of its JSON, levels, texts to choose from.
+MAX_FORMAT = 2**16
+MAX_DEPTH = 64
+MAX_TEXTS = 1024
 
 
 class FinishReason(StrEnum):
@@ -30,6 +35,35 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ERROR = "error"
+
+
+@dataclass(frozen=True)
+class ResponseFormat:
+    """What an answer must follow: `rule` is a JSON schema (a mapping or bool), a regular expression
+    (without look-around), the texts to choose from, or, for any JSON object, None."""
+
+    kind: Literal["json_schema", "regex", "choice", "json_object"]
+    rule: Any = None
+
+    def check(self) -> None:
+        """Raise RequestError unless it is of a size that is compiled at once."""
+        fits = {
+            "json_schema": isinstance(self.rule, (Mapping, bool)),
+            "regex": _is_text(self.rule) and self.rule != "",
+            "choice": _are(self.rule, _is_text, MAX_TEXTS) and len(self.rule) > 0,
+            "json_object": self.rule is None,
+        }
+        name = "response_format"
+        _require(self.kind in fits, name, f"{name} must be one of {', '.join(fits)}")
+        _require(fits[self.kind], name, f"{name} is {self.kind}, and its rule of another kind")
+        try:
+            size = len(json.dumps(self.rule, allow_nan=False))
+        except (RecursionError, TypeError, ValueError) as error:
+            raise RequestError(f"{name} cannot be written as JSON: {error}", param=name) from error
+        too_much = f"{name} has {size:,} characters of JSON, over {MAX_FORMAT:,}"
+        _require(size <= MAX_FORMAT, name, too_much)
+        deepest = f"{name} is nested over {MAX_DEPTH} levels deep; use $ref and $defs"
+        _require(_depth(self.rule) <= MAX_DEPTH, name, deepest)
 
 
 @dataclass(frozen=True)
@@ -58,6 +92,8 @@ class GenerationRequest:
         stop: Texts before which the answer ends.
         stop_token_ids: Tokens with which it ends, besides the end-of-sequence token.
         ignore_eos: Go on after the end-of-sequence token.
+        response_format: What the answer must follow. It ends where that is complete, whatever
+            `ignore_eos` says.
         cache_salt: The tenant. Requests share KV pages, and shares of the engine are equal, within
             and between tenants.
         logprobs: Tell each token's log probability by the bare logits, and so many of the most
@@ -84,6 +120,7 @@ class GenerationRequest:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
     cache_salt: str = ""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -92,6 +129,8 @@ class GenerationRequest:
     def check(self) -> None:
         """Raise RequestError, naming the field, unless the request is possible for some engine."""
         self._check_source()
+        if self.response_format is not None:
+            self.response_format.check()
         for name, (is_possible, meaning) in _RANGES.items():
             value = getattr(self, name)
             _require(is_possible(value), name, f"{name} is {value!r:.80}; it must be {meaning}")
@@ -305,6 +344,17 @@ _RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "logprobs": (_whole(0, MAX_LOGPROBS), _COUNT),
     "prompt_logprobs": (_whole(0, MAX_LOGPROBS), _COUNT),
 }
+
+
+def _depth(value: object) -> int:
+    """Levels of lists and mappings."""
+    depth, level = 0, [value]
+    while level:
+        inner = [v.values() if isinstance(v, Mapping) else v for v in level
+                 if isinstance(v, (Mapping, list, tuple))]  # fmt: skip
+        level = [part for parts in inner for part in parts]
+        depth += bool(inner)
+    return depth
 
 
 def _derived(seed: int, index: int) -> int:

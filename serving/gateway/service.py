@@ -17,7 +17,13 @@ from cluster.base_model import encode_prompt
 from cluster.errors import EngineError, GraftError, OverloadedError, RequestError
 from cluster.registry import AdapterVersion
 from serving.catalogue import Catalogue
-from serving.engine.request import MAX_SEED, FinishReason, GenerationRequest, choices
+from serving.engine.request import (
+    MAX_SEED,
+    FinishReason,
+    GenerationRequest,
+    ResponseFormat,
+    choices,
+)
 from serving.gateway import failover
 from serving.protocol import ChatRequest, CompletionRequest, Sampling, Usage
 
@@ -188,6 +194,7 @@ def _job(
             stop=body.stop_texts,
             logit_bias=body.biases,
             ignore_eos=body.ignore_eos,
+            response_format=ResponseFormat(*body.form) if body.form else None,
             **{name: given for name in _SAME if (given := getattr(body, name)) is not None},
         )
         first.check()

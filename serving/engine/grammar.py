@@ -1,0 +1,102 @@
+"""Answers that follow a JSON schema, a regular expression or a choice, by llguidance.
+
+A grammar says which tokens may come next; the sampler leaves the others out. Compiled grammars are
+kept, so many and no more; each answer has a copy of its own state. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits
+from llguidance.hf import from_tokenizer
+
+from cluster.errors import EngineError, RequestError
+from serving.engine.request import ResponseFormat
+
+# Compiled ones are a few kB to a few MB.
+_MAX_KEPT = 128
+# llguidance's own limits bound the work for one grammar and for one token (fractions of a second
+# and a few ms); errors must not tell one request's text to another's log.
+_LIMITS = LLParserLimits(verbose_errors=False)
+
+
+class Grammar:
+    """The state of one answer: what it has said, and so what may follow."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but the end can follow."""
+        return self._matcher.is_stopped()
+
+    def allowed(self) -> np.ndarray:
+        """A bit for each token that may come next: int32 [M], the lowest bit first."""
+        return np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+
+    def accept(self, tokens: Iterable[int]) -> bool:
+        """Go on behind `tokens`; False if they do not follow the grammar."""
+        return self._matcher.consume_tokens(list(tokens))
+
+    def check(self) -> None:
+        """Raise EngineError if the grammar became too complex on the way."""
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().splitlines()[0]
+            raise EngineError(f"response_format cannot be followed any further: {reason:.200}")
+
+
+class Grammars:
+    """Compiled grammars for one tokenizer; `end_tokens` may follow a whole answer."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: Collection[int]) -> None:
+        self._tokenizer = None
+        if tokenizer is not None and tokenizer.is_fast and end_tokens:
+            size = max(vocabulary, len(tokenizer))
+            self._tokenizer = from_tokenizer(tokenizer, size, eos_token=sorted(end_tokens))
+        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()  # least recently used first
+
+    def open(self, wanted: ResponseFormat) -> Grammar:
+        """The beginning of an answer that follows `wanted`, which is checked already.
+
+        Raises:
+            RequestError: it is no grammar, too complex, or nothing can follow it.
+        """
+        key = json.dumps([wanted.kind, wanted.rule])  # properties are in order
+        matcher = self._kept.pop(key, None)
+        self._kept[key] = matcher = matcher or self._compile(wanted)
+        if len(self._kept) > _MAX_KEPT:
+            self._kept.popitem(last=False)
+        return Grammar(matcher.deep_copy())
+
+    def _compile(self, wanted: ResponseFormat) -> LLMatcher:
+        if self._tokenizer is None:
+            raise _refusal("needs a fast tokenizer with an end token, and the base has none")
+        matcher = LLMatcher(self._tokenizer, _source(wanted), log_level=0, limits=_LIMITS)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            reason = " ".join(matcher.get_error().split())
+            raise _refusal(f"({wanted.kind}) cannot be compiled: {reason:.300}")
+        if matcher.is_stopped() and not matcher.is_accepting():
+            raise _refusal(f"({wanted.kind}) is followed by no text at all")
+        return matcher
+
+
+def _source(wanted: ResponseFormat) -> str:
+    rule: Any = wanted.rule
+    if wanted.kind == "regex":
+        return LLMatcher.grammar_from_regex(rule)
+    if wanted.kind == "choice":
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one) for one in rule))
+    schema: Mapping[str, Any] | bool = {"type": "object"} if wanted.kind == "json_object" else rule
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema))
+
+
+def _refusal(reason: str) -> RequestError:
+    return RequestError(f"response_format {reason}", param="response_format")

@@ -59,6 +59,8 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
     ),
     "bitfit": _own(kind="bitfit"),
     "layernorm": _own(kind="layernorm"),
+    "fishmask": _own(kind="fishmask", share=0.05),
+    "full": _own(kind="full"),
     "prompt_tuning": _peft(peft.PromptTuningConfig(**_CAUSAL, num_virtual_tokens=5)),
     "p_tuning": _peft(
         peft.PromptEncoderConfig(**_CAUSAL, num_virtual_tokens=3, encoder_hidden_size=24)

@@ -162,6 +162,52 @@ class LayerNormSpec(Spec):
     )
 
 
+class FishMaskSpec(Spec):
+    """FishMask (Sung et al. 2021, arXiv:2111.09839): the weights with the largest empirical
+    Fisher information. Weight decay draws them towards the base."""
+
+    kind: Literal["fishmask"] = Field(description="`fishmask`.")
+    share: float = Field(0.005, gt=0, le=1, description="Trained share of the base's parameters.")
+    num_samples: PositiveInt = Field(
+        1024, description="Rows whose gradients choose, at most all; each worker reads them."
+    )
+    target_modules: str | tuple[str, ...] = Field(
+        "all", description="`all` modules, a list of suffixes, or a regular expression."
+    )
+
+
+class ChildTuningSpec(Spec):
+    """Child-tuning (Xu et al. 2021, arXiv:2109.05687): a part of the base learns."""
+
+    kind: Literal["child_tuning"] = Field(description="`child_tuning`.")
+    form: Literal["task_driven", "task_free"] = Field(
+        "task_driven",
+        description="`task_driven`: the weights with the largest Fisher information, all along; "
+        "`task_free`: others each step, by chance.",
+    )
+    share: float = Field(0.3, gt=0, le=1, description="Share of weights that learn (p).")
+    num_samples: PositiveInt = Field(
+        1024, description="Rows whose gradients choose, in the task-driven form."
+    )
+    target_modules: str | tuple[str, ...] = Field(
+        "all",
+        description="`all` modules, a list of suffixes, or a regular expression; the task-free "
+        "form takes all.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChildTuningSpec:
+        if self.form == "task_free" and self.target_modules != "all":
+            raise ValueError("target_modules: the task-free form trains all modules")
+        return self
+
+
+class FullSpec(Spec):
+    """Full fine-tuning, to compare with; published as the change of every weight."""
+
+    kind: Literal["full"] = Field(description="`full`.")
+
+
 class PromptTuningSpec(Spec):
     """Prompt tuning (Lester et al. 2021): learned embeddings in front of the input."""
 
@@ -239,6 +285,9 @@ MethodSpec = Annotated[
     | IA3Spec
     | BitFitSpec
     | LayerNormSpec
+    | FishMaskSpec
+    | ChildTuningSpec
+    | FullSpec
     | PromptTuningSpec
     | PTuningSpec
     | PrefixTuningSpec

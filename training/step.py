@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from cluster.errors import BaseModelError
@@ -183,11 +184,15 @@ class HeadLoss(torch.autograd.Function):
         """The sum, float32; `trained` are all of the head's parameters that want gradients."""
         loss = hidden_NH.new_zeros((), dtype=torch.float32)
         gradients = [torch.zeros_like(tensor) for tensor in (hidden_NH, *trained)]
+        # Not the parameters themselves: hooks on them run once, when the whole gradient is there.
+        names = [name for name, p in head.named_parameters() if p.requires_grad]
+        aliases = [tensor.detach().requires_grad_() for tensor in trained]
+        parameters = dict(zip(names, aliases, strict=True))
         for start in range(0, len(targets_N), _LOGIT_ROWS):
             rows = slice(start, start + _LOGIT_ROWS)
             hidden_RH = hidden_NH[rows].detach().requires_grad_()
             with torch.enable_grad():
-                logits_RV = head(hidden_RH)
+                logits_RV = functional_call(head, parameters, (hidden_RH,))
             target_R1 = targets_N[rows, None]
             gradient_RV = logits_RV.detach().float()
             log_sum_R1 = gradient_RV.logsumexp(-1, keepdim=True)
@@ -195,7 +200,7 @@ class HeadLoss(torch.autograd.Function):
             gradient_RV = gradient_RV.sub(log_sum_R1).exp_()
             gradient_RV.scatter_add_(-1, target_R1, -torch.ones_like(log_sum_R1))
             parts = torch.autograd.grad(
-                logits_RV, (hidden_RH, *trained), gradient_RV.to(logits_RV.dtype)
+                logits_RV, (hidden_RH, *aliases), gradient_RV.to(logits_RV.dtype)
             )
             gradients[0][rows] = parts[0]
             for whole, part in zip(gradients[1:], parts[1:], strict=True):

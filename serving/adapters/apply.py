@@ -9,16 +9,16 @@ adapter changes; a step without adapters runs the base as it is.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from cluster.errors import AdapterError
-from serving.adapters.primitives import Delta, LinearDelta
+from serving.adapters.primitives import Delta, LinearDelta, Replacement
 
 # A module's name, and whether its input (else its output) is meant.
 _Place = tuple[str, bool]
@@ -45,6 +45,7 @@ class DeltaHooks:
         self._head_rows: Sequence[Segment] = ()
         # Which dimension of a module's output counts the step's tokens, by name.
         self._rows_dim: dict[str, int] = {}
+        self._is_tuple: dict[str, bool] = {}  # a router's, say; replaced parameters alone fit it
 
     @contextmanager
     def learning(self, num_rows: int) -> Generator[None]:
@@ -53,10 +54,15 @@ class DeltaHooks:
         them nowhere, or in two places, cannot be changed for some rows alone."""
 
         def look(name: str) -> Any:
-            def note(_: torch.nn.Module, _args: object, output: object) -> None:
-                shape = output.shape[:-1] if isinstance(output, torch.Tensor) else ()
-                if list(shape).count(num_rows) == 1:
-                    self._rows_dim[name] = list(shape).index(num_rows)
+            def note(_: torch.nn.Module, _args: object, output: Any) -> None:
+                places = [
+                    list(part.shape[:-1]).index(num_rows)
+                    for part in _parts(output)
+                    if isinstance(part, torch.Tensor) and list(part.shape[:-1]).count(num_rows) == 1
+                ]
+                if len(places) == len(_parts(output)) and len(set(places)) == 1:
+                    self._rows_dim[name] = places[0]
+                    self._is_tuple[name] = isinstance(output, tuple)
 
             return note
 
@@ -70,9 +76,17 @@ class DeltaHooks:
                 # It sees the wanted rows alone, as [1, N, hidden].
                 self._rows_dim |= {n: 1 for n, m in self._modules.items() if m is self._head}
 
-    def check(self, names: Iterable[str]) -> None:
-        """Raise AdapterError for a module that cannot be changed for some rows alone."""
-        wrong = next((name for name in names if name not in self._rows_dim), None)
+    def check(self, deltas: Mapping[str, Delta]) -> None:
+        """Raise AdapterError for a module that cannot be changed so for some rows alone."""
+        wrong = next(
+            (
+                name
+                for name, delta in deltas.items()
+                if name not in self._rows_dim
+                or (self._is_tuple.get(name) and not isinstance(delta, Replacement))
+            ),
+            None,
+        )
         if wrong is not None:
             raise AdapterError(
                 f"the adapter changes module {wrong!r}, which does not see the tokens of a step "
@@ -131,19 +145,21 @@ class DeltaHooks:
         is_head, rows_dim = module is self._head, self._rows_dim[name]
 
         def apply(
-            _: torch.nn.Module, args: tuple[Any, ...], options: Any, output: torch.Tensor
+            _: torch.nn.Module, args: tuple[Any, ...], options: Mapping[str, Any], output: Any
         ) -> None:
+            total = _parts(output)[0].shape[rows_dim]
             for segment in self._head_rows if is_head else self._body:
                 delta = segment.deltas.get(name)
                 if delta is None:
                     continue
-                rows = _Rows(rows_dim, output.shape[rows_dim], segment)
-                y = rows.of(output)
+                rows = _Rows(rows_dim, total, segment)
                 if isinstance(delta, LinearDelta):
-                    _add(y, rows.of(args[0]), delta)
-                else:
-                    own = ([rows.of(a) for a in args], {k: rows.of(v) for k, v in options.items()})
-                    y.copy_(_run_with(module, delta.parameters, *own))
+                    _add(rows.of(output), rows.of(args[0]), delta)
+                    continue
+                own = ([rows.of(a) for a in args], {k: rows.of(v) for k, v in options.items()})
+                replayed = _run_with(module, delta.parameters, *own)
+                for part, new in zip(_parts(output), _parts(replayed), strict=True):
+                    rows.of(part).copy_(new)
 
         return apply
 
@@ -163,6 +179,11 @@ class _Rows:
         if value.shape[self.dim] != self.total:
             return value
         return value.narrow(self.dim, self.segment.start, self.segment.end - self.segment.start)
+
+
+def _parts(output: Any) -> tuple[Any, ...]:
+    """The tensors that a module returns."""
+    return cast("tuple[Any, ...]", output) if isinstance(output, tuple) else (output,)
 
 
 def _places(deltas: Mapping[str, Delta]) -> Generator[_Place]:
@@ -199,7 +220,7 @@ def _run_with(
     parameters: Mapping[str, torch.Tensor],
     args: Sequence[Any],
     options: Mapping[str, Any],
-) -> torch.Tensor:
+) -> Any:
     """The module's own output, with other parameters and without hooks."""
     # A module's attribute hides its parameter of that name.
     module.__dict__.update(parameters)

@@ -79,6 +79,8 @@ def lower_sparse_delta(
             own = _own(folder, key, shape, name)
             indices = tensors.get(key.removesuffix(part) + "indices")
             change = _checked(folder, key, indices, tensor, own.numel())
+        if isinstance(change, _Sparse) and not len(change.values_K):
+            continue
         for tied, same in _sharing(target, own):
             changes[tied][same] = change
     return LoweredAdapter(
@@ -130,7 +132,7 @@ def _own(
         raise fault(
             folder.path,
             WEIGHTS,
-            f"has {key!r} of shape {expected}, where the base has {there}; "
+            f"has {key!r}, of another shape: the base has {there}; "
             f"the adapter was made for another base ({folder.base_model})",
         )
     return own
@@ -199,13 +201,17 @@ def _compressed(change: _Sparse, shape: ModuleShape, target: Target) -> torch.Te
     places = torch.stack([change.indices_K // columns, change.indices_K % columns])
     values = change.values_K * shape.scale
     if shape.kind == "embedding":
-        table = torch.sparse_coo_tensor(places, values, (rows, columns), is_coalesced=True)
+        table = torch.sparse_coo_tensor(
+            places, values, (rows, columns), is_coalesced=True, check_invariants=True
+        )
         return table.to(target.device)
     if shape.kind == "transposed":
         places, rows, columns = places.flip(0), columns, rows
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        table = torch.sparse_coo_tensor(places, values, (rows, columns)).coalesce()
+        table = torch.sparse_coo_tensor(
+            places, values, (rows, columns), check_invariants=True
+        ).coalesce()
         return table.to_sparse_csr().to(target.device)
 
 

@@ -8,7 +8,10 @@ import peft
 import pytest
 import torch
 from adapters import VARIANTS, load, make_adapter
+from safetensors.torch import save_file
 
+from cluster.errors import AdapterError
+from serving.adapters import describe, lower
 from serving.engine import Engine, EngineSpec, GenerationRequest, ScoreRequest
 from training import load_adapter
 
@@ -150,6 +153,50 @@ def test_lora_on_embedding_and_head(
         torch.testing.assert_close(logits[0], model(ids).logits[0], atol=TOLERANCE, rtol=0)
         with model.disable_adapter():
             torch.testing.assert_close(logits[1], model(ids).logits[0], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of PEFT's own tensors
+def test_a_shira_folder(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    config = peft.ShiraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"], init_weights=False
+    )
+    torch.manual_seed(2)
+    model = peft.get_peft_model(load(bases("llama")), config).eval()
+    model.save_pretrained(str(tmp_path))
+    engine = Engine(EngineSpec(base_model=str(bases("llama"))))
+    engine.add_adapter("a", tmp_path)
+    (logits,) = engine.score([ScoreRequest(PROMPTS[2], "a")])
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPTS[2]])).logits[0]
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "message"),
+    [
+        ("q_proj.weight.indices", torch.tensor([3, 3], dtype=torch.int32), "do not rise"),
+        ("q_proj.weight.indices", torch.tensor([3, 1024], dtype=torch.int32), "to below 1024"),
+        ("q_proj.weight.indices", torch.tensor([3], dtype=torch.int32), "one for each value"),
+        ("q_proj.weight.scores", torch.ones(2), "no change of a weight"),
+        ("q_proj.bias.delta", torch.ones(32), "no such parameter"),
+        ("k_proj.weight.delta", torch.ones(32, 32), r"one of shape \(16, 32\)"),
+        ("r_proj.weight.delta", torch.ones(32, 32), "has no module"),
+    ],
+)
+def test_a_damaged_sparse_delta_is_refused(
+    bases: Callable[[str], Path], tmp_path: Path, key: str, tensor: torch.Tensor, message: str
+) -> None:
+    at = "base_model.model.model.layers.0.self_attn."
+    tensors = {
+        f"{at}q_proj.weight.values": torch.ones(2),
+        f"{at}q_proj.weight.indices": torch.tensor([3, 9], dtype=torch.int32),
+        f"{at}{key}": tensor,
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "SPARSE_DELTA"}')
+    target = describe(load(bases("llama")), "llama")
+    with pytest.raises(AdapterError, match=message):
+        lower(tmp_path, target)
 
 
 def test_a_family_without_the_attention_interface_is_refused_by_name(

@@ -17,11 +17,13 @@ from training.methods import (
     adalora,
     bitfit,
     dylora,
+    fisher,
     hard_prompt,
     ia3,
     layernorm,
     lora,
     soft_prompt,
+    sparse,
 )
 from training.methods.course import Course
 
@@ -49,6 +51,7 @@ class Method:
 
 
 _PEFT = (lora.save_peft, lora.load_peft)
+_SPARSE = (sparse.save, sparse.load, sparse.PEFT_TYPE)
 METHODS: Mapping[str, Method] = {
     "lora": Method(lora.attach, lora.save, lora.load_peft),
     "adalora": Method(adalora.attach, *_PEFT, course=adalora.AdaLoraCourse),
@@ -56,6 +59,9 @@ METHODS: Mapping[str, Method] = {
     "ia3": Method(ia3.attach, *_PEFT),
     "bitfit": Method(bitfit.attach, bitfit.save, bitfit.load, bitfit.PEFT_TYPE),
     "layernorm": Method(layernorm.attach, *_PEFT),
+    "fishmask": Method(sparse.attach_masked, *_SPARSE, fisher.FisherCourse),
+    "child_tuning": Method(sparse.attach_child, *_SPARSE, fisher.make_child_course),
+    "full": Method(sparse.attach_full, *_SPARSE),
     "prompt_tuning": Method(soft_prompt.attach_prompt_tuning, *_PEFT),
     "p_tuning": Method(soft_prompt.attach_p_tuning, *_PEFT),
     "prefix_tuning": Method(soft_prompt.attach_prefix_tuning, *_PEFT),

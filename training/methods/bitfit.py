@@ -21,6 +21,7 @@ from cluster.adapter_folder import CONFIG, WEIGHTS, open_adapter_folder
 from cluster.errors import AdapterError, SpecError
 from training.method_spec import BitFitSpec
 from training.methods.layernorm import norm_modules
+from training.methods.targets import is_targeted
 
 PEFT_TYPE = "BITFIT"
 SCHEMA = 1
@@ -51,7 +52,7 @@ def attach(model: Any, spec: BitFitSpec, base_path: str) -> torch.nn.Module:
     """
     model.requires_grad_(False)
     candidates = _subset(model, spec, base_path)
-    chosen = {n: m for n, m in candidates.items() if _targeted(n, spec.target_modules)}
+    chosen = {n: m for n, m in candidates.items() if is_targeted(n, spec.target_modules)}
     if not chosen:
         names = sorted({name.rsplit(".", 1)[-1] for name in candidates})
         raise SpecError(
@@ -151,14 +152,3 @@ def _trainable_bias(module: torch.nn.Module) -> torch.nn.Parameter:
     # In fp32 whatever the base's dtype: updates of a bias are far below bf16's resolution.
     module.bias = torch.nn.Parameter(bias.detach().float(), requires_grad=True)
     return module.bias
-
-
-def _targeted(name: str, targets: str | tuple[str, ...]) -> bool:
-    if isinstance(targets, str):
-        try:
-            return targets == "all" or re.fullmatch(targets, name) is not None
-        except re.error as error:
-            raise SpecError(
-                f"method.target_modules: {targets!r} is no regular expression: {error}"
-            ) from error
-    return any(name == target or name.endswith("." + target) for target in targets)

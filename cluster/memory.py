@@ -1,4 +1,4 @@
-"""How this process keeps memory that tensors have freed.
+"""This process's memory: how it keeps what tensors have freed, and its peak.
 
 glibc hands large freed blocks back to the kernel at once, and each new one comes as zeroed pages,
 one page fault for 4 KiB: on CPU an elementwise operation then waits longer for its memory than it
@@ -8,6 +8,7 @@ computes. A step allocates the same sizes again and again, so they are kept inst
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
 
 # Of <malloc.h>; the values are the largest that glibc takes.
@@ -24,3 +25,9 @@ def keep_freed_memory() -> None:
         mallopt(_MMAP_THRESHOLD, _HEAP_BLOCK_BYTES)
         mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
         mallopt(_TOP_PAD, _PAD_BYTES)
+
+
+def peak_memory_mib() -> float:
+    """The most memory that this process had so far, in MiB: its resident set, not a GPU's."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

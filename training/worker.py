@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cluster.errors import CallerError, JobFailedError
-from cluster.memory import keep_freed_memory
+from cluster.memory import keep_freed_memory, peak_memory_mib
 from cluster.spec import parse_spec
 from cluster.store import open_store
 from training.assembly import Assembly, assemble
@@ -130,6 +130,7 @@ def _report(
         "tokens": progress.tokens,
         "train_seconds": round(progress.seconds, 2),
         "tokens_per_s": round(progress.tokens / max(progress.seconds, 1e-9), 1),
+        "peak_memory_mib": round(peak_memory_mib()),
         "trainable_parameters": trained,
         "all_parameters": total,
         "loss_curve": json.dumps(progress.curve),

@@ -16,7 +16,8 @@ from serving.engine.batch import LoadedAdapter
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.grammar import Grammar, Grammars
 from serving.engine.pages import root_key
-from serving.engine.request import GenerationRequest, check_token_ids
+from serving.engine.ranges import check_token_ids
+from serving.engine.request import GenerationRequest
 from serving.engine.runner import Runner
 from serving.engine.sequence import Sequence
 from serving.spec import EngineSpec

@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from hashlib import blake2b
 from typing import Any, Literal
 
-import numpy as np
-
 from cluster.errors import RequestError
-
-MAX_STOPS = 16
-MAX_SEED = 2**63 - 1
-MAX_CHOICES = 128
-MAX_LOGPROBS = 20
-MAX_LOGIT_BIAS = 1024
-# Of a response format: characters of its JSON, levels, texts to choose from.
-MAX_FORMAT = 2**16
-MAX_DEPTH = 64
-MAX_TEXTS = 1024
+from serving.engine.ranges import (
+    MAX_CHOICES,
+    MAX_DEPTH,
+    MAX_FORMAT,
+    MAX_TEXTS,
+    RANGES,
+    are,
+    depth,
+    is_int,
+    is_text,
+    require,
+)
+from serving.engine.ranges import MAX_SEED as MAX_SEED
 
 
 class FinishReason(StrEnum):
@@ -49,21 +50,21 @@ class ResponseFormat:
         """Raise RequestError unless it is of a size that is compiled at once."""
         fits = {
             "json_schema": isinstance(self.rule, (Mapping, bool)),
-            "regex": _is_text(self.rule) and self.rule != "",
-            "choice": _are(self.rule, _is_text, MAX_TEXTS) and len(self.rule) > 0,
+            "regex": is_text(self.rule) and self.rule != "",
+            "choice": are(self.rule, is_text, MAX_TEXTS) and len(self.rule) > 0,
             "json_object": self.rule is None,
         }
         name = "response_format"
-        _require(self.kind in fits, name, f"{name} must be one of {', '.join(fits)}")
-        _require(fits[self.kind], name, f"{name} is {self.kind}, and its rule of another kind")
+        require(self.kind in fits, name, f"{name} must be one of {', '.join(fits)}")
+        require(fits[self.kind], name, f"{name} is {self.kind}, and its rule of another kind")
         try:
             size = len(json.dumps(self.rule, allow_nan=False))
         except (RecursionError, TypeError, ValueError) as error:
             raise RequestError(f"{name} cannot be written as JSON: {error}", param=name) from error
         too_much = f"{name} has {size:,} characters of JSON, over {MAX_FORMAT:,}"
-        _require(size <= MAX_FORMAT, name, too_much)
+        require(size <= MAX_FORMAT, name, too_much)
         deepest = f"{name} is nested over {MAX_DEPTH} levels deep; use $ref and $defs"
-        _require(_depth(self.rule) <= MAX_DEPTH, name, deepest)
+        require(depth(self.rule) <= MAX_DEPTH, name, deepest)
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,9 @@ class GenerationRequest:
         self._check_source()
         if self.response_format is not None:
             self.response_format.check()
-        for name, (is_possible, meaning) in _RANGES.items():
+        for name, (is_possible, meaning) in RANGES.items():
             value = getattr(self, name)
-            _require(is_possible(value), name, f"{name} is {value!r:.80}; it must be {meaning}")
+            require(is_possible(value), name, f"{name} is {value!r:.80}; it must be {meaning}")
         if self.max_tokens == 0 and self.prompt_logprobs is None:
             raise RequestError(
                 "max_tokens is 0; ask for at least one token, or for prompt_logprobs",
@@ -141,13 +142,13 @@ class GenerationRequest:
             )
 
     def _check_source(self) -> None:
-        _require(
+        require(
             (self.prompt is None) != (self.prompt_token_ids is None),
             "prompt",
             "give either prompt or prompt_token_ids",
         )
-        _require(
-            self.prompt is None or _is_text(self.prompt),
+        require(
+            self.prompt is None or is_text(self.prompt),
             "prompt",
             "prompt must be one text that can be written as UTF-8; give many as many requests",
         )
@@ -237,8 +238,8 @@ def choices(request: GenerationRequest, n: int) -> list[GenerationRequest]:
     Raises:
         RequestError: n is out of range.
     """
-    possible = _is_int(n) and 0 < n <= MAX_CHOICES
-    _require(possible, "n", f"n is {n!r:.80}; it must be a whole number from 1 to {MAX_CHOICES}")
+    possible = is_int(n) and 0 < n <= MAX_CHOICES
+    require(possible, "n", f"n is {n!r:.80}; it must be a whole number from 1 to {MAX_CHOICES}")
     if request.seed is None:
         return [request] * n
     return [request, *(replace(request, seed=_derived(request.seed, i)) for i in range(1, n))]
@@ -255,114 +256,7 @@ def best_choices(answers: Sequence[Sequence[TokenLogprobs]], n: int) -> list[int
     return sorted(range(len(answers)), key=mean, reverse=True)[:n]
 
 
-def check_token_ids(ids: Iterable[int], vocabulary: int, param: str) -> None:
-    """Raise RequestError unless `ids` are token ids of a vocabulary of that size."""
-    for position, token in enumerate(ids):
-        _require(
-            _is_int(token) and 0 <= token < vocabulary,
-            param,
-            f"{param}[{position}] is {token!r}; token ids are whole numbers from 0 to "
-            f"{vocabulary - 1}",
-        )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        return False
-    return math.isfinite(value)
-
-
-def _is_text(value: object) -> bool:
-    """Half of a surrogate pair is a str and no text."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
-
-
-def _is_bias(value: object) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and len(value) <= MAX_LOGIT_BIAS
-        and all(_is_int(token) for token in value)
-        and all(_is_number(bias) and -100 <= bias <= 100 for bias in value.values())
-    )
-
-
-def _are(value: object, check: Callable[[Any], bool], most: int) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str)
-        and len(value) <= most
-        and all(check(part) for part in value)
-    )
-
-
-def _number(least: float, most: float) -> Callable[[Any], bool]:
-    return lambda value: _is_number(value) and least <= value <= most
-
-
-def _whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
-    return lambda value: value is None or (_is_int(value) and least <= value <= most)
-
-
-_COUNT = f"a whole number from 0 to {MAX_LOGPROBS}"
-_PENALTY = (_number(-2, 2), "between -2 and 2")
-# What each option can be, in the words of its refusal.
-_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "adapter": (lambda value: value is None or _is_text(value), "a name"),
-    "cache_salt": (_is_text, "a text"),
-    "max_tokens": (_whole(0), "a whole number above 0"),
-    "temperature": (_number(0, 100), "between 0 and 100"),
-    "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "above 0 and at most 1"),
-    "top_k": (_whole(1), "a whole number above 0"),
-    "min_p": (_number(0, 1), "between 0 and 1"),
-    "repetition_penalty": (
-        lambda value: _is_number(value) and 0 < value <= 100,
-        "above 0 and at most 100",
-    ),
-    "presence_penalty": _PENALTY,
-    "frequency_penalty": _PENALTY,
-    "logit_bias": (
-        _is_bias,
-        f"at most {MAX_LOGIT_BIAS} token ids, each with a number between -100 and 100",
-    ),
-    "seed": (_whole(-MAX_SEED, MAX_SEED), "a 64-bit whole number"),
-    "stop": (
-        lambda value: _are(value, lambda text: _is_text(text) and text != "", MAX_STOPS),
-        f"at most {MAX_STOPS} texts, none of them empty",
-    ),
-    "stop_token_ids": (
-        lambda value: _are(value, _is_int, MAX_STOPS),
-        f"at most {MAX_STOPS} token ids",
-    ),
-    "generated_token_ids": (
-        lambda value: _are(value, _is_int, MAX_SEED),
-        "token ids",
-    ),
-    "logprobs": (_whole(0, MAX_LOGPROBS), _COUNT),
-    "prompt_logprobs": (_whole(0, MAX_LOGPROBS), _COUNT),
-}
-
-
-def _depth(value: object) -> int:
-    """Levels of lists and mappings."""
-    depth, level = 0, [value]
-    while level:
-        inner = [v.values() if isinstance(v, Mapping) else v for v in level
-                 if isinstance(v, (Mapping, list, tuple))]  # fmt: skip
-        level = [part for parts in inner for part in parts]
-        depth += bool(inner)
-    return depth
-
-
 def _derived(seed: int, index: int) -> int:
     """A seed of 63 bits that no neighbouring seed shares."""
     digest = blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def _require(condition: bool, param: str, message: str) -> None:
-    if not condition:
-        raise RequestError(message, param=param)

@@ -44,9 +44,10 @@ class Sampled:
 
 def sample(logits_NV: torch.Tensor, rows: Sequence[Sampling]) -> list[Sampled | None]:
     """One token for each row of float32 logits; None for a row whose logits are not finite."""
-    finite_N = torch.isfinite(logits_NV.amax(-1)).tolist()
     shaped_NV = _allowed(_biased(_penalized(logits_NV, rows), rows), rows)
-    tokens: list[int] = shaped_NV.argmax(-1).tolist()
+    best_N, token_N = shaped_NV.max(-1)
+    finite_N: list[bool] = torch.isfinite(best_N).tolist()
+    tokens: list[int] = token_N.tolist()
     drawn = [i for i, row in enumerate(rows) if row.request.temperature > 0 and finite_N[i]]
     if drawn:
         chosen = _draw(shaped_NV[drawn], [rows[i] for i in drawn])

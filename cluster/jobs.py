@@ -27,11 +27,13 @@ _LOG_LINES_IN_ERROR = 15
 
 @dataclass(frozen=True)
 class JobInfo:
-    """One job as Ray knows it. `status` is PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+    """One job as Ray knows it; `store` is where it publishes. `status` is PENDING, RUNNING,
+    STOPPED, SUCCEEDED or FAILED."""
 
     id: str
     status: str
     name: str
+    store: str
     entrypoint: str
     message: str
     started_at_s: float | None
@@ -48,10 +50,12 @@ def submit(
     module: str,
     arguments: Sequence[str],
     *,
+    job_id: str,
     name: str,
+    store: str,
     env: Mapping[str, str] | None = None,
-) -> str:
-    """Start `python -m module *arguments` on the cluster; returns the job's id.
+) -> None:
+    """Start `python -m module *arguments` on the cluster, as a job of this id.
 
     The job runs with this Python where its path exists on the cluster's head (the same machine or
     image), else with the head's `python`; GRAFT_PYTHON names another.
@@ -66,11 +70,11 @@ def submit(
         f'exec "$P" -m {module} {shlex.join(arguments)}'
     )
     with _faults(session):
-        client = _client(session)
-        return str(
-            client.submit_job(
-                entrypoint=entrypoint, runtime_env=runtime_env, metadata={"graft_name": name}
-            )
+        _client(session).submit_job(
+            entrypoint=entrypoint,
+            submission_id=job_id,
+            runtime_env=runtime_env,
+            metadata={"graft_name": name, "graft_store": store},
         )
 
 
@@ -148,6 +152,7 @@ def _info(details: Any) -> JobInfo:
         id=details.submission_id or "",
         status=str(getattr(details.status, "value", details.status)),
         name=metadata.get("graft_name", ""),
+        store=metadata.get("graft_store", ""),
         entrypoint=details.entrypoint or "",
         message=details.message or "",
         started_at_s=details.start_time / 1000 if details.start_time else None,

@@ -62,10 +62,12 @@ def load_spec(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> 
         raise SpecError(f"{path}: is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise SpecError(f"{path}: holds {type(data).__name__}, not a mapping of keys to values")
-    tree = cast("dict[str, Any]", data)
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_spec(cls, tree, source=str(path))
+    return _overridden(cls, cast("dict[str, Any]", data), overrides, str(path))
+
+
+def override_spec(spec: S, overrides: Sequence[str], *, source: str) -> S:
+    """`spec` with `a.b=c` overrides. Raises SpecError as `load_spec` does."""
+    return _overridden(type(spec), spec.model_dump(mode="json"), overrides, source)
 
 
 def parse_spec(cls: type[S], data: Mapping[str, Any], *, source: str = "spec") -> S:
@@ -86,6 +88,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if matches:
         return f"; did you mean {matches[0]!r}?"
     return f"; known: {', '.join(names)}" if 0 < len(names) <= 12 else ""
+
+
+def _overridden(cls: type[S], tree: dict[str, Any], overrides: Sequence[str], source: str) -> S:
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_spec(cls, tree, source=source)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -232,18 +232,36 @@ def test_a_job_can_be_stopped(
     ray_cluster: RayCluster, train: Callable[..., subprocess.Popen[str]],
     store: tuple[str, Registry], small: Small,
 ) -> None:  # fmt: skip
-    following = train("bitfit", "stopped", *small.settings(), "max_steps=100000", "workers.count=1")
+    following = train("bitfit", "stopped", *small.settings(), "max_steps=100000",
+                      "workers.count=[1, 2]")  # fmt: skip
     assert following.stdout is not None
     lines: list[str] = []
     for line in following.stdout:
         lines.append(line)
-        if re.search(r"step \d+/100000", line):
+        if re.search(r"step 15/100000", line):
             break
     job = job_id("".join(lines))
+    address = ("--address", ray_cluster.dashboard)
+    early = start("train", "--resume", job, *address)
+    assert "is RUNNING" in early.communicate(timeout=60)[0]
+    assert early.returncode == 4
     assert "STOPPED" in graft("jobs", "stop", job, "--address", ray_cluster.dashboard)
     rest, _ = following.communicate(timeout=30)
     assert (following.returncode, "STOPPED" in rest) == (5, True)
     assert "stopped" not in store[1].names()
+    # Go on from its last checkpoint, on one worker, for a few steps more.
+    keys = store[1].store.list(f"runs/{job}")
+    last = max(int(k.split("/step-")[1][:8]) for k in keys if k.endswith("progress.json"))
+    settings = ("workers.count=1", f"max_steps={last + 15}")
+    text = graft("train", "--resume", job, "--follow", *address, *overrides(*settings))
+    assert f"going on from step {last}: bitfit" in text
+    assert "published stopped@1" in text
+    assert store[1].resolve("stopped").card["job"]["continues"] == job
+    again = start("train", "--resume", job, *address)
+    assert f"continued by {job_id(text)} already" in again.communicate(timeout=60)[0]
+    assert again.returncode == 4
+    left = store[1].store.list(f"runs/{job}")
+    assert not any(key.endswith((".safetensors", "progress.json")) for key in left)
 
 
 @pytest.fixture(scope="module")

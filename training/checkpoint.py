@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from cluster.errors import StoreError
 
 STATE = "state.safetensors"
-PROGRESS = "progress.json"
+PROGRESS = "progress.json"  # written last
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli import Address
+from cluster.cli import DEFAULT_STORE, Address
 
 if TYPE_CHECKING:
     from cluster.session import Session
@@ -54,11 +54,20 @@ class Plan:
 
 def train(
     spec: Annotated[
-        Path, typer.Argument(metavar="SPEC.yaml", help="The job's YAML, as in configs/training.")
-    ],
+        Path | None,
+        typer.Argument(metavar="SPEC.yaml", help="The job's YAML, as in configs/training."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: method.r=16. Repeatable.")
     ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="JOB", help="Go on with a stopped or failed job, instead of a spec."),
+    ] = None,
+    store: Annotated[
+        str,
+        typer.Option(envvar="GRAFT_STORE", help="Where --resume looks, if the cluster is gone."),
+    ] = DEFAULT_STORE,
     address: Address = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Print the log until the job ends.")
@@ -68,20 +77,31 @@ def train(
 
     The spec, the base folder, the first rows and the target modules are checked here, before
     anything starts. On a cluster that this command itself starts, it follows to the end.
+    --resume goes on from the last checkpoint of a job, named by the id that it was shown with;
+    --set workers.count=1 and the like may change how it runs, not what it learns.
     """
     from cluster import jobs
     from cluster.session import session
     from cluster.spec import load_spec
+    from training.resume import continued_spec, store_of
     from training.spec import TrainingSpec
 
-    job = resolved(load_spec(TrainingSpec, spec, set_ or ()))
-    planned = plan(job)
-    typer.echo(f"{spec}: {planned}")
-    typer.echo(f"the first rows: {planned.first_rows.summary()}")
-    for number, text in enumerate(planned.first_rows.shown):
-        typer.echo(f"row {number}, what is learned in ⟦⟧: {text}")
+    if (spec is None) == (resume is None):
+        raise typer.BadParameter("give one of the two", param_hint="SPEC.yaml or --resume JOB")
+    job: TrainingSpec | None = None
+    if spec is not None:
+        job = resolved(load_spec(TrainingSpec, spec, set_ or ()))
+        planned = plan(job)
+        typer.echo(f"{spec}: {planned}")
+        typer.echo(f"the first rows: {planned.first_rows.summary()}")
+        for number, text in enumerate(planned.first_rows.shown):
+            typer.echo(f"row {number}, what is learned in ⟦⟧: {text}")
     with session(address) as ray:
-        job_id = submit(job, ray)
+        if job is None:
+            found = store_of(ray, str(resume), store)
+            job = continued_spec(found, str(resume), set_ or ())
+            typer.echo(f"{resume}: {plan(job)}")
+        job_id = submit(job, ray, continues=resume)
         typer.echo(f"job {job_id} on {ray.dashboard_url}")
         if not follow and not ray.started_here:
             typer.echo(f"follow it with: graft jobs logs {job_id} --follow")
@@ -97,16 +117,21 @@ def train(
         jobs.wait(ray, job_id)
 
 
-def submit(spec: TrainingSpec, session: Session) -> str:
-    """Submit the job; returns its id."""
+def submit(spec: TrainingSpec, session: Session, *, continues: str | None = None) -> str:
+    """Submit the job, which goes on where the job `continues` ended; returns its id."""
     from cluster import jobs
+    from training.runs import new_job_id
 
+    job_id = new_job_id(spec.output.name)
     threads = str(max(1, int(spec.workers.cpus)))
-    return jobs.submit(
+    document = json.dumps(spec.model_dump(mode="json"))
+    jobs.submit(
         session,
         "training.job",
-        [json.dumps(spec.model_dump(mode="json"))],
+        [job_id, document, *([continues] if continues else [])],
+        job_id=job_id,
         name=spec.output.name,
+        store=spec.output.store,
         # Ray would give each process as many threads as the node has cores.
         env={
             "OMP_NUM_THREADS": threads,
@@ -115,6 +140,7 @@ def submit(spec: TrainingSpec, session: Session) -> str:
             "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print every worker's line twice
         },
     )
+    return job_id
 
 
 def plan(spec: TrainingSpec) -> Plan:
@@ -170,7 +196,15 @@ def resolved(spec: TrainingSpec) -> TrainingSpec:
         )
     longest = _LONGEST_TOKENS if context is None else min(_LONGEST_TOKENS, context - virtual)
     data = {"train": absolute_path(spec.data.train), "max_length": asked or longest}
-    return spec.model_copy(update={"base_model": base, "data": spec.data.model_copy(update=data)})
+    return spec.model_copy(
+        update={
+            "base_model": base,
+            "data": spec.data.model_copy(update=data),
+            # From here on it depends on no number of workers: a resumed job may have another.
+            "batch_size": spec.global_batch_size,
+            "gradient_accumulation_steps": None,
+        }
+    )
 
 
 def _with_prompt(spec: TrainingSpec) -> tuple[TrainingSpec, int]:

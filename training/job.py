@@ -1,6 +1,6 @@
 """The job on the cluster: tokenise once, train under Ray Train, publish.
 
-    python -m training.job '<spec as JSON>'      (what `graft train` submits)
+    python -m training.job JOB '<spec as JSON>' [CONTINUED]      (what `graft train` submits)
 
 The driver reads the data before Ray is imported, because Ray registers Arrow extension types
 whose loading runs code. Workers get URIs and small values; the base is read by each from storage.
@@ -14,7 +14,6 @@ import logging
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -26,33 +25,37 @@ from cluster.errors import ConflictError, GraftError, JobFailedError, outcome_of
 from cluster.registry import AdapterVersion, Registry
 from cluster.spec import parse_spec
 from cluster.store import Store, open_store
+from training import runs
 from training.data import fingerprint, tokenize
 from training.data_spec import DataSpec
 from training.lint import DataReport
+from training.runs import Run
 from training.spec import TrainingSpec
 
+# How often a job whose workers.count is a range looks for free room on the cluster.
+RESIZE_CHECK_S = 10.0
 _REPORT = "report.json"
 LIBRARIES = ("raygraft", "torch", "transformers", "peft", "deepspeed", "ray")
 
 
-def run_job(spec: TrainingSpec) -> AdapterVersion:
-    """Train what `spec` says and publish it. Runs on the cluster.
+def run_job(run: Run) -> AdapterVersion:
+    """Train what the spec says and publish it. Runs on the cluster.
 
     Raises:
         GraftError: the data, the base or the run failed; nothing was published.
     """
-    began = time.monotonic()
+    began, spec = time.monotonic(), run.spec
     store = open_store(spec.output.store)
+    runs.record_run(store, run)
     tokens, report = _prepare_tokens(spec.data, spec.base_model, store)
-    run_name = f"{spec.output.name}-{uuid.uuid4().hex[:12]}"
-    card = _card(spec, tokens, report)
+    card = _card(run, tokens, report)
+    adapter, metrics = _train(run, store, _tokens_key(tokens))
     with tempfile.TemporaryDirectory() as folder:
-        metrics = _train(spec, _tokens_key(tokens), run_name, Path(folder))
-        card |= {"metrics": dict(metrics), "job_seconds": round(time.monotonic() - began, 1)}
+        runs.fetch_folder(store, adapter, Path(folder))
+        card |= {"metrics": metrics, "job_seconds": round(time.monotonic() - began, 1)}
         published = Registry(store).publish(spec.output.name, Path(folder), card=card)
     print(f"published {published.ref} in {spec.output.store}", flush=True)
-    for key in store.list(f"runs/{run_name}"):
-        store.delete(key)
+    runs.finish(store, run, published.ref)
     return published
 
 
@@ -93,29 +96,35 @@ def _tokens_key(fingerprint: str) -> str:
     return f"cache/tokens/{fingerprint}"
 
 
-def _train(spec: TrainingSpec, tokens_key: str, run_name: str, folder: Path) -> Mapping[str, Any]:
-    """Run Ray Train to the end and unpack the adapter into `folder`; returns the metrics."""
+def _train(run: Run, store: Store, tokens_key: str) -> tuple[str, dict[str, Any]]:
+    """Run Ray Train to the end; returns the key of the trained adapter, and the metrics."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from training.worker import ADAPTER_FOLDER, FAILURE, train_worker
+    from training.worker import ADAPTER, FAILURE, train_worker
 
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
-    workers = spec.workers
+    spec, workers = run.spec, run.spec.workers
     resources = {"CPU": float(workers.cpus), "GPU": float(workers.gpus)}
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"spec": spec.model_dump(mode="json"), "tokens": tokens_key},
+        train_loop_config={
+            "spec": spec.model_dump(mode="json"),
+            "job_id": run.job_id,
+            "tokens": tokens_key,
+            "checkpoint": runs.last_checkpoint(store, run),
+        },
         torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers.count,
+            elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
             use_gpu=workers.gpus > 0,
             resources_per_worker={k: v for k, v in resources.items() if v},
         ),
         run_config=RunConfig(
-            name=run_name,
+            name=run.job_id,
             storage_path=_ray_storage(spec.output.store),
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=spec.checkpoints_kept),
@@ -124,22 +133,29 @@ def _train(spec: TrainingSpec, tokens_key: str, run_name: str, folder: Path) -> 
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        raise JobFailedError(f"training failed: {_cause(error)}") from error
-    if result.metrics and result.metrics.get(FAILURE):
-        raise JobFailedError(f"training failed: {result.metrics[FAILURE]}")
-    checkpoint = result.checkpoint
-    if checkpoint is None or result.metrics is None:
-        raise JobFailedError("training ended without a checkpoint; see the log above")
-    with checkpoint.as_directory() as directory:
-        for file in Path(directory, ADAPTER_FOLDER).iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
-    return result.metrics
+        reason = runs.read_failure(store, run.job_id) or _cause(error)
+        raise JobFailedError(f"training failed: {reason}{_advice(store, run)}") from error
+    ended = cast("dict[str, Any]", result.return_value)
+    if FAILURE in ended:
+        raise JobFailedError(f"training failed: {ended[FAILURE]}{_advice(store, run)}")
+    return ended.pop(ADAPTER), ended
 
 
-def _card(spec: TrainingSpec, tokens: str, report: DataReport) -> dict[str, Any]:
+def _advice(store: Store, run: Run) -> str:
+    """What can be gone on from, if anything."""
+    key = runs.last_checkpoint(store, run)
+    if key is None:
+        return ""
+    step = int(key.rsplit("/", 1)[-1].split("-")[1])
+    return f"\nThe last whole checkpoint is of step {step}: graft train --resume {run.job_id}"
+
+
+def _card(run: Run, tokens: str, report: DataReport) -> dict[str, Any]:
     """What is known of the adapter before it is trained."""
+    spec = run.spec
     config = Path(spec.base_model, "config.json").read_bytes()
     return {
+        "job": {"id": run.job_id, "continues": run.continues},
         "spec": spec.model_dump(mode="json"),
         "data": {"fingerprint": tokens, **report.counts()},
         "base_config_sha256": hashlib.sha256(config).hexdigest(),
@@ -174,7 +190,9 @@ def _json_bytes(value: Mapping[str, Any]) -> bytes:
 
 if __name__ == "__main__":
     try:
-        run_job(parse_spec(TrainingSpec, json.loads(sys.argv[1]), source="submitted spec"))
+        job_id, document, *continued = sys.argv[1:]
+        submitted = parse_spec(TrainingSpec, json.loads(document), source="submitted spec")
+        run_job(Run(job_id, submitted, continued[0] if continued else None))
     except GraftError as failure:
         print(f"error: {failure.message}", flush=True)
         sys.exit(outcome_of(failure).exit_code)

@@ -105,7 +105,7 @@ def run(
         taken = plan.rows_of(step)
         label_count = int(rows.label_counts[taken].sum())
         for part in micro_batches(
-            taken, place.rank, place.world_size, spec.gradient_accumulation_steps
+            taken, place.rank, place.world_size, spec.accumulation(place.world_size)
         ):
             batch = _load(rows, part, place.device)
             with _precision(spec, place.device):
@@ -131,8 +131,6 @@ def run(
             on_log(meter.line(step + 1, rate, grad_norm))
         if on_checkpoint and ((step + 1) % spec.checkpoint_every_steps == 0 or is_last):
             on_checkpoint(meter.progress(step + 1))
-    if on_checkpoint and not steps:
-        on_checkpoint(progress)
     return meter.progress(steps)
 
 

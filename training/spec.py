@@ -59,12 +59,27 @@ class ZeroSpec(Spec):
 class WorkersSpec(Spec):
     """Ray Train's workers."""
 
-    count: PositiveInt = Field(1, description="Number of data-parallel workers.")
+    count: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        1,
+        description="Number of data-parallel workers; `[least, most]` follows what the cluster has "
+        "free while the job runs, going on from the last checkpoint at each change.",
+    )
     cpus: PositiveFloat = Field(1, description="CPU cores of each, also its threads.")
     gpus: float = Field(0, ge=0, description="GPUs of each; 0 trains on CPU.")
     max_failures: int = Field(
         3, ge=0, description="Worker failures survived by restarting from the last checkpoint."
     )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WorkersSpec:
+        if isinstance(self.count, tuple) and self.count[0] > self.count[1]:
+            raise ValueError(f"count is [least, most], and {self.count[0]} > {self.count[1]}")
+        return self
+
+    @property
+    def most(self) -> int:
+        """The largest number of workers that the job may have."""
+        return self.count if isinstance(self.count, int) else self.count[1]
 
 
 class TrainingSpec(Spec):
@@ -84,8 +99,15 @@ class TrainingSpec(Spec):
         "method as it starts, which is all there is of a hard prompt.",
     )
     micro_batch_size: PositiveInt = Field(4, description="Rows of one forward on one worker.")
-    gradient_accumulation_steps: PositiveInt = Field(
-        1, description="Micro-batches per worker and optimiser step."
+    gradient_accumulation_steps: PositiveInt | None = Field(
+        None,
+        description="Micro-batches per worker and optimiser step, 1 by default; give this or "
+        "`batch_size`.",
+    )
+    batch_size: PositiveInt | None = Field(
+        None,
+        description="Rows of one optimiser step over all workers, however many there are. If not "
+        "given: `micro_batch_size` x `gradient_accumulation_steps` x the most of `workers.count`.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Of the frozen base and the forward pass; adapters train in fp32."
@@ -103,7 +125,19 @@ class TrainingSpec(Spec):
     checkpoints_kept: PositiveInt = Field(2, description="Older ones are deleted.")
     log_every_steps: PositiveInt = Field(10, description="Optimiser steps between log lines.")
 
+    @model_validator(mode="after")
+    def _one_batch_size(self) -> TrainingSpec:
+        if self.batch_size is not None and self.gradient_accumulation_steps is not None:
+            raise ValueError("give batch_size or gradient_accumulation_steps, not both")
+        return self
+
     @property
     def global_batch_size(self) -> int:
-        """Rows of one optimiser step over all workers."""
-        return self.micro_batch_size * self.gradient_accumulation_steps * self.workers.count
+        """Rows of one optimiser step over all workers; the same for any number of them."""
+        accumulation = self.gradient_accumulation_steps or 1
+        return self.batch_size or self.micro_batch_size * accumulation * self.workers.most
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of a step on each of `world_size` workers, none over
+        `micro_batch_size`."""
+        return -(-self.global_batch_size // (self.micro_batch_size * world_size))

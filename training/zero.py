@@ -20,8 +20,8 @@ from training.spec import TrainingSpec
 from training.step import LossModel
 
 
-def deepspeed_settings(spec: TrainingSpec) -> dict[str, Any]:
-    """The DeepSpeed configuration that the spec means."""
+def deepspeed_settings(spec: TrainingSpec, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration that the spec means on so many workers."""
     zero: dict[str, Any] = {"stage": spec.zero.stage, "overlap_comm": False}
     if spec.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -32,7 +32,7 @@ def deepspeed_settings(spec: TrainingSpec) -> dict[str, Any]:
         zero["stage3_param_persistence_threshold"] = 0
     return {
         "train_micro_batch_size_per_gpu": spec.micro_batch_size,
-        "gradient_accumulation_steps": spec.gradient_accumulation_steps,
+        "gradient_accumulation_steps": spec.accumulation(world_size),
         "gradient_clipping": spec.optimizer.max_grad_norm,  # DeepSpeed's own default is 1.0
         "zero_optimization": zero,
         # Its engine switches an autocast around it off, unless told of it here.
@@ -58,7 +58,7 @@ class ZeroBackend:
         engine, optimizer, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, spec.optimizer),
-            config=deepspeed_settings(spec),
+            config=deepspeed_settings(spec, dist.get_world_size()),
             dist_init_required=False,
         )
         self.model: Any = engine
@@ -67,7 +67,7 @@ class ZeroBackend:
         self._parameters = trainable_parameters(engine.module)
         # DeepSpeed averages over workers and micro-batches; the loop hands in shares of a sum.
         self.gradient_scale = float(dist.get_world_size())
-        self._scale = self.gradient_scale * spec.gradient_accumulation_steps
+        self._scale = self.gradient_scale * spec.accumulation(dist.get_world_size())
         self._make_moments()
 
     def set_learning_rate(self, value: float) -> None:

@@ -12,6 +12,7 @@ from conftest import byte_tokenizer
 from workers import Case, run_case, run_cases, state_of, weights_of
 
 from cluster.tables import write_table
+from training.checkpoint import read_checkpoint
 from training.data import tokenize
 from training.data_spec import DataSpec
 from training.loop import Place
@@ -153,6 +154,46 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
     files = [run / "adapter" / "adapter_model.safetensors" for run in (whole, resumed)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert difference(state_of(whole), state_of(resumed)) == 0
+
+
+@pytest.mark.slow
+def test_two_workers_then_one_then_two_equal_the_undisturbed_run(
+    bases: Callable[[str], Path], tokens: Path, tmp_path: Path
+) -> None:
+    """The batch stays 8 rows: two micro-batches of 4 where there is one worker."""
+    stages = (0, 2, 3)
+    for name, workers, before, at in (
+        ("calm", 2, "", 0),
+        ("one", 1, "calm", 2),
+        ("two", 2, "one", 4),
+    ):
+        cases: list[Case] = []
+        for stage in stages:
+            settings = spec(bases("llama"), "lora", (4, 1, {"stage": stage}), workers=2)
+            settings |= {"checkpoint_every_steps": 2}
+            resume = tmp_path / f"{before}-{stage}" / f"checkpoint-{at}" if before else None
+            cases.append(Case(settings, tmp_path / f"{name}-{stage}", resume))
+        run_cases(workers, cases, tokens)
+    for stage in stages:
+        calm, cut = tmp_path / f"calm-{stage}", tmp_path / f"two-{stage}"
+        assert difference(weights_of(calm), weights_of(cut)) < 1e-5
+        assert difference(state_of(calm), state_of(cut)) < 1e-5
+        curves = [read_checkpoint(run / f"checkpoint-{STEPS}")[1].curve for run in (calm, cut)]
+        assert dict(curves[0]) == pytest.approx(dict(curves[1]), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+def test_a_checkpoint_is_as_large_as_what_is_trained(runs: Path, method: str) -> None:
+    """Weights and two moments in fp32 and next to nothing beside; for the tiny model here the
+    names and the curve count, so they are taken apart."""
+    folder = runs / f"{method}-zero3" / f"checkpoint-{STEPS}"
+    state = state_of(runs / f"{method}-zero3")
+    trained = sum(value.numel() for key, value in state.items() if key.startswith("param/"))
+    content = sum(value.nbytes for value in state.values())
+    assert content <= 1.1 * 3 * 4 * trained
+    names = 150 * len(state)  # a tensor's line in the header of a safetensors file
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 1.1 * content + names + 1000
 
 
 @pytest.mark.slow

@@ -1,0 +1,154 @@
+"""A job's place in the store: whole checkpoints or none, one continuation, what may change."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.errors import ConflictError, NotFoundError, SpecError
+from cluster.spec import parse_spec
+from cluster.store import Store, open_store
+from training.checkpoint import Progress, read_checkpoint, write_checkpoint
+from training.resume import continued_spec
+from training.rows import micro_batches
+from training.runs import (
+    Run,
+    checkpoint_name,
+    fetch_folder,
+    finish,
+    last_checkpoint,
+    read_failure,
+    record_failure,
+    record_run,
+    upload_folder,
+)
+from training.spec import TrainingSpec
+
+STATE = {"param/a": torch.arange(4.0), "exp_avg/a": torch.ones(4)}
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> TrainingSpec:
+    return parse_spec(
+        TrainingSpec,
+        {
+            "base_model": "/base",
+            "method": {"kind": "lora"},
+            "data": {"train": "/rows.arrow"},
+            "output": {"name": "mine", "store": str(tmp_path / "store")},
+            "workers": {"count": 2},
+            "batch_size": 8,
+        },
+    )
+
+
+def save(store: Store, job_id: str, step: int, folder: Path) -> str:
+    key = f"runs/{job_id}/{checkpoint_name(step)}"
+    write_checkpoint(folder, STATE, Progress(step=step))
+    upload_folder(store, key, folder)
+    return key
+
+
+# A process that ends, as by SIGKILL, in front of its write number `sys.argv[3]`.
+SAVE_AND_DIE = """
+import os, sys, obstore
+from pathlib import Path
+from cluster.store import open_store
+from training.runs import upload_folder
+left, put = iter(range(int(sys.argv[3]))), obstore.put
+def counted(*arguments, **options):
+    if next(left, None) is None:
+        os._exit(9)
+    return put(*arguments, **options)
+obstore.put = counted
+upload_folder(open_store(sys.argv[1]), "runs/job/step-00000020-beef", Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_crash_at_any_point_of_a_save_leaves_the_checkpoint_before(
+    spec: TrainingSpec, tmp_path: Path, writes: int
+) -> None:
+    store = open_store(spec.output.store)
+    run = Run("job", spec)
+    record_run(store, run)
+    before = save(store, "job", 10, tmp_path / "first")
+    write_checkpoint(tmp_path / "second", STATE, Progress(step=20))
+    command = [sys.executable, "-c", SAVE_AND_DIE, store.uri, str(tmp_path / "second"), str(writes)]
+    process = subprocess.run(command, timeout=60, check=False)
+    found = last_checkpoint(store, run)
+    assert found is not None
+    whole = writes == 2  # both files were written before the end came
+    assert (process.returncode, found == before) == ((0, False) if whole else (9, True))
+    (tmp_path / "fetched").mkdir()
+    fetch_folder(store, found, tmp_path / "fetched")
+    state, progress = read_checkpoint(tmp_path / "fetched")
+    assert progress.step == (20 if whole else 10)
+    assert torch.equal(state["param/a"], STATE["param/a"])
+
+
+def test_one_job_goes_on_from_another_and_the_last_cleans_up(
+    spec: TrainingSpec, tmp_path: Path
+) -> None:
+    store = open_store(spec.output.store)
+    first, second, third = Run("a", spec), Run("b", spec, "a"), Run("c", spec, "b")
+    record_run(store, first)
+    key = save(store, "a", 10, tmp_path / "one")
+    record_run(store, second)
+    with pytest.raises(ConflictError, match="continued by b already"):
+        record_run(store, Run("late", spec, "a"))
+    with pytest.raises(ConflictError, match="--resume b"):
+        continued_spec(store, "a", ())
+    # The second ended before its first checkpoint: the third starts from the first one's.
+    record_run(store, third)
+    assert last_checkpoint(store, third) == key
+    newer = save(store, "c", 20, tmp_path / "two")
+    assert last_checkpoint(store, third) == newer
+    finish(store, third, "mine@1")
+    assert {k.rsplit("/", 1)[-1] for k in store.list("runs")} == {"job.json", "outcome.json"}
+    with pytest.raises(ConflictError, match="published mine@1"):
+        continued_spec(store, "c", ())
+
+
+def test_what_cannot_be_continued_is_refused_by_name(spec: TrainingSpec, tmp_path: Path) -> None:
+    store = open_store(spec.output.store)
+    with pytest.raises(NotFoundError, match=r"'gone': the store .* no record .* --store"):
+        continued_spec(store, "gone", ())
+    record_run(store, Run("job", spec))
+    with pytest.raises(NotFoundError, match="before its first checkpoint"):
+        continued_spec(store, "job", ())
+    save(store, "job", 10, tmp_path / "one")
+    assert continued_spec(store, "job", ["workers.count=1", "max_steps=30"]).workers.count == 1
+    assert continued_spec(store, "job", ["micro_batch_size=1"]).global_batch_size == 8
+    refused: list[tuple[str, str]] = [
+        ("method.r=4", "method: .* would not fit the checkpoint"),
+        ("batch_size=4", "batch_size: 4 instead of 8"),
+        ("data.train=/other.arrow", "data: "),
+        ("output.store=/elsewhere", "output.store: "),
+        ("workers.cuont=1", "did you mean 'count'"),
+    ]
+    for override, message in refused:
+        with pytest.raises(SpecError, match=message):
+            continued_spec(store, "job", [override])
+
+
+def test_a_failure_that_one_worker_knows_is_told_to_all(spec: TrainingSpec) -> None:
+    store = open_store(spec.output.store)
+    assert read_failure(store, "job") is None
+    record_failure(store, "job", "out of memory")
+    record_failure(store, "job", "another reason")
+    assert read_failure(store, "job") == "out of memory"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 8, 16])
+def test_the_batch_is_the_same_for_any_number_of_workers(spec: TrainingSpec, workers: int) -> None:
+    rows = np.arange(spec.global_batch_size)
+    parts = [
+        list(micro_batches(rows, rank, workers, spec.accumulation(workers)))
+        for rank in range(workers)
+    ]
+    assert sorted(int(i) for own in parts for part in own for i in part) == list(range(8))
+    assert max(len(part) for own in parts for part in own) <= spec.micro_batch_size

@@ -1,0 +1,78 @@
+"""`graft train --resume JOB`: the spec of a stopped or failed job, if it can go on.
+
+A job is found by its id: on the Ray cluster while that knows it, else in its store. Runs where the
+command is typed; the job itself checks again what others may have done meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cluster import jobs
+from cluster.errors import ConflictError, NotFoundError, SpecError
+from cluster.session import Session
+from cluster.spec import override_spec
+from cluster.store import Store, open_store
+from training import runs
+from training.spec import TrainingSpec
+
+# What makes the checkpoint fit, and each row be seen once an epoch.
+FIXED = ("base_model", "method", "data", "batch_size", "seed", "output.store")
+
+
+def store_of(session: Session, job_id: str, default_uri: str) -> Store:
+    """Where the job publishes; `default_uri` if the cluster does not know the job.
+
+    Raises:
+        ConflictError: it still runs.
+    """
+    try:
+        info = jobs.show(session, job_id)
+    except NotFoundError:
+        return open_store(default_uri)
+    if not info.is_over:
+        raise ConflictError(
+            f"job {job_id}: is {info.status}; it goes on by itself after a failure. "
+            f"To change it, stop it first: graft jobs stop {job_id}"
+        )
+    return open_store(info.store or default_uri)
+
+
+def continued_spec(store: Store, job_id: str, overrides: Sequence[str]) -> TrainingSpec:
+    """The spec of an ended job, with overrides, as the job that continues it runs it.
+
+    Raises:
+        NotFoundError: there is no such job, or it has no whole checkpoint.
+        ConflictError: it has finished, or was continued already.
+        SpecError: an override changes what must stay.
+    """
+    try:
+        run = runs.read_run(store, job_id)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"job {job_id!r}: the store {store.uri} has no record of it; "
+            "name the store of its spec with --store"
+        ) from error
+    runs.check_open(store, job_id)
+    if runs.last_checkpoint(store, run) is None:
+        raise NotFoundError(
+            f"job {job_id}: ended before its first checkpoint, so there is nothing to go on from; "
+            "train anew"
+        )
+    spec = override_spec(run.spec, overrides, source=f"job {job_id}")
+    for field in FIXED:
+        before, now = _value(run.spec, field), _value(spec, field)
+        if before != now:
+            raise SpecError(
+                f"{field}: {now!r} instead of {before!r} would not fit the checkpoint of job "
+                f"{job_id}; leave it, or train anew"
+            )
+    return spec
+
+
+def _value(spec: TrainingSpec, path: str) -> Any:
+    value: Any = spec
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value

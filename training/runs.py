@@ -1,0 +1,148 @@
+"""A job's place in the store: what it was asked, its checkpoints, what came of it.
+
+    runs/JOB/job.json              the resolved spec, and the job that this one continues
+    runs/JOB/step-00000020-1f3a/   a checkpoint; its progress.json comes last and makes it whole
+    runs/JOB/adapter-1f3a/         the trained adapter, until it is published
+    runs/JOB/failure.json          why no restart can mend it, where one worker alone knows
+    runs/JOB/outcome.json          the version it published, or the job that continued it
+
+Every write is create-only, so of two that would continue a job one is refused. (Ray Train keeps
+records of its own beside these.) Knows files; no Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from cluster.errors import ConflictError, NotFoundError
+from cluster.spec import parse_spec
+from cluster.store import Store
+from training.checkpoint import PROGRESS
+from training.spec import TrainingSpec
+
+_CHECKPOINT = re.compile(r"step-\d{8}-[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job as the store knows it. `continues` is the job whose checkpoints it goes on from."""
+
+    job_id: str
+    spec: TrainingSpec
+    continues: str | None = None
+
+
+def new_job_id(name: str) -> str:
+    """An id that no other job has, for Ray and for the store."""
+    return f"{name}-{uuid4().hex[:8]}"
+
+
+def checkpoint_name(step: int) -> str:
+    """A name that no other attempt at the same step has; sorts by step."""
+    return f"step-{step:08d}-{uuid4().hex[:8]}"
+
+
+def record_run(store: Store, run: Run) -> None:
+    """Make the job known. Raises ConflictError if another continues the same one."""
+    document = {"spec": run.spec.model_dump(mode="json"), "continues": run.continues}
+    store.create(f"runs/{run.job_id}/job.json", json.dumps(document).encode())
+    if run.continues is not None:
+        try:
+            _conclude(store, run.continues, {"continued_by": run.job_id})
+        except ConflictError:
+            store.delete(f"runs/{run.job_id}/job.json")
+            check_open(store, run.continues)
+            raise
+
+
+def read_run(store: Store, job_id: str) -> Run:
+    """What `record_run` wrote. Raises NotFoundError."""
+    document = json.loads(store.read(f"runs/{job_id}/job.json"))
+    spec = parse_spec(TrainingSpec, document["spec"], source=f"spec of job {job_id}")
+    return Run(job_id, spec, document["continues"])
+
+
+def check_open(store: Store, job_id: str) -> None:
+    """Raise ConflictError if the job has published, or another job continued it."""
+    try:
+        outcome: dict[str, Any] = json.loads(store.read(f"runs/{job_id}/outcome.json"))
+    except NotFoundError:
+        return
+    if "published" in outcome:
+        raise ConflictError(
+            f"job {job_id}: has finished, and published {outcome['published']}; train anew instead"
+        )
+    follower = outcome["continued_by"]
+    raise ConflictError(
+        f"job {job_id}: was continued by {follower} already; "
+        f"look at that one, or go on from it: graft train --resume {follower}"
+    )
+
+
+def last_checkpoint(store: Store, run: Run) -> str | None:
+    """The key of the newest whole checkpoint of the job, or of the one that it continues."""
+    for link in lineage(store, run):
+        whole = [
+            key.rsplit("/", 1)[0]
+            for key in store.list(f"runs/{link.job_id}")
+            if key.endswith(f"/{PROGRESS}") and _CHECKPOINT.fullmatch(key.split("/")[-2])
+        ]
+        if whole:
+            return max(whole)
+    return None
+
+
+def lineage(store: Store, run: Run) -> Iterator[Run]:
+    """The job, the one that it continues, and so on."""
+    link: Run | None = run
+    while link is not None:
+        yield link
+        link = read_run(store, link.continues) if link.continues else None
+
+
+def upload_folder(store: Store, key: str, folder: Path) -> None:
+    """Copy the files of `folder` under `key`, progress.json last. Where it ended before, it may
+    be called again."""
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == PROGRESS, path.name)):
+        with suppress(ConflictError):  # it is there, and files are there whole or not at all
+            store.create_file(f"{key}/{path.name}", path)
+
+
+def fetch_folder(store: Store, key: str, to: Path) -> None:
+    """Copy what is directly under `key` into the folder `to`, which exists."""
+    for file in store.list(key):
+        store.download(file, to / file.rsplit("/", 1)[-1])
+
+
+def record_failure(store: Store, job_id: str, message: str) -> None:
+    """Let every worker of the next attempt know why there should be none."""
+    with suppress(ConflictError):
+        store.create(f"runs/{job_id}/failure.json", json.dumps(message).encode())
+
+
+def read_failure(store: Store, job_id: str) -> str | None:
+    """What `record_failure` wrote, if it did."""
+    try:
+        return str(json.loads(store.read(f"runs/{job_id}/failure.json")))
+    except NotFoundError:
+        return None
+
+
+def finish(store: Store, run: Run, published: str) -> None:
+    """Record what was published, and delete what it and those before it had only for a resume."""
+    _conclude(store, run.job_id, {"published": published})
+    for link in lineage(store, run):
+        for key in store.list(f"runs/{link.job_id}"):
+            if key.rsplit("/", 1)[-1] not in ("job.json", "outcome.json"):
+                store.delete(key)
+
+
+def _conclude(store: Store, job_id: str, outcome: dict[str, str]) -> None:
+    store.create(f"runs/{job_id}/outcome.json", json.dumps(outcome).encode())

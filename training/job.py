@@ -133,7 +133,7 @@ def _train(run: Run, store: Store, tokens_key: str) -> tuple[str, dict[str, Any]
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        reason = runs.read_failure(store, run.job_id) or _cause(error)
+        reason = runs.read_failure(store, run.job_id) or _cause(error, spec)
         raise JobFailedError(f"training failed: {reason}{_advice(store, run)}") from error
     ended = cast("dict[str, Any]", result.return_value)
     if FAILURE in ended:
@@ -175,12 +175,20 @@ def _ray_storage(uri: str) -> str:
     return f"{uri}/runs"
 
 
-def _cause(error: BaseException) -> str:
+def _cause(error: BaseException, spec: TrainingSpec) -> str:
     """The innermost reason that Ray Train wrapped, on one line where it is one of ours."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
     failures = cast("dict[int, BaseException]", getattr(error, "worker_failures", {}))
     inner: BaseException = next(iter(failures.values()), error)
     while (cause := getattr(inner, "cause", None) or inner.__cause__) is not None:
         inner = cause
+    if isinstance(inner, (OutOfMemoryError, RayActorError)):
+        lines = str(inner).splitlines()
+        return (
+            f"a worker's process ended ({lines[0] if lines else type(inner).__name__}). If nothing "
+            f"above tells why, it was killed for memory: {spec.memory_advice()}"
+        )
     return inner.message if isinstance(inner, GraftError) else f"{type(inner).__name__}: {inner}"
 
 

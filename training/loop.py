@@ -97,6 +97,7 @@ def run(
     steps = count_steps(spec, len(rows))
     meter = _Meter(place, progress, steps)
     plan = _Plan(spec, rows)
+    accumulation = spec.accumulation(place.world_size)
     for step in range(progress.step, steps):
         rate = learning_rate(spec.optimizer, step, steps)
         backend.set_learning_rate(rate)
@@ -104,34 +105,39 @@ def run(
         torch.manual_seed(hash((spec.seed, step, place.rank)) % 2**63)
         taken = plan.rows_of(step)
         label_count = int(rows.label_counts[taken].sum())
-        for part in micro_batches(
-            taken, place.rank, place.world_size, spec.accumulation(place.world_size)
-        ):
+        for part in micro_batches(taken, place.rank, place.world_size, accumulation):
             batch = _load(rows, part, place.device)
             with _precision(spec, place.device):
                 loss = backend.model(batch)
             share, penalty = loss / label_count, course.penalty()
             if penalty is not None:
-                parts = place.world_size * spec.gradient_accumulation_steps
-                share = share + penalty / parts
+                share = share + penalty / (place.world_size * accumulation)
             backend.backward(share)
             meter.add_loss(loss.detach())
         grad_norm = backend.finish_step()
-        if not math.isfinite(grad_norm):
-            good = step - step % spec.checkpoint_every_steps
-            raise JobFailedError(
-                f"training diverged at step {step + 1}: the gradient is {grad_norm}. "
-                + (f"The last good checkpoint is of step {good}. " if good else "")
-                + "Lower optimizer.learning_rate, or look at the rows of this step"
-            )
+        _check_finite("gradient", grad_norm, step, spec)
         course.end_step(step, steps, backend)
         meter.add_step(label_count, int(rows.lengths[taken].sum()))
         is_last = step + 1 == steps
         if (step + 1) % spec.log_every_steps == 0 or is_last:
-            on_log(meter.line(step + 1, rate, grad_norm))
+            line = meter.line(step + 1, rate, grad_norm)
+            # The loss can be infinite where its gradient is not. Summed over workers only here.
+            _check_finite("loss", line.loss, step, spec)
+            on_log(line)
         if on_checkpoint and ((step + 1) % spec.checkpoint_every_steps == 0 or is_last):
             on_checkpoint(meter.progress(step + 1))
     return meter.progress(steps)
+
+
+def _check_finite(what: str, value: float, step: int, spec: TrainingSpec) -> None:
+    if math.isfinite(value):
+        return
+    good = step - step % spec.checkpoint_every_steps
+    raise JobFailedError(
+        f"training diverged at step {step + 1}: the {what} is {value}. "
+        + (f"The last good checkpoint is of step {good}. " if good else "")
+        + "Lower optimizer.learning_rate, or look at the rows of this step"
+    )
 
 
 class _Plan:

@@ -137,6 +137,18 @@ class TrainingSpec(Spec):
         accumulation = self.gradient_accumulation_steps or 1
         return self.batch_size or self.micro_batch_size * accumulation * self.workers.most
 
+    def memory_advice(self) -> str:
+        """What to change where a worker's memory does not suffice, with today's values."""
+        knobs = [f"lower micro_batch_size ({self.micro_batch_size}; the batch stays as it is)",
+                 f"lower data.max_length ({self.data.max_length})"]  # fmt: skip
+        if self.precision == "fp32":
+            knobs.append("set precision to bf16")
+        if self.zero.stage < 3:
+            knobs.append(f"raise zero.stage ({self.zero.stage})")
+        if self.workers.gpus and not self.zero.offload_optimizer:
+            knobs.append("set zero.offload_optimizer")
+        return ", or ".join(knobs)
+
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of a step on each of `world_size` workers, none over
         `micro_batch_size`."""

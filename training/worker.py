@@ -50,6 +50,19 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
     except (CallerError, JobFailedError) as error:
         # All workers come to the same end, and would again: Ray Train must not restart them.
         return {FAILURE: error.message}
+    except (MemoryError, RuntimeError) as error:
+        # It may be this worker alone: the others wait until Ray Train starts all anew, to be told.
+        if _lacks_memory(error):
+            reason = str(error).splitlines()[0]
+            message = f"out of memory ({reason}): {spec.memory_advice()}"
+            runs.record_failure(store, config["job_id"], message)
+        raise
+
+
+def _lacks_memory(error: MemoryError | RuntimeError) -> bool:
+    """CPU allocators raise a plain RuntimeError."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def _train(spec: TrainingSpec, store: Store, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -245,8 +245,9 @@ def test_training_lowers_the_loss(
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
+@pytest.mark.parametrize("max_grad_norm", [0.5, 0])
 def test_divergence_names_the_last_good_checkpoint(
-    bases: Callable[[str], Path], tokens: Path, tmp_path: Path
+    bases: Callable[[str], Path], tokens: Path, tmp_path: Path, max_grad_norm: float
 ) -> None:
     from cluster.errors import JobFailedError
 
@@ -258,5 +259,6 @@ def test_divergence_names_the_last_good_checkpoint(
     weights["model.norm.weight"].fill_(float("nan"))
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     settings = spec(broken, "lora", ALONE)
+    settings["optimizer"]["max_grad_norm"] = max_grad_norm
     with pytest.raises(JobFailedError, match="diverged at step 1: the gradient is nan"):
         run_case(Case(settings, tmp_path), tokens, Place())

@@ -61,6 +61,8 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
     "layernorm": _own(kind="layernorm"),
     "fishmask": _own(kind="fishmask", share=0.05),
     "full": _own(kind="full"),
+    "bottleneck": _own(kind="bottleneck", placement="houlsby", reduction_factor=4),
+    "parallel": _own(kind="bottleneck", placement="parallel", activation="tanh", scaling=2.0),
     "prompt_tuning": _peft(peft.PromptTuningConfig(**_CAUSAL, num_virtual_tokens=5)),
     "p_tuning": _peft(
         peft.PromptEncoderConfig(**_CAUSAL, num_virtual_tokens=3, encoder_hidden_size=24)

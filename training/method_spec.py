@@ -208,6 +208,24 @@ class FullSpec(Spec):
     kind: Literal["full"] = Field(description="`full`.")
 
 
+class BottleneckSpec(Spec):
+    """Bottleneck adapters: a small two-layer network in each layer of the base."""
+
+    kind: Literal["bottleneck"] = Field(description="`bottleneck`.")
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
+        "pfeiffer",
+        description="`houlsby`: behind attention and feed-forward (arXiv:1902.00751); `pfeiffer`: "
+        "behind feed-forward (arXiv:2005.00247); `parallel`: beside it (arXiv:2110.04366).",
+    )
+    reduction_factor: PositiveFloat = Field(
+        16, description="The base's hidden size over the width of the bottleneck."
+    )
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field(
+        "relu", description="Between its two layers."
+    )
+    scaling: PositiveFloat = Field(1.0, description="Factor of what is added.")
+
+
 class PromptTuningSpec(Spec):
     """Prompt tuning (Lester et al. 2021): learned embeddings in front of the input."""
 
@@ -288,6 +306,7 @@ MethodSpec = Annotated[
     | FishMaskSpec
     | ChildTuningSpec
     | FullSpec
+    | BottleneckSpec
     | PromptTuningSpec
     | PTuningSpec
     | PrefixTuningSpec

@@ -3,6 +3,7 @@
 from serving.adapters.apply import DeltaHooks, Segment
 from serving.adapters.lowering import lower
 from serving.adapters.primitives import (
+    Block,
     Delta,
     EmbeddingPrefix,
     KVPrefix,
@@ -13,6 +14,7 @@ from serving.adapters.primitives import (
 from serving.adapters.target import Target, describe
 
 __all__ = [
+    "Block",
     "Delta",
     "DeltaHooks",
     "EmbeddingPrefix",

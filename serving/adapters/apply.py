@@ -12,16 +12,17 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from cluster.errors import AdapterError
-from serving.adapters.primitives import Delta, LinearDelta, Replacement
+from serving.adapters.primitives import ACTIVATIONS, Block, Delta, LinearDelta, Replacement
 
-# A module's name, and whether its input (else its output) is meant.
-_Place = tuple[str, bool]
+# A module's name, and what of it: its input changed, its output changed, or its input kept for a
+# block elsewhere.
+_Place = tuple[str, Literal["input", "output", "kept"]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class DeltaHooks:
         self._head_rows: Sequence[Segment] = ()
         # Which dimension of a module's output counts the step's tokens, by name.
         self._rows_dim: dict[str, int] = {}
+        self._kept: dict[str, torch.Tensor] = {}  # inputs of this pass, by module
         self._is_tuple: dict[str, bool] = {}  # a router's, say; replaced parameters alone fit it
 
     @contextmanager
@@ -74,16 +76,28 @@ class DeltaHooks:
                 handle.remove()
             if self._head is not None:
                 # It sees the wanted rows alone, as [1, N, hidden].
-                self._rows_dim |= {n: 1 for n, m in self._modules.items() if m is self._head}
+                head = [n for n, m in self._modules.items() if m is self._head]
+                self._rows_dim |= dict.fromkeys(head, 1)
+                self._is_tuple |= dict.fromkeys(head, False)
 
     def check(self, deltas: Mapping[str, Delta]) -> None:
         """Raise AdapterError for a module that cannot be changed so for some rows alone."""
+        unknown = next((name for name, _ in _places(deltas) if name not in self._modules), None)
+        if unknown is not None:
+            raise AdapterError(
+                f"the adapter changes module {unknown!r}, which this base does not have; it was "
+                "made for another base"
+            )
         wrong = next(
             (
                 name
-                for name, delta in deltas.items()
+                for name, part in _places(deltas)
                 if name not in self._rows_dim
-                or (self._is_tuple.get(name) and not isinstance(delta, Replacement))
+                or (
+                    self._is_tuple[name]
+                    and part != "kept"
+                    and not isinstance(deltas[name], Replacement)
+                )
             ),
             None,
         )
@@ -99,15 +113,14 @@ class DeltaHooks:
         for place in _places(deltas):
             self._users[place] = self._users.get(place, 0) + 1
             if self._users[place] == 1:
-                name, is_input = place
+                name, part = place
                 module = self._modules[name]
-                self._handles[place] = (
-                    module.register_forward_pre_hook(self._input_hook(name))
-                    if is_input
-                    else module.register_forward_hook(
-                        self._output_hook(name, module), with_kwargs=True
-                    )
-                )
+                if part == "output":
+                    hook = self._output_hook(name, module)
+                    self._handles[place] = module.register_forward_hook(hook, with_kwargs=True)
+                else:
+                    hook = self._input_hook(name) if part == "input" else self._keep_hook(name)
+                    self._handles[place] = module.register_forward_pre_hook(hook)
 
     def uninstall(self, deltas: Mapping[str, Delta]) -> None:
         """Count one adapter less."""
@@ -125,6 +138,13 @@ class DeltaHooks:
             yield
         finally:
             self._body = self._head_rows = ()
+            self._kept.clear()
+
+    def _keep_hook(self, name: str) -> Any:
+        def keep(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self._kept[name] = args[0]
+
+        return keep
 
     def _input_hook(self, name: str) -> Any:
         rows_dim = self._rows_dim[name]
@@ -155,6 +175,11 @@ class DeltaHooks:
                 rows = _Rows(rows_dim, total, segment)
                 if isinstance(delta, LinearDelta):
                     _add(rows.of(output), rows.of(args[0]), delta)
+                    continue
+                if isinstance(delta, Block):
+                    y = rows.of(output)
+                    x = y if delta.source is None else rows.of(self._kept[delta.source])
+                    y += _block(x, delta).view(y.shape)
                     continue
                 own = ([rows.of(a) for a in args], {k: rows.of(v) for k, v in options.items()})
                 replayed = _run_with(module, delta.parameters, *own)
@@ -187,11 +212,13 @@ def _parts(output: Any) -> tuple[Any, ...]:
 
 
 def _places(deltas: Mapping[str, Delta]) -> Generator[_Place]:
-    """Every module's output, and its input where that is scaled."""
+    """Every module's output, its input where that is scaled, and what blocks read elsewhere."""
     for name, delta in deltas.items():
-        yield name, False
+        yield name, "output"
         if isinstance(delta, LinearDelta) and delta.scale_I is not None:
-            yield name, True
+            yield name, "input"
+        if isinstance(delta, Block) and delta.source is not None:
+            yield delta.source, "kept"
 
 
 def _add(y: torch.Tensor, x: torch.Tensor, delta: LinearDelta) -> None:
@@ -206,6 +233,12 @@ def _add(y: torch.Tensor, x: torch.Tensor, delta: LinearDelta) -> None:
         y += _times_sparse(x, delta.sparse).reshape(y.shape)
     if delta.shift_O is not None:
         y += delta.shift_O
+
+
+def _block(x: torch.Tensor, block: Block) -> torch.Tensor:
+    """What the block adds, [rows, H] for x [..., H]."""
+    low_TR = torch.addmm(block.down_R, x.flatten(0, -2), block.down_HR)
+    return torch.addmm(block.up_H, ACTIVATIONS[block.activation](low_TR), block.up_RH)
 
 
 def _times_sparse(x: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from cluster.adapter_folder import (
     fault,
     open_adapter_folder,
 )
+from serving.adapters.bottleneck import lower_bottleneck
 from serving.adapters.linear import lower_bitfit, lower_ia3, lower_lora
 from serving.adapters.primitives import LoweredAdapter
 from serving.adapters.soft_prompt import lower_prefix_tuning, lower_prompt_tuning
@@ -35,6 +36,7 @@ LOWER: Mapping[str, Lower] = {
     "LN_TUNING": lower_layernorm,
     "SPARSE_DELTA": lower_sparse_delta,
     "SHIRA": lower_shira,
+    "BOTTLENECK": lower_bottleneck,
     "PROMPT_TUNING": lower_prompt_tuning,
     "P_TUNING": lower_prompt_tuning,
     "PREFIX_TUNING": lower_prefix_tuning,

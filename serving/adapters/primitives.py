@@ -1,13 +1,14 @@
 """The primitives: all that the engine can apply, whatever method they came from.
 
-    I in    O out    r rank    P prefix tokens    L layers    K key/value heads    D head size
+    I in    O out    r rank    H hidden    R width
+    P prefix tokens    L layers    K key/value heads    D head size
 
 The engine knows these and no method; a method knows how it lowers to these and no engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -42,8 +43,31 @@ class Replacement:
     parameters: Mapping[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Block:
+    """Two small layers that add to one module's output: y + f(x D + d) U + u, where x is that
+    output, or what module `source` reads.
+
+    Args:
+        activation: f, a key of ACTIVATIONS.
+    """
+
+    down_HR: torch.Tensor
+    down_R: torch.Tensor
+    up_RH: torch.Tensor
+    up_H: torch.Tensor
+    activation: str
+    source: str | None = None
+
+
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": torch.nn.functional.relu,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+}
 # What an adapter makes of one module.
-Delta = LinearDelta | Replacement
+Delta = LinearDelta | Replacement | Block
 
 
 @dataclass(frozen=True)

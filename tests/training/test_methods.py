@@ -51,6 +51,8 @@ CASES: list[dict[str, Any]] = [
     {"kind": "fishmask", "share": 0.02},
     {"kind": "child_tuning"},
     {"kind": "full"},
+    {"kind": "bottleneck", "placement": "houlsby", "activation": "gelu"},
+    {"kind": "bottleneck", "placement": "parallel", "scaling": 4.0},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4, "init": "text", "init_text": "Say it"},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4, "init": "vocabulary"},

@@ -28,6 +28,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "child_tuning": {"kind": "child_tuning", "num_samples": 8},
     "child_tuning_free": {"kind": "child_tuning", "form": "task_free"},
     "full": {"kind": "full"},
+    "bottleneck": {"kind": "bottleneck", "placement": "houlsby", "reduction_factor": 4},
+    "parallel": {"kind": "bottleneck", "placement": "parallel", "reduction_factor": 4},
     "prompt_tuning": {"kind": "prompt_tuning", "num_virtual_tokens": 4},
     "p_tuning": {"kind": "p_tuning", "num_virtual_tokens": 4, "encoder": "lstm"},
     "prefix_tuning": {"kind": "prefix_tuning", "num_virtual_tokens": 4, "projection": True},

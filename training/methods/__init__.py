@@ -16,6 +16,7 @@ import torch
 from training.methods import (
     adalora,
     bitfit,
+    bottleneck,
     dylora,
     fisher,
     hard_prompt,
@@ -61,6 +62,7 @@ METHODS: Mapping[str, Method] = {
     "layernorm": Method(layernorm.attach, *_PEFT),
     "fishmask": Method(sparse.attach_masked, *_SPARSE, fisher.FisherCourse),
     "child_tuning": Method(sparse.attach_child, *_SPARSE, fisher.make_child_course),
+    "bottleneck": Method(bottleneck.attach, bottleneck.save, bottleneck.load, bottleneck.PEFT_TYPE),
     "full": Method(sparse.attach_full, *_SPARSE),
     "prompt_tuning": Method(soft_prompt.attach_prompt_tuning, *_PEFT),
     "p_tuning": Method(soft_prompt.attach_p_tuning, *_PEFT),

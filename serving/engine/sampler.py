@@ -18,8 +18,9 @@ import torch
 
 from serving.engine.request import GenerationRequest, TokenLogprobs
 
-# So many of the most probable tokens are looked at first; top_p and top_k rarely need more.
-_CANDIDATES = 1024
+# So many of the most probable tokens are looked at first; top_p and top_k rarely need more. Where
+# they do, so many times more: the first 256 of 32,000 take about 1/15 of the time of all.
+_CANDIDATES, _MORE = 256, 16
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _top(
         unclear: list[int] = is_open_N.nonzero().squeeze(-1).tolist()
         if unclear:
             again = [requests[i] for i in unclear]
-            result_NV[unclear] = _top(probability_NV[unclear], again, vocabulary)
+            result_NV[unclear] = _top(probability_NV[unclear], again, candidates * _MORE)
     return result_NV
 
 

@@ -226,6 +226,17 @@ class BottleneckSpec(Spec):
     scaling: PositiveFloat = Field(1.0, description="Factor of what is added.")
 
 
+class LlamaAdapterSpec(Spec):
+    """LLaMA-Adapter (Zhang et al. 2023, arXiv:2303.16199): attention to a learned prompt behind a
+    gate that starts at zero; for llama, mistral and gpt2."""
+
+    kind: Literal["llama_adapter"] = Field(description="`llama_adapter`.")
+    adapter_len: PositiveInt = Field(10, description="Length of the prompt, in tokens.")
+    adapter_layers: PositiveInt | None = Field(
+        None, description="So many layers from the top get one; all if not given."
+    )
+
+
 class PromptTuningSpec(Spec):
     """Prompt tuning (Lester et al. 2021): learned embeddings in front of the input."""
 
@@ -307,6 +318,7 @@ MethodSpec = Annotated[
     | ChildTuningSpec
     | FullSpec
     | BottleneckSpec
+    | LlamaAdapterSpec
     | PromptTuningSpec
     | PTuningSpec
     | PrefixTuningSpec

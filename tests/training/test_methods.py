@@ -53,6 +53,7 @@ CASES: list[dict[str, Any]] = [
     {"kind": "full"},
     {"kind": "bottleneck", "placement": "houlsby", "activation": "gelu"},
     {"kind": "bottleneck", "placement": "parallel", "scaling": 4.0},
+    {"kind": "llama_adapter", "adapter_len": 4},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4, "init": "text", "init_text": "Say it"},
     {"kind": "prompt_tuning", "num_virtual_tokens": 4, "init": "vocabulary"},
@@ -147,6 +148,14 @@ def test_bitfits_subsets(bases: Bases) -> None:
     ):
         with pytest.raises(SpecError, match=message):
             attach(bases(family), kind="bitfit", **method)
+
+
+def test_llama_adapter_is_refused_where_peft_cannot(bases: Bases) -> None:
+    for family, message in (("phi", "Unsupported model type"), ("gemma", "heads of 16")):
+        with pytest.raises(SpecError, match=message):
+            attach(bases(family), kind="llama_adapter")
+    with pytest.raises(SpecError, match="more adapter layers"):
+        attach(bases("llama"), kind="llama_adapter", adapter_layers=3)
 
 
 def test_layernorm_takes_norms_alone(bases: Bases) -> None:

@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "child_tuning": {"kind": "child_tuning", "num_samples": 8},
     "child_tuning_free": {"kind": "child_tuning", "form": "task_free"},
     "full": {"kind": "full"},
+    "llama_adapter": {"kind": "llama_adapter", "adapter_len": 4},
     "bottleneck": {"kind": "bottleneck", "placement": "houlsby", "reduction_factor": 4},
     "parallel": {"kind": "bottleneck", "placement": "parallel", "reduction_factor": 4},
     "prompt_tuning": {"kind": "prompt_tuning", "num_virtual_tokens": 4},
@@ -69,6 +70,8 @@ def textbook(model: Any) -> torch.Tensor:
 def test_loss_and_gradients_are_those_of_the_textbook(
     bases: Bases, family: str, method: str
 ) -> None:
+    if method == "llama_adapter" and family in ("qwen3", "bloom"):
+        pytest.skip("PEFT has no LLaMA-Adapter for this family, and it is refused")
     model = adapted(bases(family), method)
     expected = textbook(model)
     expected.backward()

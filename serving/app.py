@@ -15,17 +15,20 @@ from serving.spec import ServingSpec
 
 
 def checked(spec: ServingSpec) -> ServingSpec:
-    """`spec` with local paths made absolute, after the base's folder was looked at.
+    """`spec` with local paths made absolute, after the bases' folders were looked at.
 
     Raises:
-        BaseModelError: the base is not a whole folder; nothing was started.
+        BaseModelError: a base is not a whole folder; nothing was started.
     """
     from cluster.base_model import check_base_folder
 
     base = absolute_path(spec.engine.base_model)
     check_base_folder(base, with_tokenizer=True)
+    small = tuple(absolute_path(path) for path in spec.engine.small_bases)
+    for path in small:
+        check_base_folder(path, with_tokenizer=False)
     cache = absolute_path(spec.cache)
-    engine = spec.engine.model_copy(update={"base_model": base})
+    engine = spec.engine.model_copy(update={"base_model": base, "small_bases": small})
     return spec.model_copy(update={"engine": engine, "cache": cache})
 
 

@@ -20,6 +20,11 @@ class EngineSpec(Spec):
     """One engine: a base model, its KV pages, the limits of a step."""
 
     base_model: str = Field(description="Folder of a transformers causal LM, seen by every node.")
+    small_bases: tuple[str, ...] = Field(
+        (),
+        description="Folders of the small bases that proxy-tuned adapters may name. Each is loaded "
+        "once at start and runs for the rows of those adapters alone.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Of weights, activations and KV pages."
     )

@@ -52,7 +52,7 @@ def assemble(
     torch.manual_seed(spec.seed)
     dtype = torch.float32 if spec.precision == "fp32" else torch.bfloat16
     method = METHODS[spec.method.kind]
-    base = load_base(spec.base_model, dtype)
+    base = load_base(spec.trained_base, dtype)
     model = method.attach(base, spec.method, spec.base_model)
     model.to(place.device).train()
     loss_model = LossModel(model, is_sharded=spec.zero.stage == 3)

@@ -159,7 +159,7 @@ def plan(spec: TrainingSpec) -> Plan:
     tokenizer = load_tokenizer(spec.base_model)
     with tempfile.TemporaryDirectory() as folder:
         report = tokenize(spec.data, tokenizer, Path(folder), limit=_CHECKED_ROWS)
-    base = empty_base(spec.base_model)
+    base = empty_base(spec.trained_base)
     model = METHODS[spec.method.kind].attach(base, spec.method, spec.base_model)
     trained, total = count_parameters(model)
     steps = count_steps(spec, rows)
@@ -180,8 +180,9 @@ def resolved(spec: TrainingSpec) -> TrainingSpec:
 
     base = absolute_path(spec.base_model)
     check_base_folder(base, with_tokenizer=True)
-    context = context_tokens(base)
-    spec, virtual = _with_prompt(spec)
+    spec, virtual = _with_method(spec)
+    contexts = [context_tokens(path) for path in {base, spec.trained_base}]
+    context = min((tokens for tokens in contexts if tokens is not None), default=None)
     asked = spec.data.max_length
     if context is not None and virtual >= context:
         raise SpecError(
@@ -207,19 +208,27 @@ def resolved(spec: TrainingSpec) -> TrainingSpec:
     )
 
 
-def _with_prompt(spec: TrainingSpec) -> tuple[TrainingSpec, int]:
-    """`spec` with a hard prompt's text in place of its rows, and its method's virtual tokens."""
-    from training.method_spec import HardPromptSpec
-
-    if not isinstance(spec.method, HardPromptSpec):
-        return spec, getattr(spec.method, "num_virtual_tokens", 0)
-    from cluster.base_model import load_tokenizer
+def _with_method(spec: TrainingSpec) -> tuple[TrainingSpec, int]:
+    """`spec` with a proxy's path absolute, or a hard prompt's text in place of its rows, and the
+    method's virtual tokens."""
+    from cluster.base_model import check_base_folder, load_tokenizer
+    from cluster.names import absolute_path
+    from training.method_spec import HardPromptSpec, ProxyTuningSpec
     from training.methods.hard_prompt import count_tokens, with_text
 
-    tokenizer = load_tokenizer(spec.base_model)
-    method = with_text(spec.method, spec.data, spec.seed, tokenizer)
-    virtual = count_tokens(method.text or "", tokenizer)
-    return spec.model_copy(update={"method": method, "max_steps": 0}), virtual
+    method = spec.method
+    if isinstance(method, ProxyTuningSpec):
+        small = absolute_path(method.small_base)
+        check_base_folder(small, with_tokenizer=True)
+        method = method.model_copy(update={"small_base": small})
+        virtual: int = getattr(method.expert, "num_virtual_tokens", 0)
+        return spec.model_copy(update={"method": method}), virtual
+    if isinstance(method, HardPromptSpec):
+        tokenizer = load_tokenizer(spec.base_model)
+        method = with_text(method, spec.data, spec.seed, tokenizer)
+        virtual = count_tokens(method.text or "", tokenizer)
+        return spec.model_copy(update={"method": method, "max_steps": 0}), virtual
+    return spec, getattr(method, "num_virtual_tokens", 0)
 
 
 def readable(line: str) -> str | None:

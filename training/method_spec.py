@@ -307,7 +307,8 @@ class HardPromptSpec(Spec):
     )
 
 
-MethodSpec = Annotated[
+# What trains parameters of one model: all but what is built of them below.
+ExpertSpec = Annotated[
     LoraSpec
     | AdaLoraSpec
     | DyLoraSpec
@@ -321,7 +322,22 @@ MethodSpec = Annotated[
     | LlamaAdapterSpec
     | PromptTuningSpec
     | PTuningSpec
-    | PrefixTuningSpec
-    | HardPromptSpec,
+    | PrefixTuningSpec,
     Field(discriminator="kind"),
 ]
+
+
+class ProxyTuningSpec(Spec):
+    """Proxy-tuning (Liu et al. 2024, arXiv:2401.08565): an expert is trained on a small base, and
+    what it changes there is added to the logits of the large one, which is never loaded here."""
+
+    kind: Literal["proxy_tuning"] = Field(description="`proxy_tuning`.")
+    small_base: str = Field(
+        description="Folder of a small transformers causal LM with the tokenizer of `base_model`, "
+        "seen by every node; the service must list it in engine.small_bases."
+    )
+    alpha: PositiveFloat = Field(1.0, description="Factor of the expert's change.")
+    expert: ExpertSpec = Field(description="How the small base is trained, by `kind`.")
+
+
+MethodSpec = Annotated[ExpertSpec | HardPromptSpec | ProxyTuningSpec, Field(discriminator="kind")]

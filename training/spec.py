@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from cluster.spec import Name, Spec, StoreUri
 from training.data_spec import DataSpec
-from training.method_spec import MethodSpec
+from training.method_spec import MethodSpec, ProxyTuningSpec
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -153,3 +153,9 @@ class TrainingSpec(Spec):
         """Micro-batches of a step on each of `world_size` workers, none over
         `micro_batch_size`."""
         return -(-self.global_batch_size // (self.micro_batch_size * world_size))
+
+    @property
+    def trained_base(self) -> str:
+        """The folder of the model that a run loads: `base_model`, or the small one of a proxy."""
+        method = self.method
+        return method.small_base if isinstance(method, ProxyTuningSpec) else self.base_model

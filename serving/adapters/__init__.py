@@ -8,6 +8,7 @@ from serving.adapters.primitives import (
     EmbeddingPrefix,
     KVPrefix,
     LinearDelta,
+    LogitOffset,
     LoweredAdapter,
     Replacement,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "EmbeddingPrefix",
     "KVPrefix",
     "LinearDelta",
+    "LogitOffset",
     "LoweredAdapter",
     "Replacement",
     "Segment",

@@ -22,6 +22,7 @@ from cluster.adapter_folder import (
 )
 from serving.adapters.bottleneck import lower_bottleneck
 from serving.adapters.linear import lower_bitfit, lower_ia3, lower_lora
+from serving.adapters.offset import PROXY, lower_proxy
 from serving.adapters.primitives import LoweredAdapter
 from serving.adapters.soft_prompt import lower_prefix_tuning, lower_prompt_tuning
 from serving.adapters.target import Target
@@ -47,21 +48,18 @@ LOWER: Mapping[str, Lower] = {
 INDICES = "indices"
 
 
-def lower(path: str | Path, target: Target) -> LoweredAdapter:
+def lower(
+    path: str | Path, target: Target, small_bases: Mapping[str, Target] | None = None
+) -> LoweredAdapter:
     """Read the adapter folder at `path` and lower it for `target`.
+
+    Args:
+        small_bases: Those that a proxy-tuned adapter may name, by resolved path.
 
     Raises:
         AdapterError: naming the file, the reason and the remedy; nothing was loaded.
     """
     folder = open_adapter_folder(path)
-    known = LOWER.get(folder.method)
-    if known is None:
-        raise fault(
-            folder.path,
-            CONFIG,
-            f"has peft_type {folder.method[:60]!r}, which is not served yet; "
-            f"served are {', '.join(sorted(LOWER))}",
-        )
     check_finite(folder)
     try:
         tensors = load_file(folder.path / WEIGHTS)
@@ -73,7 +71,35 @@ def lower(path: str | Path, target: Target) -> LoweredAdapter:
     )
     if wrong is not None:
         raise fault(folder.path, WEIGHTS, f"has tensor {wrong!r} that is not floating point")
-    return replace(known(folder, tensors, target), content=_content(folder, tensors))
+
+    def lower_on(part: AdapterFolder, base: Target) -> LoweredAdapter:
+        return _lowering_of(part)(part, tensors, base)
+
+    if folder.method == PROXY:
+        lowered = lower_proxy(folder, small_bases or {}, lower_on)
+    else:
+        lowered = lower_on(folder, target)
+    return replace(lowered, content=_content(folder, tensors))
+
+
+def _lowering_of(folder: AdapterFolder) -> Lower:
+    known = LOWER.get(folder.method)
+    if known is None:
+        raise fault(
+            folder.path,
+            CONFIG,
+            f"has peft_type {folder.method[:60]!r}, which is not served yet; "
+            f"served are {', '.join(sorted([*LOWER, PROXY]))}",
+        )
+    task = folder.config.get("task_type") or "CAUSAL_LM"
+    if task != "CAUSAL_LM":
+        raise fault(
+            folder.path,
+            CONFIG,
+            f"has task_type {str(task)[:60]!r}; adapters of causal language models alone are "
+            "served, load others with training.load_adapter",
+        )
+    return known
 
 
 def _content(folder: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -87,17 +87,30 @@ class KVPrefix:
 
 
 @dataclass(frozen=True)
+class LogitOffset:
+    """alpha (s' - s), added to the base's logits: s are those of the small base of that path, s'
+    those with `expert` on it."""
+
+    small_base: str
+    alpha: float
+    expert: LoweredAdapter
+
+
+@dataclass(frozen=True)
 class LoweredAdapter:
-    """One adapter as primitives: deltas by module name, and at most one prefix. `content` is a hash
-    of all that it was made of; adapters without one share nothing."""
+    """One adapter as primitives: deltas by module name, at most one prefix and one offset.
+    `content` is a hash of all that it was made of; adapters without one share nothing."""
 
     deltas: Mapping[str, Delta] = field(default_factory=dict[str, Delta])
     prefix: EmbeddingPrefix | KVPrefix | None = None
+    offset: LogitOffset | None = None
     content: str = ""
 
     @property
     def prefix_tokens(self) -> int:
-        """Positions that the prefix takes of the context."""
+        """Positions that the prefix, or the expert's, takes in pages."""
+        if self.offset is not None:
+            return self.offset.expert.prefix_tokens
         if self.prefix is None:
             return 0
         if isinstance(self.prefix, EmbeddingPrefix):

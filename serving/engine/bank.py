@@ -10,6 +10,7 @@ from cluster.errors import AdapterError, ConflictError, ModelNotFoundError, Over
 from cluster.spec import nearest
 from serving.adapters import LoweredAdapter
 from serving.engine.batch import LoadedAdapter
+from serving.engine.offset import SmallBases
 from serving.engine.runner import Runner
 from serving.spec import EngineSpec
 
@@ -17,8 +18,8 @@ from serving.spec import EngineSpec
 class AdapterBank:
     """Used by the engine's thread alone."""
 
-    def __init__(self, spec: EngineSpec, runner: Runner) -> None:
-        self._spec, self._runner = spec, runner
+    def __init__(self, spec: EngineSpec, runner: Runner, small_bases: SmallBases) -> None:
+        self._spec, self._runner, self._small_bases = spec, runner, small_bases
         self._named: dict[str, LoadedAdapter] = {}  # least recently used first
         self._held: dict[str, LoadedAdapter] = {}  # by unique name, removed ones included
         self._users: dict[str, int] = {}  # requests in progress by unique name
@@ -48,10 +49,12 @@ class AdapterBank:
         if not name or name in self._named:
             raise ConflictError(f"adapter {name!r}: is loaded already; remove it first")
         context_tokens = self._runner.max_context_tokens
-        if lowered.prefix_tokens >= context_tokens:
+        taken = self._small_bases.taken_tokens(lowered)
+        if taken >= context_tokens:
             raise AdapterError(
                 f"adapter {name!r}: its prefix of {lowered.prefix_tokens} tokens fills the context "
-                f"of {context_tokens}; raise engine.max_context_tokens if the base allows it"
+                f"of {context_tokens - taken + lowered.prefix_tokens}; raise "
+                "engine.max_context_tokens if the base allows it"
             )
         while len(self._named) >= self._spec.max_adapters:
             if not (evict and self._evict()):
@@ -63,7 +66,9 @@ class AdapterBank:
         # Two adapters of one name, the older still finishing, must not share a segment.
         unique = f"{name}#{self._installed}"
         self._installed += 1
-        loaded = LoadedAdapter(unique, lowered, lowered.content or unique)
+        if lowered.offset is not None:
+            self._small_bases.install(unique, lowered.offset)
+        loaded = LoadedAdapter(unique, lowered, lowered.content or unique, taken)
         self._named[name] = self._held[unique] = loaded
         self._users[unique] = 0
 
@@ -90,6 +95,7 @@ class AdapterBank:
         self._removed.remove(loaded.name)
         del self._held[loaded.name], self._users[loaded.name]
         self._runner.hooks.uninstall(loaded.lowered.deltas)
+        self._small_bases.uninstall(loaded.name)
 
     def _evict(self) -> bool:
         """Remove the least recently used adapter without requests, if there is one."""

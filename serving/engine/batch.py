@@ -20,11 +20,12 @@ from serving.engine.sequence import Sequence as Scheduled
 @dataclass(frozen=True)
 class LoadedAdapter:
     """An adapter that the engine holds. `name` is its own; adapters of one `identity` give the
-    same keys and values."""
+    same keys and values; its requests lack `taken_tokens` of the base's context."""
 
     name: str
     lowered: LoweredAdapter
     identity: str
+    taken_tokens: int
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from serving.engine.answer import Answer
 from serving.engine.bank import AdapterBank
 from serving.engine.batch import build, context_slots
 from serving.engine.intake import Intake
+from serving.engine.offset import SmallBases
 from serving.engine.pages import PagePool
 from serving.engine.request import (
     FinishReason,
@@ -63,6 +64,11 @@ class Engine:
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.runner = Runner(spec)
+        self._small_bases = SmallBases(spec, self.runner)
+        page_bytes = self.runner.page_bytes + self._small_bases.page_bytes
+        num_pages = self.runner.fitting_pages(spec, page_bytes)
+        self.runner.allocate(num_pages)
+        self._small_bases.allocate(num_pages)
         self._pool = PagePool(self.runner.num_pages)
         self._scheduler = Scheduler(
             self._pool,
@@ -71,7 +77,7 @@ class Engine:
             max_step_tokens=spec.max_step_tokens,
         )
         self._intake = Intake(spec, self.runner)
-        self._bank = AdapterBank(spec, self.runner)
+        self._bank = AdapterBank(spec, self.runner, self._small_bases)
         self._answers: dict[str, Answer] = {}
         self._count = self._steps = self._generated = self._preemptions = 0
 
@@ -115,8 +121,10 @@ class Engine:
     def lower(self, path: str | Path) -> LoweredAdapter:
         """Read an adapter folder for this base. Safe to call from another thread, since it
         touches nothing that runs. Raises AdapterError."""
-        lowered = lower(path, self.runner.target)
+        lowered = lower(path, self.runner.target, self._small_bases.targets)
         self.runner.hooks.check(lowered.deltas)
+        if lowered.offset is not None:
+            self._small_bases.check(lowered.offset)
         return lowered
 
     def add_adapter(self, name: str, path: str | Path) -> None:
@@ -284,11 +292,16 @@ class Engine:
         """Logits of the rows that chunks want, behind the prefixes that are not there yet."""
         for sequence in (chunk.sequence for chunk in chunks):
             if sequence.prefix_tokens and not sequence.has_prefix:
-                prefix = self._bank.held[sequence.adapter].lowered.prefix
-                assert prefix is not None
                 slots = context_slots(sequence, self.spec.page_tokens)[: sequence.prefix_tokens]
-                self.runner.write_prefix(prefix, slots)
-        return self.runner.forward(build(chunks, self._bank.held, self.spec.page_tokens))
+                prefix = self._bank.held[sequence.adapter].lowered.prefix
+                if prefix is None:
+                    self._small_bases.write_prefix(sequence.adapter, slots)
+                else:
+                    self.runner.write_prefix(prefix, slots)
+        own = self._small_bases.without_prefixes(chunks)
+        logits_NV = self.runner.forward(build(own, self._bank.held, self.spec.page_tokens))
+        self._small_bases.add(logits_NV, chunks)
+        return logits_NV
 
     def _sample(self, chunks: list[Chunk], logits_NV: torch.Tensor) -> dict[str, Sampled | None]:
         """What follows each sequence that has been read to its end; prompts' own logits go to the

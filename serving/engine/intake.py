@@ -50,7 +50,7 @@ class Intake:
         if request.stop and self.tokenizer is None:
             raise RequestError("stop needs a tokenizer, and the base has none", param="stop")
         prefix = adapter.lowered.prefix_tokens if adapter else 0
-        max_tokens = self._room(request, len(ids), prefix)
+        max_tokens = self._room(request, len(ids), adapter.taken_tokens if adapter else 0)
         generated = self._generated(request, max_tokens)
         detokenizer = Detokenizer(self.tokenizer, ids, request.stop) if self.tokenizer else None
         if detokenizer:
@@ -114,13 +114,13 @@ class Intake:
             raise RequestError(f"{field} do not follow response_format", param=field)
         return grammar
 
-    def _room(self, request: GenerationRequest, prompt_tokens: int, prefix_tokens: int) -> int:
+    def _room(self, request: GenerationRequest, prompt_tokens: int, taken_tokens: int) -> int:
         """How many tokens it may generate. Raises ContextLengthError."""
-        room = self._context - prefix_tokens - prompt_tokens
+        room = self._context - taken_tokens - prompt_tokens
         wanted = max(1, room) if request.max_tokens is None else request.max_tokens
         if wanted > room:
-            beside = f" + {prefix_tokens} of the adapter's prefix" if prefix_tokens else ""
-            is_full = prompt_tokens + prefix_tokens >= self._context
+            beside = f" + {taken_tokens} that the adapter takes" if taken_tokens else ""
+            is_full = prompt_tokens + taken_tokens >= self._context
             raise ContextLengthError(
                 f"the prompt has {prompt_tokens} tokens{beside} and max_tokens is {wanted}, over "
                 f"the context of {self._context}; shorten the prompt or lower max_tokens",

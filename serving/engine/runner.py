@@ -59,16 +59,28 @@ class Runner:
         self.vocabulary: int = self.model.get_input_embeddings().weight.shape[0]
         self.max_context_tokens = _context(self.model, spec)
         _refuse_by_length(self.model, spec, self.max_context_tokens)
-        self.page_tokens = spec.page_tokens
-        self.num_pages = self._fitting_pages(spec)
-        target, slots = self.target, self.num_pages * self.page_tokens
-        shape = (slots, target.num_kv_heads, target.head_size)
-        self._keys, self._values = (
-            [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(target.num_layers)]
-            for _ in range(2)
-        )
+        self.page_tokens, self.num_pages = spec.page_tokens, 0
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
         self._wanted_N: torch.Tensor | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._select_wanted)
+
+    @property
+    def page_bytes(self) -> int:
+        """Memory of one page, over all layers."""
+        target = self.target
+        token_bytes = 2 * target.num_layers * target.num_kv_heads * target.head_size
+        return token_bytes * target.dtype.itemsize * self.page_tokens
+
+    def allocate(self, num_pages: int) -> None:
+        """Make the KV memory, of so many pages, and prove the base on it. Raises BaseModelError."""
+        self.num_pages = num_pages
+        target = self.target
+        shape = (num_pages * self.page_tokens, target.num_kv_heads, target.head_size)
+        options: dict[str, Any] = {"dtype": target.dtype, "device": self.device}
+        self._keys, self._values = (
+            [torch.zeros(shape, **options) for _ in range(target.num_layers)] for _ in range(2)
+        )
         self._prove()
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -152,10 +164,12 @@ class Runner:
         hidden = args[0]
         return (hidden.reshape(1, -1, hidden.shape[-1])[:, self._wanted_N],)
 
-    def _fitting_pages(self, spec: EngineSpec) -> int:
-        target = self.target
-        token_bytes = 2 * target.num_layers * target.num_kv_heads * target.head_size
-        page_bytes = token_bytes * target.dtype.itemsize * spec.page_tokens
+    def fitting_pages(self, spec: EngineSpec, page_bytes: int) -> int:
+        """How many pages of `page_bytes` there is memory for, up to what could ever be used.
+
+        Raises:
+            BaseModelError: not one context fits.
+        """
         wanted = 1 + spec.max_running_requests * -(-self.max_context_tokens // spec.page_tokens)
         if spec.kv_cache_gib is not None:
             pages = int(spec.kv_cache_gib * _GIB / page_bytes)

@@ -24,6 +24,7 @@ from training.methods import (
     layernorm,
     llama_adapter,
     lora,
+    proxy_tuning,
     soft_prompt,
     sparse,
 )
@@ -70,6 +71,13 @@ METHODS: Mapping[str, Method] = {
     "p_tuning": Method(soft_prompt.attach_p_tuning, *_PEFT),
     "prefix_tuning": Method(soft_prompt.attach_prefix_tuning, *_PEFT),
     "hard_prompt": Method(hard_prompt.attach, *_PEFT),
+    "proxy_tuning": Method(
+        proxy_tuning.attach,
+        proxy_tuning.save,
+        proxy_tuning.load,
+        proxy_tuning.PEFT_TYPE,
+        proxy_tuning.course,
+    ),
 }
 
 

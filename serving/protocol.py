@@ -83,6 +83,7 @@ class Sampling(_Body):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    adapter_rank: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None

@@ -35,6 +35,17 @@ def _own(**method: Any) -> Callable[[Path], Any]:
     return attach
 
 
+def _adalora(base: Path) -> Any:
+    """Ranks as an allocation leaves them: some modules with all, some with one, one with none."""
+    attach = _own(kind="adalora", r=2, init_r=3, alpha=5)
+    model = attach(base)
+    names = [name for name, _ in model.base_model.model.named_parameters() if ".lora_E." in name]
+    model.peft_config["default"].rank_pattern = {
+        name: [place % 3 > 0, place % 2 > 0, place > 0] for place, name in enumerate(names)
+    }
+    return model
+
+
 _CAUSAL = {"task_type": "CAUSAL_LM"}
 # name -> base folder -> a model with the method on it.
 VARIANTS: Mapping[str, Callable[[Path], Any]] = {
@@ -50,6 +61,29 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
             lora_bias=True,
         )
     ),
+    "dora": _peft(
+        peft.LoraConfig(
+            **_CAUSAL,
+            r=4,
+            use_dora=True,
+            target_modules="all-linear",
+            bias="all",
+            rank_pattern={r"0\.(self_attn\.q_proj|attn\.c_attn)": 2},
+        )
+    ),
+    "pissa": _peft(
+        peft.LoraConfig(**_CAUSAL, r=3, init_lora_weights="pissa", target_modules="all-linear")
+    ),
+    "saved_modules": _peft(
+        peft.LoraConfig(
+            **_CAUSAL,
+            r=3,
+            target_modules=["q_proj"],
+            modules_to_save=["lm_head", "embed_tokens", "norm", "0.mlp"],
+        )
+    ),
+    "adalora": _adalora,
+    "dylora": _own(kind="dylora", r=4, min_rank=2),
     "ia3": _peft(
         peft.IA3Config(
             **_CAUSAL,
@@ -83,6 +117,21 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
         )
     ),
 }
+
+
+# Variants that differ little between families: on these alone.
+_FAMILIES: Mapping[str, set[str]] = {
+    "dora": {"llama", "gpt2", "opt"},
+    "pissa": {"llama", "gpt2"},
+    "saved_modules": {"llama", "gemma"},
+    "adalora": {"llama", "gpt2"},
+    "dylora": {"llama", "gpt2"},
+}
+
+
+def variants_of(family: str) -> list[str]:
+    """The variants that are tried on a family."""
+    return [variant for variant in VARIANTS if family in _FAMILIES.get(variant, {family})]
 
 
 def make_adapter(variant: str, base: Path, folder: Path, seed: int = 1) -> Path:

@@ -228,7 +228,7 @@ def _add(y: torch.Tensor, x: torch.Tensor, delta: LinearDelta) -> None:
         y *= delta.scale_O
     if delta.a_Ir is not None and delta.b_rO is not None:
         low_Tr = (x @ delta.a_Ir if x.is_floating_point() else delta.a_Ir[x]).flatten(0, -2)
-        y.view(-1, y.shape[-1]).addmm_(low_Tr, delta.b_rO)
+        y.view(-1, y.shape[-1]).addmm_(low_Tr, delta.b_rO, alpha=delta.factor)
     if delta.sparse is not None:
         y += _times_sparse(x, delta.sparse).reshape(y.shape)
     if delta.shift_O is not None:

@@ -21,7 +21,8 @@ from cluster.adapter_folder import (
     open_adapter_folder,
 )
 from serving.adapters.bottleneck import lower_bottleneck
-from serving.adapters.linear import lower_bitfit, lower_ia3, lower_lora
+from serving.adapters.linear import lower_bitfit, lower_ia3
+from serving.adapters.lora import lower_adalora, lower_lora
 from serving.adapters.offset import PROXY, lower_proxy
 from serving.adapters.primitives import LoweredAdapter
 from serving.adapters.soft_prompt import lower_prefix_tuning, lower_prompt_tuning
@@ -32,6 +33,7 @@ Lower = Callable[[AdapterFolder, Mapping[str, torch.Tensor], Target], LoweredAda
 
 LOWER: Mapping[str, Lower] = {
     "LORA": lower_lora,
+    "ADALORA": lower_adalora,
     "BITFIT": lower_bitfit,
     "IA3": lower_ia3,
     "LN_TUNING": lower_layernorm,

@@ -9,7 +9,7 @@ The engine knows these and no method; a method knows how it lowers to these and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,6 +22,7 @@ class LinearDelta:
     have the engine's dtype and device; a LoRA's factor is already in B.
 
     Args:
+        factor: Of x A B.
         sparse: The sparse change S of the weight, in float32 whatever the engine's dtype: CSR
             [O, I]; of an embedding COO [I, O], whose rows are the tokens'.
     """
@@ -32,6 +33,7 @@ class LinearDelta:
     scale_O: torch.Tensor | None = None
     scale_I: torch.Tensor | None = None
     sparse: torch.Tensor | None = None
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,28 @@ class LogitOffset:
 @dataclass(frozen=True)
 class LoweredAdapter:
     """One adapter as primitives: deltas by module name, at most one prefix and one offset.
-    `content` is a hash of all that it was made of; adapters without one share nothing."""
+    `content` is a hash of all that it was made of; adapters without one share nothing. `ranks` are
+    those at which it is good, where a request may choose one."""
 
     deltas: Mapping[str, Delta] = field(default_factory=dict[str, Delta])
     prefix: EmbeddingPrefix | KVPrefix | None = None
     offset: LogitOffset | None = None
     content: str = ""
+    ranks: range | None = None
+
+    def at_rank(self, rank: int) -> LoweredAdapter:
+        """The same with the first `rank` of the highest rank's products alone, over their number:
+        DyLoRA's alpha / b in place of alpha / r. Views, no copies."""
+        assert self.ranks is not None, "a rank is chosen where there is a choice"
+        factor = self.ranks[-1] / rank
+        deltas = dict(self.deltas)
+        for module, delta in deltas.items():
+            if isinstance(delta, LinearDelta) and delta.a_Ir is not None:
+                assert delta.b_rO is not None, "A comes with B"
+                cut = (delta.a_Ir[:, :rank], delta.b_rO[:rank])
+                deltas[module] = replace(delta, a_Ir=cut[0], b_rO=cut[1], factor=factor)
+        content = f"{self.content} rank {rank}" if self.content else ""
+        return replace(self, deltas=deltas, content=content, ranks=None)
 
     @property
     def prefix_tokens(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,8 @@ class ModuleShape:
     bias: torch.Tensor | None
     weight: torch.Tensor | None = None
     scale: float = 1.0
+    # The weight in [out, in] order, float32 on CPU, of whatever is linear or an embedding.
+    read_weight: Callable[[], torch.Tensor] | None = None
 
     @property
     def takes_low_rank(self) -> bool:
@@ -107,18 +110,38 @@ def shape_of(folder: AdapterFolder, key: str, module: str, target: Target) -> Mo
 def _shape(module: torch.nn.Module) -> ModuleShape | None:
     own = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
     weight, bias = own.get("weight"), own.get("bias")
+    read = partial(_read_weight, module)
     if isinstance(module, torch.nn.Linear):
-        return ModuleShape(module.in_features, module.out_features, "linear", own, bias, weight)
+        if weight is not None and not weight.is_floating_point():  # quantised, and packed
+            own, weight = {name: p for name, p in own.items() if name != "weight"}, None
+        size = (module.in_features, module.out_features)
+        return ModuleShape(*size, "linear", own, bias, weight, read_weight=read)
     if isinstance(module, Conv1D):
-        return ModuleShape(module.nx, module.nf, "transposed", own, bias)
+        return ModuleShape(module.nx, module.nf, "transposed", own, bias, read_weight=read)
     if isinstance(module, torch.nn.Embedding):
         scale = float(getattr(module, "embed_scale", 1.0))
         # With a forward of its own, as for positions, it may be called with something else.
         takes_ids = scale != 1 or type(module).forward is torch.nn.Embedding.forward
         size = (module.num_embeddings, module.embedding_dim)
-        return ModuleShape(*size, "embedding" if takes_ids else "other", own, None, weight, scale)
+        kind = "embedding" if takes_ids else "other"
+        return ModuleShape(*size, kind, own, None, weight, scale, read if takes_ids else None)
     if not own:
         return None
     vector = next((p for p in (bias, weight) if p is not None and p.ndim == 1), None)
     features = 0 if vector is None else vector.shape[0]  # of a norm
     return ModuleShape(features, features, "other", own, bias)
+
+
+def _read_weight(module: torch.nn.Module) -> torch.Tensor:
+    """[out, in], float32 on CPU."""
+    weight: Any = module.weight
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight.data, weight.quant_state)
+    elif type(weight).__name__ == "Int8Params":
+        int8: Any = module
+        scale_O: Any = weight.SCB if weight.SCB is not None else int8.state.SCB
+        weight = weight.data.float() * scale_O[:, None] / 127
+    weight = weight.detach().float().cpu()
+    return weight if isinstance(module, torch.nn.Linear) else weight.T

@@ -6,7 +6,13 @@ name that no new request can get. Knows the runner's hooks; no pages, no request
 
 from __future__ import annotations
 
-from cluster.errors import AdapterError, ConflictError, ModelNotFoundError, OverloadedError
+from cluster.errors import (
+    AdapterError,
+    ConflictError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestError,
+)
 from cluster.spec import nearest
 from serving.adapters import LoweredAdapter
 from serving.engine.batch import LoadedAdapter
@@ -24,6 +30,7 @@ class AdapterBank:
         self._held: dict[str, LoadedAdapter] = {}  # by unique name, removed ones included
         self._users: dict[str, int] = {}  # requests in progress by unique name
         self._removed: set[str] = set()  # unique names that only requests in progress keep
+        self._variants: dict[str, str] = {}  # an adapter at another rank -> the adapter
         self._installed = 0
 
     @property
@@ -36,13 +43,19 @@ class AdapterBank:
         """Every adapter that a sequence may carry, by its unique name."""
         return self._held
 
-    def get(self, name: str) -> LoadedAdapter:
-        """The adapter of that name. Raises ModelNotFoundError."""
+    def get(self, name: str, rank: int | None = None) -> LoadedAdapter:
+        """The adapter of that name, at a rank of its choice or the highest.
+
+        Raises:
+            ModelNotFoundError: there is none.
+            RequestError: it has no such rank.
+        """
         if name not in self._named:
             raise ModelNotFoundError(
                 f"adapter {name[:120]!r}: is not loaded{nearest(name, self._named)}"
             )
-        return self._named[name]
+        loaded = self._named[name]
+        return loaded if rank is None else self._at_rank(name, loaded, rank)
 
     def install(self, name: str, lowered: LoweredAdapter, *, evict: bool) -> None:
         """See Engine.install_adapter."""
@@ -86,6 +99,7 @@ class AdapterBank:
 
     def end_use(self, unique: str) -> None:
         """Count one request less."""
+        unique = self._variants.get(unique, unique)
         self._users[unique] -= 1
         self._free_if_unused(self._held[unique])
 
@@ -93,9 +107,27 @@ class AdapterBank:
         if self._users[loaded.name] or loaded.name not in self._removed:
             return
         self._removed.remove(loaded.name)
+        for variant in [v for v, of in self._variants.items() if of == loaded.name]:
+            del self._held[variant], self._variants[variant]
         del self._held[loaded.name], self._users[loaded.name]
         self._runner.hooks.uninstall(loaded.lowered.deltas)
         self._small_bases.uninstall(loaded.name)
+
+    def _at_rank(self, name: str, loaded: LoadedAdapter, rank: int) -> LoadedAdapter:
+        """The adapter cut to a rank: rows of their own in a step, and KV pages."""
+        ranks = loaded.lowered.ranks
+        if ranks is None or rank not in ranks:
+            there = f"has ranks {ranks[0]} to {ranks[-1]}" if ranks else "is no DyLoRA"
+            raise RequestError(
+                f"adapter_rank is {rank}, but the adapter {name[:120]!r} {there}",
+                param="adapter_rank",
+            )
+        variant = f"{loaded.name}/{rank}"
+        if variant not in self._held:
+            cut = loaded.lowered.at_rank(rank)
+            self._held[variant] = LoadedAdapter(variant, cut, cut.content or variant)
+            self._variants[variant] = loaded.name
+        return self._held[variant]
 
     def _evict(self) -> bool:
         """Remove the least recently used adapter without requests, if there is one."""

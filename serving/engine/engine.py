@@ -18,7 +18,7 @@ from cluster.errors import ConflictError, EngineError
 from serving.adapters import LoweredAdapter, lower
 from serving.engine.answer import Answer
 from serving.engine.bank import AdapterBank
-from serving.engine.batch import build, context_slots
+from serving.engine.batch import LoadedAdapter, build, context_slots
 from serving.engine.intake import Intake
 from serving.engine.offset import SmallBases
 from serving.engine.pages import PagePool
@@ -233,6 +233,7 @@ class Engine:
             asked = GenerationRequest(
                 prompt_token_ids=request.token_ids,
                 adapter=request.adapter,
+                adapter_rank=request.adapter_rank,
                 max_tokens=0,
                 prompt_logprobs=0,
             )
@@ -259,7 +260,9 @@ class Engine:
 
     def _prepare(self, request: GenerationRequest, request_id: str) -> Answer:
         request.check()
-        adapter = None if request.adapter is None else self._bank.get(request.adapter)
+        adapter: LoadedAdapter | None = None
+        if request.adapter is not None:
+            adapter = self._bank.get(request.adapter, request.adapter_rank)
         return self._intake.open(request, request_id, adapter)
 
     def _start(self, answer: Answer) -> None:

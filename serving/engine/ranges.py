@@ -86,6 +86,7 @@ _PENALTY = (_number(-2, 2), "between -2 and 2")
 # What each option can be, in the words of its refusal.
 RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "adapter": (lambda value: value is None or is_text(value), "a name"),
+    "adapter_rank": (_whole(1), "a whole number above 0"),
     "cache_salt": (is_text, "a text"),
     "max_tokens": (_whole(0), "a whole number above 0"),
     "temperature": (_number(0, 100), "between 0 and 100"),

@@ -77,6 +77,7 @@ class GenerationRequest:
     Attributes:
         prompt: Text, tokenised with the base's opening tokens; or `prompt_token_ids`, as they are.
         adapter: A name given to `add_adapter`, or None for the base alone.
+        adapter_rank: Take so many of a DyLoRA's ranks; None for all.
         max_tokens: Tokens to generate; None for as many as the context allows. 0 is for
             `prompt_logprobs` alone.
         temperature: 0 takes the most probable token; above, the logits are divided by it.
@@ -108,6 +109,7 @@ class GenerationRequest:
     prompt: str | None = None
     prompt_token_ids: Sequence[int] | None = None
     adapter: str | None = None
+    adapter_rank: int | None = None
     max_tokens: int | None = 64
     temperature: float = 0.0
     top_p: float = 1.0
@@ -148,6 +150,11 @@ class GenerationRequest:
             "give either prompt or prompt_token_ids",
         )
         require(
+            self.adapter is not None or self.adapter_rank is None,
+            "adapter_rank",
+            "adapter_rank is of an adapter; name one, or leave it out",
+        )
+        require(
             self.prompt is None or is_text(self.prompt),
             "prompt",
             "prompt must be one text that can be written as UTF-8; give many as many requests",
@@ -160,6 +167,7 @@ class ScoreRequest:
 
     token_ids: Sequence[int]
     adapter: str | None = None
+    adapter_rank: int | None = None
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ _TEMPERATURE = 1.0
 # Options that mean the same to the engine.
 _SAME = (
     "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-    "stop_token_ids",
+    "stop_token_ids", "adapter_rank",
 )  # fmt: skip
 
 

@@ -1,21 +1,22 @@
 """Every method, on several families: Graft's logits and greedy tokens are PEFT's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from adapters import VARIANTS, load, make_adapter
+from adapters import load, make_adapter, variants_of
 from safetensors.torch import save_file
 
-from cluster.errors import AdapterError
+from cluster.errors import AdapterError, RequestError
 from serving.adapters import describe, lower
 from serving.engine import Engine, EngineSpec, GenerationRequest, ScoreRequest
 from training import load_adapter
 
 FAMILIES = ["llama", "qwen3", "mistral", "gpt2", "gemma", "opt", "phi", "qwen2_moe"]
+PAIRS = [(family, variant) for family in FAMILIES for variant in variants_of(family)]
 TOLERANCE = 1e-4
 NEW_TOKENS = 64
 PROMPTS = [
@@ -29,9 +30,9 @@ PROMPTS = [
 class Setup:
     """One family: an engine with every adapter, and what PEFT says."""
 
-    def __init__(self, base: Path, folder: Path) -> None:
+    def __init__(self, base: Path, folder: Path, variants: Sequence[str]) -> None:
         self.base = base
-        self.folders = {v: make_adapter(v, base, folder / v) for v in VARIANTS}
+        self.folders = {v: make_adapter(v, base, folder / v) for v in variants}
         self.engine = Engine(EngineSpec(base_model=str(base), max_step_tokens=48))
         for variant, path in self.folders.items():
             self.engine.add_adapter(variant, path)
@@ -65,10 +66,12 @@ def setup(
     bases: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Setup:
-    return Setup(bases(request.param), tmp_path_factory.mktemp(request.param))
+    family = request.param
+    return Setup(bases(family), tmp_path_factory.mktemp(family), variants_of(family))
 
 
-@pytest.mark.parametrize("variant", [None, *VARIANTS])
+@pytest.mark.parametrize(("setup", "variant"), [*PAIRS, *((f, None) for f in FAMILIES)],
+                         indirect=["setup"])  # fmt: skip
 def test_logits_are_those_of_peft(setup: Setup, variant: str | None) -> None:
     scored = setup.engine.score([ScoreRequest(prompt, variant) for prompt in PROMPTS])
     for prompt, logits in zip(PROMPTS, scored, strict=True):
@@ -77,7 +80,7 @@ def test_logits_are_those_of_peft(setup: Setup, variant: str | None) -> None:
         torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("setup", "variant"), PAIRS, indirect=["setup"])
 def test_the_adapter_changes_the_logits(setup: Setup, variant: str) -> None:
     """Otherwise the test above would show nothing."""
     adapted, plain = setup.engine.score([ScoreRequest(PROMPTS[0], v) for v in (variant, None)])
@@ -85,7 +88,7 @@ def test_the_adapter_changes_the_logits(setup: Setup, variant: str) -> None:
 
 
 def test_greedy_tokens_are_those_of_peft_alone_and_mixed(setup: Setup) -> None:
-    cases = [(variant, prompt) for prompt in PROMPTS[:2] for variant in (None, *VARIANTS)]
+    cases = [(variant, prompt) for prompt in PROMPTS[:2] for variant in (None, *setup.folders)]
     requests = [
         GenerationRequest(
             prompt_token_ids=prompt, adapter=variant, max_tokens=NEW_TOKENS, ignore_eos=True
@@ -107,7 +110,7 @@ def test_greedy_tokens_do_not_depend_on_where_keys_and_values_came_from(setup: S
         GenerationRequest(
             prompt_token_ids=prompt, adapter=variant, max_tokens=new_tokens, ignore_eos=True
         )
-        for variant in (None, *VARIANTS)
+        for variant in (None, *setup.folders)
     ]
     expected = [setup.reference_greedy(r.adapter, prompt, new_tokens) for r in requests]
     for found in (0, 32 * len(requests)):
@@ -126,6 +129,59 @@ def test_greedy_tokens_do_not_depend_on_where_keys_and_values_came_from(setup: S
         assert [r.token_ids for r in tight.generate(requests)] == expected
         tight.check()
     assert tight.stats.preemptions > 0
+
+
+def test_a_request_chooses_the_rank_of_a_dylora(bases: Callable[[str], Path]) -> None:
+    """Requests of all ranks in one batch, each with the logits and tokens of a LoRA of its rank."""
+    base, folder = bases("llama"), bases("llama").parent / "dylora-ranks"
+    engine = Engine(EngineSpec(base_model=str(base)))
+    engine.add_adapter("a", make_adapter("dylora", base, folder))
+    ranks: list[int | None] = [2, 3, 4, None, 2]
+    requests = [
+        GenerationRequest(
+            prompt_token_ids=PROMPTS[2], adapter="a", adapter_rank=rank, max_tokens=8,
+            ignore_eos=True,
+        )
+        for rank in ranks
+    ]  # fmt: skip
+    mixed = [result.token_ids for result in engine.generate(requests)]
+    scored = engine.score([ScoreRequest(PROMPTS[2], "a", rank) for rank in ranks])
+    for rank, tokens, logits in zip(ranks, mixed, scored, strict=True):
+        model: Any = load_adapter(load(base), folder)
+        for layer in model.modules():
+            if hasattr(layer, "lora_A") and rank is not None:
+                layer.lora_A["default"].weight.data[rank:] = 0
+                layer.scaling["default"] *= 4 / rank
+        with torch.no_grad():
+            ids = list(PROMPTS[2])
+            expected = model(torch.tensor([ids])).logits[0]
+            torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+            for token in tokens:
+                assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
+                ids.append(token)
+    assert (scored[0] - scored[1]).abs().max() > 0.05
+    engine.remove_adapter("a")
+    assert engine.stats.adapters == 0
+    engine.check()
+
+
+def test_a_rank_that_an_adapter_has_not_is_refused(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = bases("llama")
+    engine = Engine(EngineSpec(base_model=str(base)))
+    for variant in ("lora", "dylora"):
+        engine.add_adapter(variant, make_adapter(variant, base, tmp_path / variant))
+    for adapter, rank, message in [
+        ("dylora", 1, "adapter_rank is 1, but the adapter 'dylora' has ranks 2 to 4"),
+        ("dylora", 0, "adapter_rank is 0; it must be"),
+        ("lora", 2, "the adapter 'lora' is no DyLoRA"),
+        (None, 2, "adapter_rank is of an adapter"),
+    ]:
+        with pytest.raises(RequestError, match=message):
+            engine.submit(
+                GenerationRequest(prompt_token_ids=[7], adapter=adapter, adapter_rank=rank)
+            )
 
 
 @pytest.mark.parametrize("copies", [True, False])

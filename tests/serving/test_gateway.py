@@ -174,6 +174,8 @@ PARAMETERS: list[tuple[dict[str, Any], str | None]] = [
     ({"top_p": 0}, "top_p"),
     ({"top_p": 1.1}, "top_p"),
     ({"top_k": 0}, "top_k"),
+    ({"adapter_rank": 0}, "adapter_rank"),
+    ({"adapter_rank": 2}, "adapter_rank"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"seed": 1.5}, "seed"),

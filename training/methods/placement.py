@@ -33,13 +33,15 @@ def peft_placement(model: Any, spec: LowRankSpec, base_path: str) -> dict[str, A
     patterns = (excluded,) if isinstance(excluded, str) else excluded
     _check_names("exclude_modules", patterns, names, is_regex=isinstance(excluded, str))
     _check_names("modules_to_save", spec.modules_to_save, names)
+    # In full: PEFT would take `norm` for the end of `input_layernorm` too.
+    saved = [n for n in names for suffix in spec.modules_to_save if f".{n}".endswith(f".{suffix}")]
     return {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_path,
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "exclude_modules": excluded if isinstance(excluded, str) else list(excluded) or None,
         "layers_to_transform": list(spec.layers_to_transform) or None,
-        "modules_to_save": list(spec.modules_to_save) or None,
+        "modules_to_save": saved or None,
         "bias": spec.bias,
         "lora_dropout": spec.dropout,
     }

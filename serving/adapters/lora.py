@@ -1,0 +1,306 @@
+"""LoRA and AdaLoRA folders as linear deltas; modules saved whole as replacements.
+
+LoRA (Hu et al. 2021, arXiv:2106.09685): W' = W + s B A, with s = alpha / r (rsLoRA,
+arXiv:2312.03732: alpha / √r). DoRA (arXiv:2402.09353): W' = m / ||W + s B A|| ∘ (W + s B A), norms
+over the inputs. AdaLoRA (arXiv:2303.10512): W' = W + s B diag(E) A, with s = alpha / init_r.
+PiSSA and OLoRA that were not converted: W' = W - s B0 A0 + s B A, with B0 A0 of W itself.
+
+    I in    O out    r rank
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cluster.adapter_folder import CONFIG, MIN_RANK, WEIGHTS, AdapterFolder, fault
+from serving.adapters.config import mapping, number, refuse_unread
+from serving.adapters.linear import change_of_bias, fit_shift, placed
+from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter, Replacement
+from serving.adapters.target import PREFIX, ModuleShape, Target, bare_name, shape_of
+
+_PART = re.compile(
+    r"(.+)\.lora_(?:embedding_)?(?:([ABE])|(magnitude)_vector)(?:\.default)?(?:\.weight)?"
+)
+_SHIFT = re.compile(r"(.+?)(?:\.base_layer)?\.(lora_B\.bias|bias)")
+_BASE_WEIGHT = re.compile(r"(.+)\.base_layer\.weight")
+# Fields that chose where and how a LoRA was trained; the tensors tell the result.
+_TRAINED_WITH = {
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
+    "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "megatron_core", "runtime_config", "qalora_group_size",
+}  # fmt: skip
+_READ = {
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "lora_bias",
+    "init_lora_weights", "use_dora", "modules_to_save",
+}  # fmt: skip
+_ADALORA_TRAINED_WITH = {
+    "r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
+    "total_step", "rank_pattern", "init_lora_weights",
+}  # fmt: skip
+# Starting values that leave the base's weights alone. Others take a part of them into the adapter,
+# so that B A alone is not the change; of these two, the part follows from the weights.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_KNOWN_STARTS = ("pissa", "olora")
+
+
+@dataclass
+class _Found:
+    """What a folder has for each module."""
+
+    factors: dict[str, dict[str, torch.Tensor]] = field(
+        default_factory=lambda: defaultdict[str, dict[str, torch.Tensor]](dict)
+    )
+    shifts: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    replaced: dict[str, dict[str, torch.Tensor]] = field(
+        default_factory=lambda: defaultdict[str, dict[str, torch.Tensor]](dict)
+    )
+
+
+def lower_lora(
+    folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
+) -> LoweredAdapter:
+    """A LoRA folder as deltas. Raises AdapterError for whatever does not fit the target."""
+    refuse_unread(folder, _READ, _TRAINED_WITH)
+    start = folder.config.get("init_lora_weights", True)
+    start = start.lower() if isinstance(start, str) else start
+    if start not in (*_PLAIN_STARTS, *_KNOWN_STARTS):
+        raise fault(
+            folder.path,
+            CONFIG,
+            f"has init_lora_weights = {start!r}, which changed the base's weights; convert it with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
+    found = _read(folder, tensors, target)
+    deltas: dict[str, Delta] = {}
+    for module, parts in found.factors.items():
+        rank, scale = _rank(folder, module), _scale(folder, module)
+        shape = _checked(folder, module, parts, rank, target)
+        a_rI, b_Or = parts["A"].float(), parts["B"].float() * scale
+        if start in _KNOWN_STARTS:
+            first_a_rI, first_b_Or = _first(folder, module, shape, rank, scale, str(start))
+            a_rI, b_Or = torch.cat([a_rI, first_a_rI]), torch.cat([b_Or, -first_b_Or], dim=1)
+        shift = found.shifts.pop(module, None)
+        deltas[module] = (
+            _dora(folder, module, shape, (a_rI, b_Or), parts["magnitude"].float(), shift)
+            if folder.config.get("use_dora")
+            else LinearDelta(a_rI.T, (b_Or * shape.scale).T, shift)
+        )
+    return _lowered(folder, found, deltas, target)
+
+
+def lower_adalora(
+    folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
+) -> LoweredAdapter:
+    """An AdaLoRA folder as deltas, each at the rank it was left. Raises AdapterError."""
+    read = {"init_r", "lora_alpha", "bias", "modules_to_save"}
+    refuse_unread(folder, read, _TRAINED_WITH | _ADALORA_TRAINED_WITH)
+    init_r = number(folder, folder.config.get("init_r", 12), "init_r", whole=True)
+    alpha = number(folder, folder.config.get("lora_alpha", 8), "lora_alpha")
+    found = _read(folder, tensors, target)
+    deltas: dict[str, Delta] = {}
+    for module, parts in found.factors.items():
+        rank = parts["A"].shape[0] if "A" in parts else 0
+        shape = _checked(folder, module, parts, rank, target, needed={"A", "B", "E"})
+        if rank:
+            # The little is PEFT's.
+            b_Or = parts["B"].float() * parts["E"].float().flatten() * (alpha / (init_r + 1e-5))
+            low_rank = (parts["A"].float().T, (b_Or * shape.scale).T)
+            deltas[module] = LinearDelta(*low_rank, found.shifts.pop(module, None))
+    return _lowered(folder, found, deltas, target)
+
+
+def _lowered(
+    folder: AdapterFolder, found: _Found, deltas: dict[str, Delta], target: Target
+) -> LoweredAdapter:
+    deltas |= {module: LinearDelta(shift_O=shift) for module, shift in found.shifts.items()}
+    placed_deltas: dict[str, Delta] = {
+        name: placed(delta, target) for name, delta in deltas.items() if
+        isinstance(delta, LinearDelta)
+    }  # fmt: skip
+    for module, parameters in found.replaced.items():
+        own = {n: p.to(target.device, target.dtype).contiguous() for n, p in parameters.items()}
+        placed_deltas[module] = Replacement(own)
+    lowest = folder.metadata.get(MIN_RANK)
+    if lowest is None:
+        return LoweredAdapter(placed_deltas)
+    highest = int(number(folder, folder.config.get("r", 8), "r", whole=True))
+    if not lowest.isdecimal() or not 1 <= int(lowest) <= highest:
+        raise fault(folder.path, WEIGHTS, f"has {MIN_RANK} {lowest[:40]!r} in its metadata, which "
+                    f"is no rank from 1 to {highest}")  # fmt: skip
+    return LoweredAdapter(placed_deltas, ranks=range(int(lowest), highest + 1))
+
+
+def _read(folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target) -> _Found:
+    """Every tensor in its place. Raises AdapterError for one that has none."""
+    found = _Found()
+    saved: Any = folder.config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise fault(folder.path, CONFIG, f"has modules_to_save = {str(saved)[:80]!r}, not names")
+    for key, tensor in tensors.items():
+        name = bare_name(folder, key)
+        if match := _PART.fullmatch(name):
+            # An embedding keeps A as [r, vocabulary] and B as [out, r], like a linear module.
+            found.factors[match[1]][match[2] or match[3]] = tensor
+        elif _is_within(name, saved):
+            module, _, parameter = name.rpartition(".")
+            own = shape_of(folder, key, module, target).parameters.get(parameter)
+            if own is None or own.shape != tensor.shape:
+                raise fault(
+                    folder.path,
+                    WEIGHTS,
+                    f"has {key!r} of shape {tuple(tensor.shape)}, where the base {target.name} has "
+                    f"{'none' if own is None else tuple(own.shape)}; the adapter was made for "
+                    f"another base ({folder.base_model})",
+                )
+            found.replaced[module][parameter] = tensor
+        elif match := _SHIFT.fullmatch(name):
+            module, shape = match[1], shape_of(folder, key, match[1], target)
+            scale = _scale(folder, module) if match[2] == "lora_B.bias" else None
+            change = tensor.float() * scale if scale else change_of_bias(tensor, shape)
+            found.shifts[module] = found.shifts.get(module, 0) + fit_shift(
+                folder, key, change, shape
+            )
+        elif match := _BASE_WEIGHT.fullmatch(name):
+            _check_base_weight(folder, key, tensor, shape_of(folder, key, match[1], target))
+        else:
+            raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which is not of a LoRA")
+    return found
+
+
+def _is_within(name: str, saved: Iterable[str]) -> bool:
+    """Whether a tensor is of a module that PEFT saved whole: one whose name ends so."""
+    parts = name.split(".")
+    modules = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return any(module.endswith(ending) for module in modules for ending in saved)
+
+
+def _check_base_weight(
+    folder: AdapterFolder, key: str, tensor: torch.Tensor, shape: ModuleShape
+) -> None:
+    """PEFT saves a copy of an embedding that a LoRA is on; it must be the base's own."""
+    own = shape.weight
+    if own is None or own.shape != tensor.shape or not torch.equal(tensor.to(own.dtype), own.cpu()):
+        raise fault(
+            folder.path,
+            WEIGHTS,
+            f"has {key!r}, which differs from the base's weights; only an adapter over unchanged "
+            "weights is served: save it with save_embedding_layers=False if they should be the "
+            "base's",
+        )
+
+
+def _checked(
+    folder: AdapterFolder,
+    module: str,
+    parts: Mapping[str, torch.Tensor],
+    rank: int,
+    target: Target,
+    needed: set[str] | None = None,
+) -> ModuleShape:
+    """The module that `parts` are on. Raises AdapterError unless they are whole and fit."""
+    shape = shape_of(folder, f"{PREFIX}{module}.lora_A", module, target)
+    if needed is None:
+        needed = {"A", "B", "magnitude"} if folder.config.get("use_dora") else {"A", "B"}
+    if set(parts) != needed:
+        raise fault(
+            folder.path,
+            WEIGHTS,
+            f"has {_listed(parts)} of {module!r}, where {_listed(needed)} are needed",
+        )
+    if not shape.takes_low_rank:
+        raise fault(folder.path, WEIGHTS, f"has a LoRA on {module!r}, which is not linear")
+    sizes = {
+        "A": (rank, shape.in_features),
+        "B": (shape.out_features, rank),
+        "E": (rank, 1),
+        "magnitude": (shape.out_features,),
+    }
+    found = {name: tuple(part.shape) for name, part in sorted(parts.items())}
+    expected = {name: sizes[name] for name in found}
+    if found != expected:
+        raise fault(
+            folder.path,
+            WEIGHTS,
+            f"has {_listed(found)} of {module!r} with shapes {tuple(found.values())}, where the "
+            f"base {target.name} and rank {rank} need {tuple(expected.values())}; the adapter was "
+            f"made for another base ({folder.base_model})",
+        )
+    return shape
+
+
+def _dora(
+    folder: AdapterFolder,
+    module: str,
+    shape: ModuleShape,
+    factors: tuple[torch.Tensor, torch.Tensor],
+    magnitude_O: torch.Tensor,
+    shift: torch.Tensor | None,
+) -> LinearDelta:
+    """g ∘ (y - bias) + g ∘ (x A) B + new bias, with g = m / ||W + B A|| and y = W x + bias."""
+    a_rI, b_Or = factors
+    norm_O = torch.linalg.norm(_weight(folder, module, shape) + b_Or @ a_rI, dim=1)
+    gain_O = magnitude_O / norm_O
+    if shape.bias is not None:
+        own_O = shape.bias.float().cpu()
+        shift = own_O + (0 if shift is None else shift) - gain_O * own_O
+    # PEFT leaves an embedding's own scale out of a DoRA's update.
+    return LinearDelta(a_rI.T, (gain_O[:, None] * b_Or).T, shift, scale_O=gain_O)
+
+
+def _first(
+    folder: AdapterFolder, module: str, shape: ModuleShape, rank: int, scale: float, start: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A0, s B0) that PEFT took out of the weight: what it would compute again at each load."""
+    weight_OI = _weight(folder, module, shape)
+    if start == "olora":
+        if shape.kind != "linear":
+            raise fault(
+                folder.path, CONFIG, f"is an OLoRA on {module!r}, where PEFT's is undefined"
+            )
+        q_OI, r_II = torch.linalg.qr(weight_OI)
+        return r_II[:rank], q_OI[:, :rank] * scale
+    u_Or, s_r, v_rI = torch.linalg.svd(weight_OI, full_matrices=False)
+    return s_r[:rank, None] * v_rI[:rank], u_Or[:, :rank]
+
+
+def _weight(folder: AdapterFolder, module: str, shape: ModuleShape) -> torch.Tensor:
+    """[O, I], float32 on CPU."""
+    if shape.read_weight is None:
+        raise fault(folder.path, CONFIG, f"needs the weight of {module!r}, which is no matrix")
+    return shape.read_weight()
+
+
+def _listed(parts: Mapping[str, object] | set[str]) -> str:
+    return ", ".join(f"lora_{part}" for part in sorted(parts))
+
+
+def _rank(folder: AdapterFolder, module: str) -> int:
+    patterns = mapping(folder, "rank_pattern")
+    value = patterns.get(_pattern(patterns, module), folder.config.get("r", 8))
+    return int(number(folder, value, "r", whole=True))
+
+
+def _scale(folder: AdapterFolder, module: str) -> float:
+    patterns = mapping(folder, "alpha_pattern")
+    value = patterns.get(_pattern(patterns, module), folder.config.get("lora_alpha", 8))
+    rank = _rank(folder, module)
+    root = folder.config.get("use_rslora", False)
+    return number(folder, value, "lora_alpha") / (math.sqrt(rank) if root else rank)
+
+
+def _pattern(patterns: Mapping[str, object], module: str) -> str:
+    """The key of a rank or alpha pattern that PEFT would take for `module`."""
+    for key in patterns:
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return key
+        except re.error:
+            continue  # PEFT would have failed on it while training
+    return module

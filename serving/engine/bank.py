@@ -6,6 +6,8 @@ name that no new request can get. Knows the runner's hooks; no pages, no request
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cluster.errors import (
     AdapterError,
     ConflictError,
@@ -125,7 +127,9 @@ class AdapterBank:
         variant = f"{loaded.name}/{rank}"
         if variant not in self._held:
             cut = loaded.lowered.at_rank(rank)
-            self._held[variant] = LoadedAdapter(variant, cut, cut.content or variant)
+            self._held[variant] = replace(
+                loaded, name=variant, lowered=cut, identity=cut.content or variant
+            )
             self._variants[variant] = loaded.name
         return self._held[variant]
 

@@ -15,10 +15,18 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.hooks import RemovableHandle
 
 from cluster.errors import AdapterError
-from serving.adapters.primitives import ACTIVATIONS, Block, Delta, LinearDelta, Replacement
+from serving.adapters.primitives import (
+    ACTIVATIONS,
+    Block,
+    Delta,
+    GatedPrompt,
+    LinearDelta,
+    Replacement,
+)
 
 # A module's name, and what of it: its input changed, its output changed, or its input kept for a
 # block elsewhere.
@@ -47,6 +55,7 @@ class DeltaHooks:
         # Which dimension of a module's output counts the step's tokens, by name.
         self._rows_dim: dict[str, int] = {}
         self._kept: dict[str, torch.Tensor] = {}  # inputs of this pass, by module
+        self.queries: dict[int, torch.Tensor] = {}  # [T, H, D] of this pass, by layer
         self._is_tuple: dict[str, bool] = {}  # a router's, say; replaced parameters alone fit it
 
     @contextmanager
@@ -139,6 +148,7 @@ class DeltaHooks:
         finally:
             self._body = self._head_rows = ()
             self._kept.clear()
+            self.queries.clear()
 
     def _keep_hook(self, name: str) -> Any:
         def keep(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -157,9 +167,21 @@ class DeltaHooks:
                     x = args[0].clone() if x is None else x  # others may read the same input
                     rows = x.narrow(rows_dim, segment.start, segment.end - segment.start)
                     rows *= delta.scale_I
+                elif isinstance(delta, GatedPrompt) and delta.is_projected:
+                    x = args[0].clone() if x is None else x
+                    rows = x.narrow(rows_dim, segment.start, segment.end - segment.start)
+                    rows += self._gated(delta, segment).view(rows.shape)
             return None if x is None else (x, *args[1:])
 
         return scale
+
+    def _gated(self, prompt: GatedPrompt, segment: Segment) -> torch.Tensor:
+        """What the prompt gives the segment's queries, [rows, H D]."""
+        query = self.queries[prompt.layer][segment.start : segment.end].transpose(0, 1)
+        key, value = (t.transpose(0, 1) for t in (prompt.keys_PKD, prompt.values_PKD))
+        parts = (query[None], key[None], value[None])
+        output = scaled_dot_product_attention(*parts, enable_gqa=len(query) != len(key))
+        return output[0].transpose(0, 1).flatten(1)
 
     def _output_hook(self, name: str, module: torch.nn.Module) -> Any:
         is_head, rows_dim = module is self._head, self._rows_dim[name]
@@ -175,6 +197,13 @@ class DeltaHooks:
                 rows = _Rows(rows_dim, total, segment)
                 if isinstance(delta, LinearDelta):
                     _add(rows.of(output), rows.of(args[0]), delta)
+                    continue
+                if isinstance(delta, GatedPrompt):
+                    if not delta.is_projected:
+                        y = rows.of(output)
+                        y += self._gated(delta, segment).view(y.shape)
+                    elif delta.shift_O is not None:
+                        rows.of(output).add_(delta.shift_O)
                     continue
                 if isinstance(delta, Block):
                     y = rows.of(output)
@@ -216,6 +245,8 @@ def _places(deltas: Mapping[str, Delta]) -> Generator[_Place]:
     for name, delta in deltas.items():
         yield name, "output"
         if isinstance(delta, LinearDelta) and delta.scale_I is not None:
+            yield name, "input"
+        if isinstance(delta, GatedPrompt) and delta.is_projected:
             yield name, "input"
         if isinstance(delta, Block) and delta.source is not None:
             yield delta.source, "kept"

@@ -22,6 +22,7 @@ from cluster.adapter_folder import (
 )
 from serving.adapters.bottleneck import lower_bottleneck
 from serving.adapters.linear import lower_bitfit, lower_ia3
+from serving.adapters.llama_adapter import lower_llama_adapter
 from serving.adapters.lora import lower_adalora, lower_lora
 from serving.adapters.offset import PROXY, lower_proxy
 from serving.adapters.primitives import LoweredAdapter
@@ -40,6 +41,7 @@ LOWER: Mapping[str, Lower] = {
     "SPARSE_DELTA": lower_sparse_delta,
     "SHIRA": lower_shira,
     "BOTTLENECK": lower_bottleneck,
+    "ADAPTION_PROMPT": lower_llama_adapter,
     "PROMPT_TUNING": lower_prompt_tuning,
     "P_TUNING": lower_prompt_tuning,
     "PREFIX_TUNING": lower_prefix_tuning,

@@ -62,6 +62,22 @@ class Block:
     source: str | None = None
 
 
+@dataclass(frozen=True)
+class GatedPrompt:
+    """Attention to a learned prompt beside the base's own, softmax(q Kᵀ / √D) V for a layer's
+    queries, added to what its output projection reads, or else gives. V holds the gate.
+
+    Args:
+        shift_O: What the projection's output gets too.
+    """
+
+    keys_PKD: torch.Tensor
+    values_PKD: torch.Tensor
+    layer: int
+    is_projected: bool
+    shift_O: torch.Tensor | None = None
+
+
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.nn.functional.relu,
     "gelu": torch.nn.functional.gelu,
@@ -69,7 +85,7 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
 }
 # What an adapter makes of one module.
-Delta = LinearDelta | Replacement | Block
+Delta = LinearDelta | Replacement | Block | GatedPrompt
 
 
 @dataclass(frozen=True)

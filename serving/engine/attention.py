@@ -47,6 +47,7 @@ class AttentionPlan:
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
     write_T: torch.Tensor
+    queries: dict[int, torch.Tensor]  # each layer's, for gated prompts behind it
     spans: Sequence[Span]
     decode_B: torch.Tensor | None = None
     decode_slots_BS: torch.Tensor | None = None
@@ -116,6 +117,7 @@ def paged_attention(
     keys[plan.write_T] = key[0].transpose(0, 1)
     values[plan.write_T] = value[0].transpose(0, 1)
     query_TH = query[0].transpose(0, 1)
+    plan.queries[layer] = query_TH
     output_TH = torch.empty_like(query_TH, memory_format=torch.contiguous_format)
     for index, span in enumerate(plan.spans):
         rows = slice(span.start, span.end)

@@ -137,6 +137,7 @@ class Runner:
             self._keys,
             self._values,
             write_T,
+            self.hooks.queries,
             [
                 Span(row.start, row.end, torch.from_numpy(row.slots).to(self.device))
                 for row in rows

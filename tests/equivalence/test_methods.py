@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters import load, make_adapter, variants_of
+from adapters import load, make_adapter, randomize, variants_of
 from safetensors.torch import save_file
 
 from cluster.errors import AdapterError, RequestError
@@ -209,6 +209,24 @@ def test_lora_on_embedding_and_head(
         torch.testing.assert_close(logits[0], model(ids).logits[0], atol=TOLERANCE, rtol=0)
         with model.disable_adapter():
             torch.testing.assert_close(logits[1], model(ids).logits[0], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_llama_adapter(bases: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+    """Where PEFT has it; another adapter runs beside it in the batch."""
+    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2)
+    torch.manual_seed(2)
+    model = peft.get_peft_model(load(bases(family)), config).eval()
+    randomize(model)
+    model.save_pretrained(str(tmp_path / "a"))
+    engine = Engine(EngineSpec(base_model=str(bases(family))))
+    engine.add_adapter("a", tmp_path / "a")
+    engine.add_adapter("b", make_adapter("ia3", bases(family), tmp_path / "b"))
+    requests = [ScoreRequest(PROMPTS[i], name) for i, name in ((0, "b"), (2, "a"), (3, "a"))]
+    for index, logits in list(zip((0, 2, 3), engine.score(requests), strict=True))[1:]:
+        with torch.no_grad():
+            expected = model(torch.tensor([PROMPTS[index]])).logits[0]
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of PEFT's own tensors

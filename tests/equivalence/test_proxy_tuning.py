@@ -194,7 +194,8 @@ def test_a_small_base_is_named_by_the_engine_and_shares_the_vocabulary(
         ({"temperature": 2}, "has temperature = '2'"),
         ({"expert": {"peft_type": "PROXY_TUNING"}}, "expert without a peft_type of its own"),
         ({"expert": [1]}, "not an object"),
-        ({"expert": {"peft_type": "LORA", "use_dora": True}}, "has use_dora"),
+        ({"expert": {"peft_type": "LORA", "unread": True}}, "has unread"),
+        ({"expert": {"peft_type": "LORA", "task_type": "SEQ_CLS"}}, "has task_type 'SEQ_CLS'"),
     ],
     ids=str,
 )

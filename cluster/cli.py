@@ -197,7 +197,11 @@ def _build() -> Callable[..., Any]:
     order = {"train": 0, "serve": 1, "generate": 2}
     found = entry_points(group="graft.commands")
     for entry in sorted(found, key=lambda entry: (order.get(entry.name, 9), entry.name)):
-        app.command(entry.name)(entry.load())
+        loaded = entry.load()
+        if isinstance(loaded, typer.Typer):
+            app.add_typer(loaded, name=entry.name)
+        else:
+            app.command(entry.name)(loaded)
     app.add_typer(jobs_app, name="jobs")
     app.add_typer(adapters_app, name="adapters")
     return app

@@ -8,7 +8,8 @@ GraftError
 │   ├── BaseModelError          a base-model folder cannot be used
 │   ├── RequestError            an inference request asks the impossible
 │   │   ├── ContextLengthError  prompt (+ max_tokens) exceeds the context
-│   │   └── BodyTooLargeError   the request's body is over the limit
+│   │   ├── BodyTooLargeError   the request's body is over the limit
+│   │   └── HeadersTooLargeError  its headers are
 │   ├── NotFoundError           a thing named by the caller does not exist
 │   │   └── ModelNotFoundError  an inference request names no base or adapter served here
 │   ├── ConflictError           the thing exists already, or is held by someone else
@@ -18,6 +19,8 @@ GraftError
     ├── ClusterError            Ray cannot be reached, started or asked
     ├── JobFailedError          a job ended without doing its work
     ├── OverloadedError         too much queued; try again later
+    │   └── RateLimitError      this key has used up what it may for now
+    ├── DeadlineError           an answer was not there in time
     ├── UnavailableError        no replica can take the request now
     └── EngineError             a forward pass failed
 
@@ -86,6 +89,10 @@ class BodyTooLargeError(RequestError):
     """The request's body is over the limit."""
 
 
+class HeadersTooLargeError(RequestError):
+    """The request's headers are over the limit."""
+
+
 class NotFoundError(CallerError):
     """A thing that the caller named does not exist."""
 
@@ -121,7 +128,19 @@ class JobFailedError(OperationError):
 
 
 class OverloadedError(OperationError):
-    """Too much is queued; try again later."""
+    """Too much is queued; try again after `retry_after_s`."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimitError(OverloadedError):
+    """An API key has used up its requests or tokens of this minute, or its concurrency."""
+
+
+class DeadlineError(OperationError):
+    """An answer, or its first token, was not there in time."""
 
 
 class UnavailableError(OperationError):
@@ -155,6 +174,7 @@ OUTCOMES: dict[type[GraftError], Outcome] = {
     RequestError: Outcome(400, _INVALID, None, 2),
     ContextLengthError: Outcome(400, _INVALID, "context_length_exceeded", 2),
     BodyTooLargeError: Outcome(413, _INVALID, "body_too_large", 2),
+    HeadersTooLargeError: Outcome(431, _INVALID, "headers_too_large", 2),
     NotFoundError: Outcome(404, _INVALID, "not_found", 3),
     ModelNotFoundError: Outcome(404, _INVALID, "model_not_found", 3),
     ConflictError: Outcome(409, _INVALID, "conflict", 4),
@@ -164,6 +184,8 @@ OUTCOMES: dict[type[GraftError], Outcome] = {
     ClusterError: Outcome(503, "server_error", "cluster_unavailable", 5),
     JobFailedError: Outcome(500, "server_error", "job_failed", 5),
     OverloadedError: Outcome(429, "rate_limit_error", "overloaded", 5),
+    RateLimitError: Outcome(429, "rate_limit_error", "rate_limit_exceeded", 5),
+    DeadlineError: Outcome(504, "server_error", "timeout", 5),
     UnavailableError: Outcome(503, "server_error", "unavailable", 5),
     EngineError: Outcome(500, "server_error", "engine_error", 5),
 }

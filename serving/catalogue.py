@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,19 +49,25 @@ class Catalogue:
         self._snapshot: _Snapshot | None = None
         self._manifests: dict[tuple[str, int], AdapterVersion] = {}
 
-    def resolve(self, model: str) -> AdapterVersion | None:
+    def resolve(
+        self, model: str, allows: Callable[[str], bool] = lambda _: True
+    ) -> AdapterVersion | None:
         """The adapter version that `model` means now, or None for the base.
+
+        Args:
+            allows: Whether the asker may know of the base or adapter of a name. What is forbidden
+                is as unknown as what does not exist.
 
         Raises:
             ModelNotFoundError: naming what is nearest.
             AdapterError: the adapter was trained on another base.
         """
-        if model == self.base_name:
+        if model == self.base_name and allows(model):
             return None
         catalog = self._catalog()
         found = catalog.find(model)
-        if found is None:
-            hint = nearest(model[:120], [self.base_name, *catalog.versions])
+        if found is None or not allows(found[0]):
+            hint = nearest(model[:120], filter(allows, [self.base_name, *catalog.versions]))
             raise ModelNotFoundError(
                 f"model {model[:120]!r}: neither the base nor an adapter of the store{hint}"
             )

@@ -1,4 +1,4 @@
-"""`graft serve` and `graft generate`."""
+"""`graft serve`, `graft generate` and `graft keys`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Annotated
 import typer
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+keys = typer.Typer(help="API keys of a service.", no_args_is_help=True)
+KeyStoreUri = Annotated[
+    str, typer.Option("--store", envvar="GRAFT_KEYS", help="As the service's gateway.keys.")
+]
 
 
 def serve(
@@ -90,3 +94,57 @@ def generate(
         raise JobFailedError(
             f"{report.failed} of {report.rows} rows failed; their column 'error' says why"
         )
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is.")],
+    store: KeyStoreUri,
+    adapters: Annotated[
+        list[str] | None, typer.Option(help="Pattern of models that it may ask. Repeatable.")
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="None: no limit.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Of prompts and answers.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Requests at once.")] = None,
+) -> None:
+    """Make a key and print it, once: the store keeps only its hash."""
+    from serving.keys import KeyStore
+
+    _, text = KeyStore(store).create(
+        name,
+        adapters=adapters or ("*",),
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        max_concurrent=max_concurrent,
+    )
+    typer.echo(text)
+
+
+@keys.command("list")
+def list_keys(store: KeyStoreUri) -> None:
+    """List the keys that are not revoked."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from serving.keys import KeyStore
+
+    table = Table(
+        "id", "name", "adapters", "requests/min", "tokens/min", "at once", "made", box=None
+    )
+    for key in KeyStore(store).keys().values():
+        limits = (key.requests_per_minute, key.tokens_per_minute, key.max_concurrent)
+        shown = ("" if limit is None else f"{limit:,}" for limit in limits)
+        table.add_row(key.id, key.name, " ".join(key.adapters), *shown, key.created_at)
+    Console().print(table)
+
+
+@keys.command("revoke")
+def revoke_key(
+    key: Annotated[str, typer.Argument(metavar="ID", help="As `graft keys list` shows it.")],
+    store: KeyStoreUri,
+) -> None:
+    """Make a key worthless, within seconds, at every gateway."""
+    from serving.keys import KeyStore
+
+    KeyStore(store).revoke(key)
+    typer.echo(f"{key}: revoked")

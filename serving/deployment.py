@@ -62,9 +62,10 @@ class EngineReplica:
 class RayBackend:
     """serving.gateway.service.Backend over a Serve handle."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, *, min_replicas: int) -> None:
         self._streaming = handle.options(stream=True)
         self._plain = handle
+        self._min_replicas = min_replicas
 
     async def generate(
         self, request: GenerationRequest, adapter: AdapterVersion | None, *, stream: bool
@@ -87,7 +88,9 @@ class RayBackend:
                 outputs.cancel()
 
     async def check_health(self) -> None:
-        """See Backend."""
+        """See Backend. A service that may have no replica is ready without one."""
+        if not self._min_replicas:
+            return
         try:
             await self._plain.answers.remote()
         except Exception as error:
@@ -102,12 +105,26 @@ class Gateway:
         self._engines = engines
 
     def __serve_build_asgi_app__(self) -> Any:
+        import structlog
+
         from cluster.base_model import load_tokenizer
         from cluster.registry import Registry
         from serving.catalogue import Catalogue
+        from serving.gateway.access import Door
+        from serving.gateway.metrics import Metrics
         from serving.gateway.routes import create_app
         from serving.gateway.service import Service
+        from serving.keys import KeyStore
 
+        structlog.configure(
+            processors=[
+                structlog.contextvars.merge_contextvars,
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso"),
+                structlog.processors.format_exc_info,
+                structlog.processors.JSONRenderer(),
+            ]
+        )
         spec = self._spec
         catalogue = Catalogue(
             Registry(spec.store),
@@ -116,12 +133,14 @@ class Gateway:
             ttl_s=spec.gateway.catalogue_ttl_s,
         )
         service = Service(
-            RayBackend(self._engines),
+            RayBackend(self._engines, min_replicas=spec.replicas.min),
             catalogue,
             load_tokenizer(spec.engine.base_model),
-            max_waiting=spec.gateway.max_waiting_requests,
+            spec.gateway,
+            Metrics(),
         )
-        return create_app(service, max_body_bytes=spec.gateway.max_body_bytes)
+        keys = None if spec.gateway.keys is None else KeyStore(spec.gateway.keys)
+        return create_app(service, spec.gateway, Door(keys, ttl_s=spec.gateway.catalogue_ttl_s))
 
 
 def build(spec: ServingSpec) -> Any:

@@ -15,6 +15,8 @@ from pydantic import (
 
 from cluster.spec import Name, Spec, StoreUri
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 
 class EngineSpec(Spec):
     """One engine: a base model, its KV pages, the limits of a step."""
@@ -110,12 +112,37 @@ class GatewaySpec(Spec):
     max_body_bytes: PositiveInt = Field(
         8 * 2**20, description="Longest request body; longer ones get 413."
     )
+    max_header_bytes: PositiveInt = Field(
+        32 * 2**10, description="Longest headers of a request; longer ones get 431."
+    )
     max_waiting_requests: PositiveInt = Field(
         4096, description="Requests in progress and waiting per gateway; more get 429."
     )
-    catalogue_ttl_s: PositiveFloat = Field(
-        2.0, description="Seconds until a newly published version or moved alias is seen."
+    request_timeout_s: PositiveFloat = Field(
+        600.0, description="Seconds for a whole answer; a later one gets 504."
     )
+    first_token_timeout_s: PositiveFloat = Field(
+        300.0, description="Seconds for the first token of a stream; a later one gets 504."
+    )
+    keys: StoreUri | None = Field(
+        None,
+        description="Store of the API keys (`graft keys create`). If not given, no key is asked "
+        "for, and `host` must be this machine's loopback address.",
+    )
+    catalogue_ttl_s: PositiveFloat = Field(
+        2.0,
+        description="Seconds until a newly published version, a moved alias, or a key that was "
+        "made or revoked is seen.",
+    )
+
+    @model_validator(mode="after")
+    def _guarded(self) -> GatewaySpec:
+        if self.keys is None and self.host not in LOOPBACK:
+            raise ValueError(
+                f"host is {self.host}, reachable from outside, and no keys are asked for; set "
+                "keys to a store (graft keys create), or host to 127.0.0.1"
+            )
+        return self
 
 
 class ServingSpec(Spec):

@@ -1,6 +1,7 @@
 """A whole service in this process: the gateway's app on a real socket, over a real replica."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import uvicorn
 from adapters import make_adapter
 
@@ -15,13 +17,19 @@ from cluster.base_model import load_tokenizer
 from cluster.registry import Registry
 from serving.catalogue import Catalogue
 from serving.engine import EngineStats
+from serving.gateway.access import Door
+from serving.gateway.metrics import Metrics
 from serving.gateway.routes import create_app
 from serving.gateway.service import Service
+from serving.keys import KeyStore
 from serving.replica import Replica
-from serving.spec import EngineSpec, ServingSpec
+from serving.spec import EngineSpec, GatewaySpec, ServingSpec
 
 BASE_NAME = "tiny"
 CATALOGUE_TTL_S = 0.2
+VARIANTS = ("lora", "bitfit", "prompt_tuning", "prefix_tuning")
+NAMES = [variant.replace("_", "-") for variant in VARIANTS]
+ASK: dict[str, Any] = {"prompt": "hello", "max_tokens": 6, "temperature": 0}
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,22 @@ class Running:
         return asyncio.run(self.replica.stats())
 
 
+def events(response: httpx2.Response) -> list[Any]:
+    """The events of a stream that ended as it should."""
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def error(response: httpx2.Response, status: int) -> dict[str, Any]:
+    """The detail of a failure in OpenAI's form."""
+    assert response.status_code == status, response.text
+    detail = response.json()["error"]
+    assert set(detail) == {"message", "type", "param", "code"}
+    assert detail["message"]
+    return detail
+
+
 def publish(registry: Registry, base: Path, folder: Path, *variants: str) -> None:
     """One adapter per variant, named like it."""
     for variant in variants:
@@ -47,22 +71,25 @@ def publish(registry: Registry, base: Path, folder: Path, *variants: str) -> Non
 
 @contextmanager
 def running(
-    base: Path, folder: Path, *, max_waiting: int = 512, max_body_bytes: int = 2**20, **engine: Any
+    base: Path, folder: Path, *, gateway: dict[str, Any] | None = None, **engine: Any
 ) -> Iterator[Running]:
     """Serve `base` and the adapters of the store under `folder`."""
+    limits = {"max_waiting_requests": 512, "max_body_bytes": 2**20}
     registry = Registry(str(folder / "store"))
     spec = ServingSpec(
         name=BASE_NAME,
         store=registry.store.uri,
         cache=str(folder / "cache"),
         engine=EngineSpec(base_model=str(base), **engine),
+        gateway=GatewaySpec.model_validate(limits | (gateway or {})),
     )
     replica = Replica(spec)
     catalogue = Catalogue(
         registry, base_name=BASE_NAME, base_folder=str(base), ttl_s=CATALOGUE_TTL_S
     )
-    service = Service(replica, catalogue, load_tokenizer(str(base)), max_waiting=max_waiting)
-    app = create_app(service, max_body_bytes=max_body_bytes)
+    service = Service(replica, catalogue, load_tokenizer(str(base)), spec.gateway, Metrics())
+    keys = None if spec.gateway.keys is None else KeyStore(spec.gateway.keys)
+    app = create_app(service, spec.gateway, Door(keys, ttl_s=CATALOGUE_TTL_S))
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)

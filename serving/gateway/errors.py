@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import structlog
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from cluster.errors import GraftError, RequestError, outcome_of
+from cluster.errors import GraftError, OverloadedError, RequestError, outcome_of
 from serving.protocol import ErrorBody, ErrorDetail
 
 _log = structlog.get_logger("graft.gateway")
@@ -28,13 +30,25 @@ def error_body(error: BaseException) -> tuple[int, ErrorBody]:
     return outcome.status, ErrorBody(error=detail)
 
 
-async def answer_graft_error(_: Request, error: Exception) -> JSONResponse:
-    """For FastAPI: whatever a handler raised."""
+def error_response(error: Exception) -> JSONResponse:
+    """The HTTP response of a failure."""
     status, body = error_body(error)
-    headers = {"Retry-After": "1"} if status in (429, 503) else {}
-    if status == 413:
+    headers: dict[str, str] = {}
+    if isinstance(error, OverloadedError):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    elif status == 503:
+        headers["Retry-After"] = "1"
+    elif status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    elif status == 413:
         headers["Connection"] = "close"
     return JSONResponse(body.model_dump(), status, headers=headers)
+
+
+async def answer_graft_error(request: Request, error: Exception) -> JSONResponse:
+    """For FastAPI: whatever a handler raised."""
+    request.app.state.metrics.failed(outcome_of(error).code)
+    return error_response(error)
 
 
 async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -42,7 +56,10 @@ async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:200]}: {str(error.detail).lower()}"
     if error.status_code == 404:
-        message += "; this service has /v1/models, /v1/completions, /v1/chat/completions, /health"
+        message += (
+            "; this service has /v1/models, /v1/completions, /v1/chat/completions, /tokenize, "
+            "/detokenize, /health, /ready and /metrics"
+        )
     detail = ErrorDetail(message=message, type="invalid_request_error")
     body = ErrorBody(error=detail).model_dump()
     return JSONResponse(body, error.status_code, headers=error.headers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
@@ -41,9 +41,17 @@ class Backend(Protocol):
 
 
 async def generate(
-    backend: Backend, request: GenerationRequest, adapter: AdapterVersion | None, *, stream: bool
+    backend: Backend,
+    request: GenerationRequest,
+    adapter: AdapterVersion | None,
+    *,
+    stream: bool,
+    on_loss: Callable[[], None],
 ) -> AsyncGenerator[TokenOutput]:
     """As Backend.generate, of a request with a seed, but a lost replica is replaced by another.
+
+    Args:
+        on_loss: Called for each replica that is lost.
 
     Raises:
         UnavailableError: MAX_LOSSES replicas were lost under it, one after the other.
@@ -63,6 +71,7 @@ async def generate(
             raise UnavailableError("the replica's stream ended before the answer did; try again")
         except UnavailableError as error:
             losses += 1
+            on_loss()
             if losses == MAX_LOSSES:
                 raise
             _log.warning("replica lost", losses=losses, given=len(given), error=error.message)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import datetime
 
@@ -13,186 +12,185 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from cluster.base_model import encode_prompt
 from cluster.errors import GraftError
 from cluster.registry import AdapterVersion
+from serving.engine.ranges import check_token_ids
+from serving.gateway.access import Door, Tenant
+from serving.gateway.answers import ChatForm, CompletionForm, Form
 from serving.gateway.bodies import read_body
+from serving.gateway.chat import render
 from serving.gateway.errors import answer_graft_error, answer_http_error, error_body
-from serving.gateway.service import Job, Piece, Service, usage
+from serving.gateway.guard import Guard
+from serving.gateway.logprobs import TokenText
+from serving.gateway.metrics import CONTENT_TYPE
+from serving.gateway.service import Job, Piece, Service
 from serving.protocol import (
     DONE,
-    AnswerMessage,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatCompletion,
     ChatRequest,
-    Completion,
-    CompletionChoice,
     CompletionRequest,
-    Delta,
+    Detokenized,
+    DetokenizeRequest,
     ModelCard,
     ModelList,
     Sampling,
+    TokenizeRequest,
+    Tokens,
     Usage,
 )
+from serving.spec import GatewaySpec
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-# One event of a stream: the pieces of a job, or its usage at the end.
-_Event = Callable[[Job, int, Piece | None, Usage | None], BaseModel]
+# The names of what FastAPI calls are never used here.
+# pyright: reportUnusedFunction=false
 
 
-def create_app(service: Service, *, max_body_bytes: int) -> FastAPI:
-    """The app: /v1/models, /v1/completions, /v1/chat/completions, /health."""
+def create_app(service: Service, spec: GatewaySpec, door: Door) -> FastAPI:
+    """The app with every route; `door` decides who comes in."""
     app = FastAPI(title="Graft", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.metrics = service.metrics
+    app.add_middleware(
+        Guard, door=door, metrics=service.metrics, max_header_bytes=spec.max_header_bytes
+    )
     app.add_exception_handler(Exception, answer_graft_error)
     app.add_exception_handler(GraftError, answer_graft_error)
     app.add_exception_handler(HTTPException, answer_http_error)
-
-    @app.get("/health")
-    async def health() -> Response:  # pyright: ignore[reportUnusedFunction]
-        await service.backend.check_health()
-        return JSONResponse({"status": "ok"})
-
-    @app.get("/v1/models")
-    async def list_models() -> ModelList:  # pyright: ignore[reportUnusedFunction]
-        catalogue = service.catalogue
-        adapters = await asyncio.to_thread(catalogue.adapters)
-        base = _card(catalogue.base_name, catalogue.base_name, None)
-        cards = [_card(name, catalogue.base_name, version) for name, version in adapters.items()]
-        return ModelList(data=[base, *cards])
-
-    @app.get("/v1/models/{model:path}")
-    async def show_model(model: str) -> ModelCard:  # pyright: ignore[reportUnusedFunction]
-        version = await asyncio.to_thread(service.catalogue.resolve, model)
-        return _card(model, service.catalogue.base_name, version)
-
-    @app.post("/v1/completions")
-    async def complete(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        body = await read_body(request, CompletionRequest, max_bytes=max_body_bytes)
-        job = await service.completion_job(body)
-        return await _respond(service, body, job, _completion_event, _completion)
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        body = await read_body(request, ChatRequest, max_bytes=max_body_bytes)
-        job = await service.chat_job(body)
-        return await _respond(service, body, job, _chat_event, _chat)
-
+    _add_answers(app, service, spec)
+    _add_models(app, service)
+    _add_tokens(app, service, spec)
+    _add_state(app, service)
     return app
 
 
-async def _respond(
-    service: Service,
-    body: Sampling,
-    job: Job,
-    event: _Event,
-    whole: Callable[[Job, int, list[str], list[str], Usage], BaseModel],
-) -> Response:
-    created = int(time.time())
+def _add_answers(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
+    texts = TokenText(service.tokenizer)
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        body = await read_body(request, CompletionRequest, max_bytes=spec.max_body_bytes)
+        job = await service.completion_job(body, _tenant(request))
+        return await _respond(service, body, job, CompletionForm(job, body, texts))
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        body = await read_body(request, ChatRequest, max_bytes=spec.max_body_bytes)
+        job = await service.chat_job(body, _tenant(request))
+        return await _respond(service, body, job, ChatForm(job, body, texts))
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    catalogue = service.catalogue
+
+    @app.get("/v1/models")
+    async def list_models(request: Request) -> ModelList:
+        allows = _tenant(request).allows
+        adapters = await asyncio.to_thread(catalogue.adapters)
+        base = [_card(catalogue.base_name, catalogue.base_name, None)]
+        cards = base if allows(catalogue.base_name) else []
+        for name, version in adapters.items():
+            if allows(name):
+                cards.append(_card(name, catalogue.base_name, version))
+        return ModelList(data=cards)
+
+    @app.get("/v1/models/{model:path}")
+    async def show_model(request: Request, model: str) -> ModelCard:
+        version = await asyncio.to_thread(catalogue.resolve, model, _tenant(request).allows)
+        return _card(model, catalogue.base_name, version)
+
+
+def _add_tokens(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
+    tokenizer = service.tokenizer
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Tokens:
+        body = await read_body(request, TokenizeRequest, max_bytes=spec.max_body_bytes)
+
+        def ids() -> list[int]:
+            if body.messages is not None:
+                return render(tokenizer, body.messages, ())
+            if body.add_special_tokens:
+                return encode_prompt(tokenizer, body.prompt or "")
+            return tokenizer.encode(body.prompt, add_special_tokens=False)
+
+        found = await asyncio.to_thread(ids)
+        return Tokens(count=len(found), tokens=found)
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Detokenized:
+        body = await read_body(request, DetokenizeRequest, max_bytes=spec.max_body_bytes)
+        check_token_ids(body.tokens, len(tokenizer), "tokens")
+        return Detokenized(prompt=await asyncio.to_thread(tokenizer.decode, body.tokens))
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        await service.backend.check_health()
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+
+async def _respond(service: Service, body: Sampling, job: Job, form: Form) -> Response:
     if body.stream:
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
         pieces = service.run(job, stream=True)
         # Whatever is wrong with the request shows before the first piece: still an HTTP error.
         first = await anext(pieces)
-        events = _events(job, created, first, pieces, event, with_usage=with_usage)
+        events = _events(service, body, job, first, pieces, form)
         return StreamingResponse(events, media_type="text/event-stream", headers=_HEADERS)
-    texts = [""] * len(job.requests)
-    reasons = [""] * len(job.requests)
-    tokens = 0
+    answers: dict[int, Piece] = {}
     async with aclosing(service.run(job, stream=False)) as pieces:
         async for piece in pieces:
-            texts[piece.index] += piece.text
-            reasons[piece.index] = piece.finish_reason or ""
-            tokens += piece.tokens
-    answer = whole(job, created, texts, reasons, usage(job, tokens))
-    return JSONResponse(answer.model_dump())
+            answers[piece.index] = piece
+    used = job.usage(sum(piece.tokens for piece in answers.values()))
+    whole = form.whole([answers[index] for index in range(len(job.requests))], used)
+    return JSONResponse(whole.model_dump())
 
 
 async def _events(
+    service: Service,
+    body: Sampling,
     job: Job,
-    created: int,
     first: Piece,
     rest: AsyncGenerator[Piece],
-    event: _Event,
-    *,
-    with_usage: bool,
+    form: Form,
 ) -> AsyncGenerator[str]:
     """Server-sent events. A failure is an error event and no [DONE], so that no client takes the
     part for the whole."""
+    options = body.stream_options
+    is_counted = options is not None and options.continuous_usage_stats
     tokens = 0
-    begun: set[int] = set()
     async with aclosing(rest):
         try:
             piece: Piece | None = first
             while piece is not None:
-                if event is _chat_event and piece.index not in begun:
-                    begun.add(piece.index)
-                    yield _line(_chat_start(job, created, piece.index))
                 tokens += piece.tokens
-                if piece.text or piece.finish_reason:
-                    yield _line(event(job, created, piece, None))
+                used: Usage | None = job.usage(tokens) if is_counted else None
+                chunks = form.chunks(piece, used)
+                if chunks:
+                    yield "".join(map(_line, chunks))
                 piece = await anext(rest, None)
-            if with_usage:
-                yield _line(event(job, created, None, usage(job, tokens)))
+            if options is not None and options.include_usage:
+                yield _line(form.last(job.usage(tokens)))
             yield f"data: {DONE}\n\n"
         except Exception as error:
-            _, body = error_body(error)
-            yield _line(body)
+            _, failure = error_body(error)
+            service.metrics.failed(failure.error.code)
+            yield _line(failure)
 
 
 def _line(body: BaseModel) -> str:
     return f"data: {body.model_dump_json()}\n\n"
 
 
-def _completion(
-    job: Job, created: int, texts: list[str], reasons: list[str], used: Usage
-) -> Completion:
-    choices = [
-        CompletionChoice(index=index, text=text, finish_reason=reason)
-        for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-    ]
-    return Completion(id=job.id, created=created, model=job.model, choices=choices, usage=used)
-
-
-def _completion_event(
-    job: Job, created: int, piece: Piece | None, used: Usage | None
-) -> Completion:
-    choices = (
-        [CompletionChoice(index=piece.index, text=piece.text, finish_reason=piece.finish_reason)]
-        if piece
-        else []
-    )
-    return Completion(id=job.id, created=created, model=job.model, choices=choices, usage=used)
-
-
-def _chat(
-    job: Job, created: int, texts: list[str], reasons: list[str], used: Usage
-) -> ChatCompletion:
-    choices = [
-        ChatChoice(index=index, message=AnswerMessage(content=text), finish_reason=reason)
-        for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-    ]
-    return ChatCompletion(id=job.id, created=created, model=job.model, choices=choices, usage=used)
-
-
-def _chat_start(job: Job, created: int, index: int) -> ChatChunk:
-    choice = ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))
-    return ChatChunk(id=job.id, created=created, model=job.model, choices=[choice])
-
-
-def _chat_event(job: Job, created: int, piece: Piece | None, used: Usage | None) -> ChatChunk:
-    choices = (
-        [
-            ChatChunkChoice(
-                index=piece.index,
-                delta=Delta(content=piece.text),
-                finish_reason=piece.finish_reason,
-            )
-        ]
-        if piece
-        else []
-    )
-    return ChatChunk(id=job.id, created=created, model=job.model, choices=choices, usage=used)
+def _tenant(request: Request) -> Tenant:
+    return request.state.tenant
 
 
 def _card(name: str, base: str, version: AdapterVersion | None) -> ModelCard:

@@ -1,4 +1,4 @@
-"""The gateway's core: a checked body to requests for a replica, its tokens to bodies.
+"""The gateway's core: a checked body to requests for a replica, its tokens to pieces of answers.
 
 Knows protocol, catalogue and tokenizer, and a backend that runs requests; nothing of HTTP
 frameworks, Ray or engines' insides.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.base_model import encode_prompt
-from cluster.errors import EngineError, GraftError, OverloadedError, RequestError
+from cluster.errors import DeadlineError, EngineError, OverloadedError, RequestError
 from cluster.registry import AdapterVersion
 from serving.catalogue import Catalogue
 from serving.engine.request import (
@@ -22,10 +23,15 @@ from serving.engine.request import (
     FinishReason,
     GenerationRequest,
     ResponseFormat,
+    TokenLogprobs,
     choices,
 )
 from serving.gateway import failover
+from serving.gateway.access import Tenant
+from serving.gateway.chat import render
+from serving.gateway.metrics import Metrics
 from serving.protocol import ChatRequest, CompletionRequest, Sampling, Usage
+from serving.spec import GatewaySpec
 
 # OpenAI's defaults.
 _COMPLETION_TOKENS = 16
@@ -39,13 +45,42 @@ _SAME = (
 
 @dataclass(frozen=True)
 class Job:
-    """One HTTP request, resolved: every answer that it asks for, in order of index."""
+    """One HTTP request, resolved: every answer that it asks for, in order of index.
+
+    `requests` has `per_prompt` answers for each of `prompts` in turn. `began_s` is the monotonic
+    time of its arrival.
+    """
 
     id: str
     model: str
     adapter: AdapterVersion | None
+    tenant: Tenant
+    prompts: list[list[int]]
     requests: list[GenerationRequest]
-    prompt_tokens: int
+    began_s: float
+
+    @property
+    def per_prompt(self) -> int:
+        """Answers to each prompt."""
+        return len(self.requests) // len(self.prompts)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts, each counted once."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def label(self) -> str:
+        """The adapter's name, for the metrics."""
+        return self.adapter.name if self.adapter else self.model
+
+    def usage(self, completion_tokens: int) -> Usage:
+        """Its token counts."""
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=self.prompt_tokens + completion_tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -56,160 +91,186 @@ class Piece:
     text: str
     tokens: int
     finish_reason: str | None
+    logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
 
 
 class Service:
     """What all connections of one gateway share."""
 
     def __init__(
-        self, backend: failover.Backend, catalogue: Catalogue, tokenizer: Any, *, max_waiting: int
+        self,
+        backend: failover.Backend,
+        catalogue: Catalogue,
+        tokenizer: Any,
+        spec: GatewaySpec,
+        metrics: Metrics,
     ) -> None:
-        self.backend, self.catalogue = backend, catalogue
-        self._tokenizer = tokenizer
-        self._max_waiting = max_waiting
+        self.backend, self.catalogue, self.tokenizer = backend, catalogue, tokenizer
+        self.metrics = metrics
+        self._spec = spec
         self._in_progress = 0
 
-    async def completion_job(self, body: CompletionRequest) -> Job:
+    async def completion_job(self, body: CompletionRequest, tenant: Tenant) -> Job:
         """Raises CallerError for whatever cannot run."""
-        adapter = await asyncio.to_thread(self.catalogue.resolve, body.model)
-        tokens = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        self._check_count(len(body.prompts) * (body.n or 1))
+        adapter = await self._resolve(body, tenant)
+        per_prompt = max(body.n or 1, body.best_of or 1)
+        self._check_count(len(body.prompts) * per_prompt)
         prompts = await asyncio.to_thread(self._encode, body)
-        return _job("cmpl", body, adapter, prompts, tokens)
+        is_ranked = per_prompt > (body.n or 1)
+        return self._job(
+            "cmpl", body, tenant, adapter, prompts, per_prompt,
+            max_tokens=_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
+            logprobs=0 if body.logprobs is None and is_ranked else body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )  # fmt: skip
 
-    async def chat_job(self, body: ChatRequest) -> Job:
+    async def chat_job(self, body: ChatRequest, tenant: Tenant) -> Job:
         """Raises CallerError for whatever cannot run."""
-        adapter = await asyncio.to_thread(self.catalogue.resolve, body.model)
-        if not self._tokenizer.chat_template:
-            raise RequestError(
-                f"model {body.model!r} has no chat template; use /v1/completions", param="messages"
-            )
+        adapter = await self._resolve(body, tenant)
+        self._check_count(body.n or 1)
+        prompt = await asyncio.to_thread(render, self.tokenizer, body.messages, body.tools_in_use)
         tokens = body.max_completion_tokens
-        prompt = await asyncio.to_thread(self._render, body)
-        return _job(
-            "chatcmpl",
-            body,
-            adapter,
-            [prompt],
-            body.max_tokens if tokens is None else tokens,
-        )
+        return self._job(
+            "chatcmpl", body, tenant, adapter, [prompt], body.n or 1,
+            max_tokens=body.max_tokens if tokens is None else tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )  # fmt: skip
 
     async def run(self, job: Job, *, stream: bool) -> AsyncGenerator[Piece]:
         """Run all answers of a job at once; pieces as they come.
 
         Raises:
-            GraftError: an answer failed; the others are cancelled.
+            GraftError: an answer failed or is late; the others are cancelled.
         """
-        if self._in_progress + len(job.requests) > self._max_waiting:
+        if self._in_progress + len(job.requests) > self._spec.max_waiting_requests:
             raise OverloadedError(
-                f"{self._in_progress} requests are in progress, of {self._max_waiting} at most "
-                "(gateway.max_waiting_requests); try again later"
+                f"{self._in_progress} requests are in progress, of "
+                f"{self._spec.max_waiting_requests} at most (gateway.max_waiting_requests); try "
+                "again later"
             )
-        self._in_progress += len(job.requests)
-        try:
-            answers = [
-                self._answer(index, request, job.adapter, stream)
-                for index, request in enumerate(job.requests)
-            ]
-            async with aclosing(_merge(answers)) as pieces:
-                async for piece in pieces:
-                    yield piece
-        finally:
-            self._in_progress -= len(job.requests)
+        with job.tenant.request():
+            self._in_progress += len(job.requests)
+            self.metrics.begun(job.label, len(job.requests), job.prompt_tokens)
+            tokens = 0
+            try:
+                answers = [
+                    self._answer(index, request, job.adapter, stream)
+                    for index, request in enumerate(job.requests)
+                ]
+                async with aclosing(_merge(answers)) as pieces:
+                    async for piece in self._in_time(job, pieces, stream):
+                        tokens += piece.tokens
+                        yield piece
+            finally:
+                self._in_progress -= len(job.requests)
+                job.tenant.spend(job.prompt_tokens + tokens)
+                seconds = time.monotonic() - job.began_s
+                self.metrics.ended(job.label, len(job.requests), tokens, seconds)
+
+    async def _in_time(
+        self, job: Job, pieces: AsyncGenerator[Piece], stream: bool
+    ) -> AsyncGenerator[Piece]:
+        """`pieces` as long as none is late; a stream's waiting times are counted."""
+        waiting_since, is_first = job.began_s, True
+        while True:
+            limit_s = self._spec.request_timeout_s
+            if stream and is_first:
+                limit_s = min(limit_s, self._spec.first_token_timeout_s)
+            try:
+                left_s = job.began_s + limit_s - time.monotonic()
+                async with asyncio.timeout(left_s):
+                    piece = await anext(pieces, None)
+            except TimeoutError as error:
+                what = "first token" if stream and is_first else "answer"
+                raise DeadlineError(
+                    f"the {what} was not there after {limit_s:g} s; try again, or ask for less"
+                ) from error
+            if piece is None:
+                return
+            now = time.monotonic()
+            if stream and is_first:
+                self.metrics.first_token(job.label, now - waiting_since)
+            elif stream:
+                self.metrics.next_tokens(piece.tokens, now - waiting_since)
+            waiting_since, is_first = now, False
+            yield piece
 
     async def _answer(
         self, index: int, request: GenerationRequest, adapter: AdapterVersion | None, stream: bool
     ) -> AsyncGenerator[Piece]:
-        outputs = failover.generate(self.backend, request, adapter, stream=stream)
+        outputs = failover.generate(
+            self.backend, request, adapter, stream=stream, on_loss=self.metrics.failover
+        )
         async with aclosing(outputs):
             async for output in outputs:
                 if output.finish_reason is FinishReason.ERROR:
                     raise EngineError(output.error or "the engine failed on this request")
                 reason = output.finish_reason
-                yield Piece(index, output.text, len(output.token_ids), reason and reason.value)
+                yield Piece(
+                    index,
+                    output.text,
+                    len(output.token_ids),
+                    reason and reason.value,
+                    output.logprobs,
+                    output.prompt_logprobs,
+                )
+
+    async def _resolve(self, body: Sampling, tenant: Tenant) -> AdapterVersion | None:
+        return await asyncio.to_thread(self.catalogue.resolve, body.model, tenant.allows)
 
     def _check_count(self, answers: int) -> None:
-        if answers > self._max_waiting:
+        if answers > self._spec.max_waiting_requests:
             raise RequestError(
-                f"prompt and n ask for {answers:,} answers, over the {self._max_waiting:,} that "
-                "gateway.max_waiting_requests allows in all; send less at once",
+                f"prompt and n ask for {answers:,} answers, over the "
+                f"{self._spec.max_waiting_requests:,} that gateway.max_waiting_requests allows in "
+                "all; send less at once",
                 param="prompt",
             )
 
     def _encode(self, body: CompletionRequest) -> list[list[int]]:
         return [
-            encode_prompt(self._tokenizer, prompt) if isinstance(prompt, str) else prompt
+            encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
             for prompt in body.prompts
         ]
 
-    def _render(self, body: ChatRequest) -> list[int]:
-        messages = [
-            {
-                "role": message.role,
-                "content": message.text,
-                **({"name": message.name} if message.name else {}),
-            }
-            for message in body.messages
-        ]
-        try:
-            encoded: Any = self._tokenizer.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=True, return_dict=True
+    def _job(
+        self,
+        kind: str,
+        body: Sampling,
+        tenant: Tenant,
+        adapter: AdapterVersion | None,
+        prompts: list[list[int]],
+        per_prompt: int,
+        **options: Any,
+    ) -> Job:
+        """Choices of one prompt differ by their seeds, which are drawn here if none is given:
+        another replica must be able to go on with an answer."""
+        began_s = time.monotonic()
+        seed = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed
+        requests: list[GenerationRequest] = []
+        for prompt in prompts:
+            first = GenerationRequest(
+                prompt_token_ids=prompt,
+                adapter=adapter.ref if adapter else None,
+                cache_salt=tenant.cache_salt,
+                temperature=_TEMPERATURE if body.temperature is None else body.temperature,
+                seed=seed,
+                stop=body.stop_texts,
+                logit_bias=body.biases,
+                ignore_eos=body.ignore_eos,
+                response_format=ResponseFormat(*body.form) if body.form else None,
+                **{name: given for name in _SAME if (given := getattr(body, name)) is not None},
+                **options,
             )
-        except GraftError:
-            raise
-        except Exception as error:  # templates raise whatever they like about roles and order
-            raise RequestError(
-                f"messages: the chat template refuses them: {error}", param="messages"
-            ) from error
-        return list(encoded["input_ids"])
-
-
-def usage(job: Job, completion_tokens: int) -> Usage:
-    """The token counts of a job."""
-    return Usage(
-        prompt_tokens=job.prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=job.prompt_tokens + completion_tokens,
-    )
-
-
-def _job(
-    kind: str,
-    body: Sampling,
-    adapter: AdapterVersion | None,
-    prompts: list[list[int]],
-    max_tokens: int | None,
-) -> Job:
-    """One request per prompt and choice. Choices of one prompt differ by their seeds, which are
-    drawn here if none is given: another replica must be able to go on with an answer."""
-    requests: list[GenerationRequest] = []
-    seed = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed
-    for prompt in prompts:
-        first = GenerationRequest(
-            prompt_token_ids=prompt,
-            adapter=adapter.ref if adapter else None,
-            max_tokens=max_tokens,
-            temperature=_TEMPERATURE if body.temperature is None else body.temperature,
-            seed=seed,
-            stop=body.stop_texts,
-            logit_bias=body.biases,
-            ignore_eos=body.ignore_eos,
-            response_format=ResponseFormat(*body.form) if body.form else None,
-            **{name: given for name in _SAME if (given := getattr(body, name)) is not None},
-        )
-        first.check()
-        if not prompt:
-            raise RequestError("prompt is empty; give at least one token", param="prompt")
-        requests += choices(first, body.n or 1)
-    if not requests:
-        raise RequestError("prompt is an empty list; give at least one prompt", param="prompt")
-    return Job(
-        id=f"{kind}-{secrets.token_hex(12)}",
-        model=body.model,
-        adapter=adapter,
-        requests=requests,
-        prompt_tokens=sum(len(prompt) for prompt in prompts),
-    )
+            first.check()
+            if not prompt:
+                raise RequestError("prompt is empty; give at least one token", param="prompt")
+            requests += choices(first, per_prompt)
+        if not requests:
+            raise RequestError("prompt is an empty list; give at least one prompt", param="prompt")
+        request_id = f"{kind}-{secrets.token_hex(12)}"
+        return Job(request_id, body.model, adapter, tenant, prompts, requests, began_s)
 
 
 async def _merge(answers: list[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:

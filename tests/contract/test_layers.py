@@ -31,17 +31,19 @@ ROOMS = {
     "serving.replica": {"serving.engine_thread", "serving.engine", "serving.adapters",
                         "serving.spec", "cluster"},
     "serving.catalogue": {"cluster"},
-    "serving.gateway": {"serving.gateway", "serving.catalogue", "serving.protocol",
-                        "serving.engine.request", "cluster"},
+    "serving.keys": {"cluster"},
+    "serving.gateway": {"serving.gateway", "serving.catalogue", "serving.protocol", "serving.keys",
+                        "serving.engine.request", "serving.engine.ranges", "serving.spec",
+                        "cluster"},
     "serving.router": {"cluster"},
     "serving.autoscaling": set(),
     "serving.deployment": {"serving.replica", "serving.catalogue", "serving.gateway",
                            "serving.router", "serving.autoscaling", "serving.engine.request",
-                           "serving.spec", "cluster"},
+                           "serving.keys", "serving.spec", "cluster"},
     "serving.app": {"serving.deployment", "serving.spec", "cluster"},
     "serving.client": {"serving.batch_file", "serving.protocol", "cluster"},
     "serving.batch_file": {"serving.client", "cluster"},
-    "serving.command": {"serving.app", "serving.client", "serving.spec", "cluster"},
+    "serving.command": {"serving.app", "serving.client", "serving.keys", "serving.spec", "cluster"},
 }  # fmt: skip
 
 # Prefix of the importing module -> libraries that must not be loaded by importing it.

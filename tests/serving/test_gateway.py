@@ -1,49 +1,16 @@
-"""The HTTP side on a real socket over a real replica: answers, streams, and every bad input."""
+"""The HTTP side on a real socket over a real replica: answers and streams in OpenAI's forms."""
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from service import BASE_NAME, CATALOGUE_TTL_S, Running, publish, running
+from service import ASK, BASE_NAME, CATALOGUE_TTL_S, NAMES, Running, error, events
 
 Bases = Callable[[str], Path]
-VARIANTS = ("lora", "bitfit", "prompt_tuning", "prefix_tuning")
-NAMES = [variant.replace("_", "-") for variant in VARIANTS]
-ASK = {"prompt": "hello", "max_tokens": 6, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def service(bases: Bases, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("service")
-    with running(bases("llama"), folder) as service:
-        publish(service.registry, bases("llama"), folder, *VARIANTS)
-        service.registry.set_alias("lora", "stable", 1)
-        yield service
-
-
-@pytest.fixture
-def http(service: Running) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=service.url, timeout=60, trust_env=False) as client:
-        yield client
-
-
-def events(response: httpx2.Response) -> list[Any]:
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def error(response: httpx2.Response, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    detail = response.json()["error"]
-    assert set(detail) == {"message", "type", "param", "code"}
-    assert detail["message"]
-    return detail
 
 
 def test_models_are_the_base_and_the_adapters(http: httpx2.Client) -> None:
@@ -54,7 +21,8 @@ def test_models_are_the_base_and_the_adapters(http: httpx2.Client) -> None:
     assert http.get("/v1/models/lora:stable").json()["root"] == "lora@1"
     error(http.get("/v1/models/nobody"), 404)
     assert http.get("/health").json() == {"status": "ok"}
-    assert http.get("/health/", follow_redirects=True).status_code == 200
+    assert http.get("/health/").status_code == 200
+    assert http.get("/ready").json() == {"status": "ready"}
 
 
 @pytest.mark.parametrize("model", [BASE_NAME, *NAMES, "lora@1", "lora:stable", "lora:latest"])
@@ -136,160 +104,6 @@ def test_defaults_are_those_of_openai(http: httpx2.Client) -> None:
     assert body.json()["usage"]["completion_tokens"] == 16
 
 
-BODIES: list[tuple[bytes, int, str]] = [
-    (b"", 400, "empty"),
-    (b'"text"', 400, "string"),
-    (b"[1]", 400, "list"),
-    (b"3", 400, "number"),
-    (b"null", 400, "null"),
-    (b"{", 400, "not JSON"),
-    (b'{"model": "\xff"}', 400, "not UTF-8"),
-    (b'{"model": "lora", "temperature": NaN}', 400, "NaN"),
-    (b'{"model": "lora", "temperature": Infinity}', 400, "Infinity"),
-    (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, 400, "nested"),
-    (b"[" * 10_000, 400, "nested"),
-    (b'{"prompt": "' + b"x" * 2**20 + b'"}', 413, "over 1,048,576 bytes"),
-]
-
-
-@pytest.mark.parametrize(("body", "status", "reason"), BODIES, ids=[b[2] for b in BODIES])
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_bodies_that_are_none(
-    http: httpx2.Client, path: str, body: bytes, status: int, reason: str
-) -> None:
-    detail = error(http.post(path, content=body), status)
-    assert reason in detail["message"]
-
-
-PARAMETERS: list[tuple[dict[str, Any], str | None]] = [
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": -1}, "max_tokens"),
-    ({"max_tokens": 10**12}, "max_tokens"),
-    ({"max_tokens": "5"}, "max_tokens"),
-    ({"max_tokens": 1.5}, "max_tokens"),
-    ({"n": 0}, "n"),
-    ({"n": -1}, "n"),
-    ({"n": 129}, "n"),
-    ({"n": 10**9}, "n"),
-    ({"top_p": 0}, "top_p"),
-    ({"top_p": 1.1}, "top_p"),
-    ({"top_k": 0}, "top_k"),
-    ({"adapter_rank": 0}, "adapter_rank"),
-    ({"adapter_rank": 2}, "adapter_rank"),
-    ({"temperature": -1}, "temperature"),
-    ({"temperature": "hot"}, "temperature"),
-    ({"seed": 1.5}, "seed"),
-    ({"seed": 2**70}, "seed"),
-    ({"stop": [1]}, "stop"),
-    ({"stop": [""]}, "stop"),
-    ({"stop": ["x"] * 17}, "stop"),
-    ({"stream": "yes"}, "stream"),
-    ({"stream_options": {"include_usage": True}}, None),
-    ({"prompt": []}, "prompt"),
-    ({"prompt": ""}, "prompt"),
-    ({"prompt": 5}, "prompt"),
-    ({"prompt": [-1]}, "prompt_token_ids"),
-    ({"prompt": [10**6]}, "prompt_token_ids"),
-    ({"prompt": [1.5]}, "prompt"),
-    ({"prompt": [True]}, "prompt"),
-    ({"prompt": "x" * 200}, "prompt"),
-    ({"logit_bias": {"5": 1000}}, "logit_bias"),
-    ({"logit_bias": {"x": 1}}, "logit_bias"),
-    ({"logit_bias": {"999": 1}}, "logit_bias"),
-    ({"presence_penalty": 2.5}, "presence_penalty"),
-    ({"frequency_penalty": "1"}, "frequency_penalty"),
-    ({"repetition_penalty": 0}, "repetition_penalty"),
-    ({"min_p": 2}, "min_p"),
-    ({"response_format": {"type": "yaml"}}, "response_format"),
-    ({"response_format": {"type": "json_schema"}}, "response_format"),
-    (
-        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}},
-        "response_format",
-    ),
-    ({"structured_outputs": {"regex": "("}}, "response_format"),
-    ({"structured_outputs": {"choice": []}}, "response_format"),
-    ({"structured_outputs": {}}, "structured_outputs"),
-    ({"stop_token_ids": [999]}, "stop_token_ids"),
-    ({"logprobs": 3}, "logprobs"),
-    ({"echo": True}, "echo"),
-    ({"best_of": 3}, "best_of"),
-    ({"max_token": 5}, "max_token"),
-    ({"model": 5}, "model"),
-    ({"model": ""}, "model"),
-]
-
-
-@pytest.mark.parametrize(("change", "param"), PARAMETERS, ids=lambda v: str(v)[:30])
-def test_impossible_parameters_name_the_field(
-    http: httpx2.Client, change: dict[str, Any], param: str | None
-) -> None:
-    began = time.monotonic()
-    detail = error(http.post("/v1/completions", json={"model": "lora", **ASK, **change}), 400)
-    assert time.monotonic() - began < 1
-    assert detail["param"] == param
-    assert detail["type"] == "invalid_request_error"
-
-
-def test_an_unknown_parameter_gets_the_nearest(http: httpx2.Client) -> None:
-    detail = error(
-        http.post("/v1/completions", json={"model": "lora", **ASK, "temprature": 1}), 400
-    )
-    assert "did you mean 'temperature'" in detail["message"]
-
-
-def test_a_prompt_over_the_context(http: httpx2.Client) -> None:
-    detail = error(http.post("/v1/completions", json={"model": "lora", "prompt": "x" * 200}), 400)
-    assert detail["code"] == "context_length_exceeded"
-    assert "200 tokens" in detail["message"]
-    streamed = {"model": "lora", "prompt": "x" * 200, "stream": True}
-    error(http.post("/v1/completions", json=streamed), 400)
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [],
-        [{"role": "wizard", "content": "x"}],
-        [{"role": "user"}],
-        [{"role": "user", "content": None}],
-        [{"role": "user", "content": 5}],
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
-        ["text"],
-        "text",
-        None,
-    ],
-    ids=str,
-)
-def test_messages_that_are_none(http: httpx2.Client, messages: Any) -> None:
-    error(http.post("/v1/chat/completions", json={"model": "lora", "messages": messages}), 400)
-
-
-MODELS = ["nobody", "../x", "%2e%2e", "a\x00b", "x" * 10_000, "l\u043era", "lora@99", "lora:gone",
-          "lora@", "lora@1:stable", "LORA", " lora"]  # fmt: skip
-
-
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: ascii(model)[:20])
-def test_unknown_models(http: httpx2.Client, model: str) -> None:
-    detail = error(http.post("/v1/completions", json={"model": model, **ASK}), 404)
-    assert (detail["code"], detail["param"]) == ("model_not_found", "model")
-    assert len(detail["message"]) < 400
-
-
-def test_a_thousand_unknown_models_cost_nothing(service: Running, http: httpx2.Client) -> None:
-    began = time.monotonic()
-    for number in range(300):
-        error(http.post("/v1/completions", json={"model": f"nobody-{number}", **ASK}), 404)
-    assert time.monotonic() - began < 30
-    assert service.replica.adapters == [r for r in service.replica.adapters if "nobody" not in r]
-
-
-def test_paths_and_methods_that_do_not_exist(http: httpx2.Client) -> None:
-    error(http.get("/v2/nothing"), 404)
-    response = http.get("/v1/completions")
-    error(response, 405)
-    assert response.headers["allow"] == "POST"
-
-
 def test_a_new_version_and_a_moved_alias_are_seen(
     service: Running, http: httpx2.Client, bases: Bases, tmp_path: Path
 ) -> None:
@@ -369,59 +183,107 @@ def test_many_at_once_equal_one_by_one(service: Running) -> None:
         assert list(pool.map(ask, bodies)) == alone
 
 
-def test_more_adapters_than_the_engine_holds(bases: Bases, tmp_path: Path) -> None:
-    with running(bases("llama"), tmp_path, max_adapters=2) as small:
-        publish(small.registry, bases("llama"), tmp_path, *VARIANTS)
-
-        def ask(model: str) -> int:
-            body = {"model": model, "prompt": "x", "max_tokens": 10, "ignore_eos": True}
-            return httpx2.post(f"{small.url}/v1/completions", json=body, timeout=60).status_code
-
-        with ThreadPoolExecutor(16) as pool:
-            assert set(pool.map(ask, NAMES * 6)) == {200}
-        assert len(small.replica.adapters) == 2
+def sampled(http: httpx2.Client, **options: Any) -> Any:
+    body = {"model": "lora", "prompt": "hello", "max_tokens": 5, "ignore_eos": True, **options}
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
-def test_over_the_queue_limit_is_429(bases: Bases, tmp_path: Path) -> None:
-    with running(bases("llama"), tmp_path, max_waiting=3) as small:
-        url, body = f"{small.url}/v1/completions", {"model": BASE_NAME, "prompt": "x", "n": 3}
-        long = {**body, "max_tokens": 100, "ignore_eos": True}
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda _: httpx2.post(url, json=long, timeout=60), range(8)))
-        refused = [answer for answer in answers if answer.status_code != 200]
-        assert 0 < len(refused) < 8
-        for answer in refused:
-            assert error(answer, 429)["code"] == "overloaded"
-            assert answer.headers["retry-after"] == "1"
-        assert httpx2.post(url, json=body).status_code == 200
-        assert "send less" in error(httpx2.post(url, json={**body, "n": 4}), 400)["message"]
+def test_log_probabilities_of_a_completion(http: httpx2.Client) -> None:
+    (choice,) = sampled(http, temperature=0, logprobs=2)["choices"]
+    found = choice["logprobs"]
+    assert {len(column) for column in found.values()} == {5}
+    for chosen, top in zip(found["token_logprobs"], found["top_logprobs"], strict=True):
+        assert chosen == pytest.approx(max(top.values()))  # greedy takes the most probable one
+        assert len(top) <= 2
+    assert found["text_offset"][0] == 0
+    streamed = http.post(
+        "/v1/completions",
+        json={"model": "lora", "prompt": "hello", "max_tokens": 5, "ignore_eos": True,
+              "temperature": 0, "logprobs": 2, "stream": True},
+    )  # fmt: skip
+    parts = [event["choices"][0]["logprobs"] for event in events(streamed)]
+    for key, column in found.items():
+        assert [value for part in parts if part for value in part[key]] == column
 
 
-def test_a_dead_engine_shows(bases: Bases, tmp_path: Path) -> None:
-    with running(bases("llama"), tmp_path) as doomed:
-        doomed.replica.stop()
-        assert error(httpx2.get(f"{doomed.url}/health"), 503)["code"] == "unavailable"
-        body = {"model": BASE_NAME, "prompt": "x"}
-        error(httpx2.post(f"{doomed.url}/v1/completions", json=body), 503)
+@pytest.mark.parametrize("max_tokens", [0, 1])
+@pytest.mark.parametrize("prompt", ["hello", [71, 72]], ids=["text", "ids"])
+def test_an_echoed_prompt_is_scored(http: httpx2.Client, max_tokens: int, prompt: Any) -> None:
+    """What lm-eval asks: the log probability of every token of the prompt but the first."""
+    (choice,) = sampled(http, prompt=prompt, echo=True, logprobs=1, max_tokens=max_tokens)[
+        "choices"
+    ]
+    found = choice["logprobs"]
+    count = len(prompt) + max_tokens
+    assert [len(column) for column in found.values()] == [count] * 4
+    text = prompt if isinstance(prompt, str) else "hi"
+    assert choice["text"].startswith(text)
+    assert found["tokens"][: len(prompt)] == list(text)
+    assert found["token_logprobs"][0] is None
+    assert all(value < 0 for value in found["token_logprobs"][1:])
+    assert found["text_offset"][: len(prompt)] == list(range(len(prompt)))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_dies_ends_its_streams_with_an_error(bases: Bases, tmp_path: Path) -> None:
-    """A stream that just ends would look like success."""
-    with running(bases("llama"), tmp_path) as doomed:
-        body = {"model": BASE_NAME, "prompt": "x", "max_tokens": 120, "ignore_eos": True,
-                "stream": True, "n": 4}  # fmt: skip
+def test_the_best_of_several(http: httpx2.Client) -> None:
+    options: Any = {"temperature": 1.0, "seed": 3, "logprobs": 0}
+    every = sampled(http, n=4, **options)["choices"]
 
-        def fail() -> None:
-            raise RuntimeError("the device is gone")
+    def mean(choice: Any) -> float:
+        values = choice["logprobs"]["token_logprobs"]
+        return sum(values) / len(values)
 
-        with httpx2.stream(
-            "POST", f"{doomed.url}/v1/completions", json=body, timeout=30
-        ) as response:
-            lines = response.iter_lines()
-            next(lines)
-            doomed.replica._thread.engine.step = fail  # type: ignore[method-assign]
-            rest = [line for line in lines if line]
-        last = json.loads(rest[-1].removeprefix("data: "))["error"]
-        assert (last["code"], "has stopped" in last["message"]) == ("unavailable", True)
-        error(httpx2.get(f"{doomed.url}/health"), 503)
+    best = sampled(http, n=2, best_of=4, **options)
+    expected = sorted(every, key=mean, reverse=True)[:2]
+    assert [c["text"] for c in best["choices"]] == [c["text"] for c in expected]
+    assert [c["index"] for c in best["choices"]] == [0, 1]
+    assert best["usage"]["completion_tokens"] == 20
+
+
+def test_log_probabilities_of_a_chat(http: httpx2.Client) -> None:
+    ask = {"model": "lora", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4,
+           "ignore_eos": True, "temperature": 0, "logprobs": True, "top_logprobs": 3}  # fmt: skip
+    (choice,) = http.post("/v1/chat/completions", json=ask).json()["choices"]
+    entries = choice["logprobs"]["content"]
+    assert len(entries) == 4
+    for entry in entries:
+        assert len(entry["top_logprobs"]) == 3
+        assert entry["top_logprobs"][0]["logprob"] == pytest.approx(entry["logprob"])
+    whole = b"".join(bytes(entry["bytes"]) for entry in entries)
+    assert whole.decode(errors="replace") == choice["message"]["content"]
+    streamed = http.post("/v1/chat/completions", json={**ask, "stream": True})
+    parts = [event["choices"][0]["logprobs"] for event in events(streamed)]
+    assert [entry for part in parts if part for entry in part["content"]] == entries
+
+
+def test_usage_in_every_chunk(http: httpx2.Client) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    ask = {"model": "lora", **ASK, "stream": True, "stream_options": options, "ignore_eos": True}
+    counts = [
+        e["usage"]["completion_tokens"] for e in events(http.post("/v1/completions", json=ask))
+    ]
+    assert counts == sorted(counts)
+    assert counts[-1] == 6
+
+
+def test_tokens_and_text(http: httpx2.Client) -> None:
+    found = http.post("/tokenize", json={"prompt": "hé"}).json()
+    assert found["count"] == len(found["tokens"]) == 3
+    assert http.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "hé"}
+    chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]}).json()
+    assert chat["count"] == 4
+    error(http.post("/detokenize", json={"tokens": [999]}), 400)
+    error(http.post("/tokenize", json={}), 400)
+
+
+def test_what_prometheus_reads(http: httpx2.Client) -> None:
+    sampled(http, max_tokens=3)
+    http.post("/v1/completions", json={"model": "nobody", **ASK})
+    lines = http.get("/metrics").text.splitlines()
+    values = {line.rpartition(" ")[0]: float(line.split()[-1]) for line in lines if line[0] != "#"}
+    assert values['graft_requests_total{adapter="lora"}'] >= 1
+    assert values['graft_generated_tokens_total{adapter="lora"}'] >= 3
+    assert values['graft_errors_total{code="model_not_found"}'] >= 1
+    assert values['graft_http_responses_total{status="404"}'] >= 1
+    assert values["graft_requests_in_progress"] == 0

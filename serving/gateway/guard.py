@@ -1,0 +1,87 @@
+"""What every HTTP request passes: header limit, request id, API key, its log line and count.
+
+An ASGI layer around the routes, so that no route can be reached beside it; it looks at the path
+that is routed, never at the URL that a Host header makes up.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from uuid import uuid4
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+
+from cluster.errors import GraftError, HeadersTooLargeError
+from serving.gateway.access import Door
+from serving.gateway.errors import error_response
+from serving.gateway.metrics import Metrics
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+OPEN = ("/health", "/ready")
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_log = structlog.get_logger("graft.gateway")
+
+
+class Guard:
+    """Wraps the app `app`; a request that comes through has `tenant` in its state."""
+
+    def __init__(self, app: App, *, door: Door, metrics: Metrics, max_header_bytes: int) -> None:
+        self._app, self._door, self._metrics = app, door, metrics
+        self._max_header_bytes = max_header_bytes
+        self._ids: set[str] = set()  # of requests in progress
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["path"] = scope["path"].rstrip("/") or "/"
+        headers = Headers(scope=scope)
+        request_id = self._request_id(headers.get("x-request-id", ""))
+        self._ids.add(request_id)
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        began, status, tenant_id = time.monotonic(), 500, ""
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            if sum(len(k) + len(v) for k, v in scope["headers"]) > self._max_header_bytes:
+                raise HeadersTooLargeError(
+                    f"the headers are over {self._max_header_bytes:,} bytes; send less"
+                )
+            if scope["path"] not in OPEN:
+                tenant = await self._door.tenant(headers.get("authorization"))
+                tenant_id = tenant.id
+                scope.setdefault("state", {})["tenant"] = tenant
+            await self._app(scope, receive, send_with_id)
+        except GraftError as error:
+            await error_response(error)(scope, receive, send_with_id)
+        finally:
+            self._ids.discard(request_id)
+            seconds = time.monotonic() - began
+            if scope["path"] not in OPEN:
+                self._metrics.answered(status)
+                _log.info(
+                    "request", method=scope["method"], path=scope["path"][:200], status=status,
+                    seconds=round(seconds, 4), key=tenant_id,
+                )  # fmt: skip
+            structlog.contextvars.unbind_contextvars("request_id")
+
+    def _request_id(self, wanted: str) -> str:
+        """The caller's id if it is one and nobody else's now, else one of our own."""
+        if _ID.fullmatch(wanted) and wanted not in self._ids:
+            return wanted
+        return uuid4().hex

@@ -1,0 +1,133 @@
+"""What Prometheus reads of one gateway: requests, errors, waiting, tokens, times, failovers.
+
+Adapters are a label, for as many of them as `MAX_ADAPTER_LABELS`; the rest share one, so that
+nobody grows the memory by asking for many. What the replicas report of themselves is shown as
+each gateway last heard it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+MAX_ADAPTER_LABELS = 100
+OTHERS = "others"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+# replica -> what it says of itself: numbers by name, and others, which are left out
+Reports = Callable[[], Mapping[str, Mapping[str, Any]]]
+
+
+class Metrics:
+    """The counters of one gateway, in a registry of their own.
+
+    Args:
+        reports: What each replica says of itself now.
+    """
+
+    def __init__(self, reports: Reports = dict) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Replicas(reports))
+        registry, labels = self._registry, ("adapter",)
+        self._labels: set[str] = set()
+        self._responses = Counter(
+            "graft_http_responses", "HTTP responses.", ("status",), registry=registry
+        )
+        self._errors = Counter(
+            "graft_errors", "Failures by OpenAI's code.", ("code",), registry=registry
+        )
+        self._in_progress = Gauge(
+            "graft_requests_in_progress", "Answers being made or waited for.", registry=registry
+        )
+        self._requests = Counter("graft_requests", "Answers begun.", labels, registry=registry)
+        self._prompt = Counter("graft_prompt_tokens", "Tokens read.", labels, registry=registry)
+        self._tokens = Counter(
+            "graft_generated_tokens", "Tokens generated.", labels, registry=registry
+        )
+        self._first = Histogram(
+            "graft_time_to_first_token_seconds", "From the request to its first token, streams.",
+            labels, buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self._between = Histogram(
+            "graft_inter_token_seconds", "Between pieces of a stream, per token.",
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self._whole = Histogram(
+            "graft_request_seconds", "From the request to its answer's end.",
+            labels, buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self._failovers = Counter(
+            "graft_failovers", "Answers that went on at another replica.", registry=registry
+        )
+
+    def text(self) -> bytes:
+        """Everything in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+    def answered(self, status: int) -> None:
+        """Count an HTTP response."""
+        self._responses.labels(str(status)).inc()
+
+    def failed(self, code: str | None) -> None:
+        """Count a failure."""
+        self._errors.labels(code or "server_error").inc()
+
+    def begun(self, model: str, answers: int, prompt_tokens: int) -> None:
+        """Count the answers of one request."""
+        self._in_progress.inc(answers)
+        self._requests.labels(self._label(model)).inc(answers)
+        self._prompt.labels(self._label(model)).inc(prompt_tokens)
+
+    def ended(self, model: str, answers: int, tokens: int, seconds: float) -> None:
+        """Count their end."""
+        self._in_progress.dec(answers)
+        self._tokens.labels(self._label(model)).inc(tokens)
+        self._whole.labels(self._label(model)).observe(seconds)
+
+    def first_token(self, model: str, seconds: float) -> None:
+        """Count a stream's first token."""
+        self._first.labels(self._label(model)).observe(seconds)
+
+    def next_tokens(self, tokens: int, seconds: float) -> None:
+        """Count a stream's further tokens."""
+        if tokens:
+            self._between.observe(seconds / tokens)
+
+    def failover(self) -> None:
+        """Count a lost replica under one answer."""
+        self._failovers.inc()
+
+    def _label(self, model: str) -> str:
+        if model in self._labels:
+            return model
+        if len(self._labels) >= MAX_ADAPTER_LABELS:
+            return OTHERS
+        self._labels.add(model)
+        return model
+
+
+class _Replicas(Collector):
+    """The replicas' own numbers, one gauge for each name, one label for each replica."""
+
+    def __init__(self, reports: Reports) -> None:
+        self._reports = reports
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """Called by prometheus_client."""
+        reports = self._reports()
+        known = GaugeMetricFamily("graft_replicas", "Engine replicas known to the router.")
+        known.add_metric([], len(reports))
+        yield known
+        names = {n for r in reports.values() for n, v in r.items() if isinstance(v, (int, float))}
+        for name in sorted(names):
+            family = GaugeMetricFamily(
+                f"graft_engine_{name}", "As the engine reports it.", labels=["replica"]
+            )
+            for replica, report in reports.items():
+                if name in report:
+                    family.add_metric([replica], report[name])
+            yield family

@@ -1,0 +1,89 @@
+"""Tool calls in Hermes' form, found in an answer while it is being written.
+
+    <tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>
+
+Text outside of the tags is given on as it comes; what may become a tag is held back. A call whose
+JSON is broken, or cut off by the answer's end, is given on as the text that it is.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Any, cast
+
+from serving.protocol import CalledFunction, ToolCall
+
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+
+
+class ToolParser:
+    """Of one answer.
+
+    Args:
+        must_call: The answer is one call, bare, as its grammar made it.
+    """
+
+    def __init__(self, *, must_call: bool) -> None:
+        self._held = ""
+        self._is_call = self._must_call = must_call
+        self.calls = 0
+
+    def add(self, text: str) -> tuple[str, list[ToolCall]]:
+        """The text and the calls that are certain now that `text` has come."""
+        self._held += text
+        if self._must_call:
+            return "", []
+        said, calls = "", list[ToolCall]()
+        while True:
+            tag = _CLOSE if self._is_call else _OPEN
+            before, found, after = self._held.partition(tag)
+            if not found:
+                break
+            if not self._is_call:
+                said += before
+            elif (call := _parsed(before)) is not None:
+                calls.append(call)
+            else:
+                said += _OPEN + before + _CLOSE
+            self._held, self._is_call = after, not self._is_call
+        if not self._is_call:
+            keep = _beginning_of(_OPEN, self._held)
+            cut = len(self._held) - keep
+            said, self._held = said + self._held[:cut], self._held[cut:]
+        self.calls += len(calls)
+        # Between and around calls, models write line breaks that nobody wants to read.
+        return ("" if self.calls and not said.strip() else said), calls
+
+    def finish(self) -> tuple[str, list[ToolCall]]:
+        """The text, or the call, that was held back, at the answer's end."""
+        if self._must_call:
+            call = _parsed(self._held)
+            self.calls += call is not None
+            return ("", [call]) if call else (self._held, [])
+        rest = (_OPEN if self._is_call else "") + self._held
+        self._held, self._is_call = "", False
+        return rest, []
+
+
+def _parsed(text: str) -> ToolCall | None:
+    try:
+        found: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    body = cast("dict[str, Any]", found)
+    name, arguments = body.get("name"), body.get("arguments", {})
+    if not isinstance(name, str):
+        return None
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    return ToolCall(
+        id=f"call_{secrets.token_hex(12)}", function=CalledFunction(name=name, arguments=written)
+    )
+
+
+def _beginning_of(tag: str, text: str) -> int:
+    """Length of the longest tail of `text` with which `tag` begins."""
+    longest = min(len(text), len(tag) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(tag[:n])), 0)

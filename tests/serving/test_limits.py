@@ -1,0 +1,238 @@
+"""What is too much, too late, or not for everyone: keys, limits, times, a dead engine."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from service import ASK, BASE_NAME, CATALOGUE_TTL_S, NAMES, VARIANTS, error, publish, running
+from typer.testing import CliRunner
+
+from cluster.errors import NotFoundError, SpecError
+from cluster.spec import parse_spec
+from serving.command import keys as commands
+from serving.gateway.access import Bucket
+from serving.keys import KeyStore, find
+from serving.spec import GatewaySpec
+
+Bases = Callable[[str], Path]
+
+
+def test_more_adapters_than_the_engine_holds(bases: Bases, tmp_path: Path) -> None:
+    with running(bases("llama"), tmp_path, max_adapters=2) as small:
+        publish(small.registry, bases("llama"), tmp_path, *VARIANTS)
+
+        def ask(model: str) -> int:
+            body = {"model": model, "prompt": "x", "max_tokens": 10, "ignore_eos": True}
+            return httpx2.post(f"{small.url}/v1/completions", json=body, timeout=60).status_code
+
+        with ThreadPoolExecutor(16) as pool:
+            assert set(pool.map(ask, NAMES * 6)) == {200}
+        assert len(small.replica.adapters) == 2
+
+
+def test_over_the_queue_limit_is_429(bases: Bases, tmp_path: Path) -> None:
+    with running(bases("llama"), tmp_path, gateway={"max_waiting_requests": 3}) as small:
+        url, body = f"{small.url}/v1/completions", {"model": BASE_NAME, "prompt": "x", "n": 3}
+        long = {**body, "max_tokens": 100, "ignore_eos": True}
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: httpx2.post(url, json=long, timeout=60), range(8)))
+        refused = [answer for answer in answers if answer.status_code != 200]
+        assert 0 < len(refused) < 8
+        for answer in refused:
+            assert error(answer, 429)["code"] == "overloaded"
+            assert answer.headers["retry-after"] == "1"
+        assert httpx2.post(url, json=body).status_code == 200
+        assert "send less" in error(httpx2.post(url, json={**body, "n": 4}), 400)["message"]
+
+
+def test_a_dead_engine_shows(bases: Bases, tmp_path: Path) -> None:
+    with running(bases("llama"), tmp_path) as doomed:
+        doomed.replica.stop()
+        assert error(httpx2.get(f"{doomed.url}/ready"), 503)["code"] == "unavailable"
+        body = {"model": BASE_NAME, "prompt": "x"}
+        error(httpx2.post(f"{doomed.url}/v1/completions", json=body), 503)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_dies_ends_its_streams_with_an_error(bases: Bases, tmp_path: Path) -> None:
+    """A stream that just ends would look like success."""
+    with running(bases("llama"), tmp_path) as doomed:
+        body = {"model": BASE_NAME, "prompt": "x", "max_tokens": 120, "ignore_eos": True,
+                "stream": True, "n": 4}  # fmt: skip
+
+        def fail() -> None:
+            raise RuntimeError("the device is gone")
+
+        with httpx2.stream(
+            "POST", f"{doomed.url}/v1/completions", json=body, timeout=30
+        ) as response:
+            lines = response.iter_lines()
+            next(lines)
+            doomed.replica._thread.engine.step = fail  # type: ignore[method-assign]
+            rest = [line for line in lines if line]
+        last = json.loads(rest[-1].removeprefix("data: "))["error"]
+        assert (last["code"], "has stopped" in last["message"]) == ("unavailable", True)
+        error(httpx2.get(f"{doomed.url}/ready"), 503)
+
+
+class Guarded:
+    """A service that asks for keys."""
+
+    def __init__(self, url: str, keys: KeyStore) -> None:
+        self.url, self.keys = url, keys
+
+    def client(self, **rights: Any) -> httpx2.Client:
+        """A connection with a new key of those rights."""
+        _, text = self.keys.create("someone", **rights)
+        time.sleep(1.5 * CATALOGUE_TTL_S)
+        return self.connect(f"Bearer {text}")
+
+    def connect(self, authorization: str) -> httpx2.Client:
+        headers = {"Authorization": authorization}
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+
+
+@pytest.fixture(scope="module")
+def guarded(bases: Bases, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder = tmp_path_factory.mktemp("guarded")
+    keys = KeyStore(str(folder / "keys"))
+    with running(bases("llama"), folder, gateway={"keys": str(folder / "keys")}) as service:
+        publish(service.registry, bases("llama"), folder, "lora", "bitfit")
+        yield Guarded(service.url, keys)
+
+
+def test_nobody_without_a_key(guarded: Guarded) -> None:
+    with guarded.client() as http:
+        assert http.get("/v1/models").status_code == 200
+        text = http.headers["authorization"].partition(" ")[2]
+    with guarded.connect(f"bearer {text}") as http:
+        assert http.get("/v1/models").status_code == 200
+    for wrong in ("", "Bearer", f"Basic {text}", "Bearer graft-x-y", f"Bearer {text}x", "Bearer é"):
+        response = httpx2.get(
+            f"{guarded.url}/v1/models", headers={b"Authorization": wrong.encode()}
+        )
+        assert error(response, 401)["code"] == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
+    forged = {"Host": "x/health?"}
+    for path in ("/v1/models", "/v1/models/", "/metrics", "/v1/nothing", "/health/../v1/models"):
+        for headers in ({}, forged):
+            error(httpx2.get(f"{guarded.url}{path}", headers=headers), 401)
+    error(httpx2.post(f"{guarded.url}/v1/completions", content=b"{"), 401)
+    assert httpx2.get(f"{guarded.url}/health/").status_code == 200
+    assert httpx2.get(f"{guarded.url}/ready").status_code == 200
+
+
+def test_a_forbidden_adapter_is_as_unknown_as_none(guarded: Guarded) -> None:
+    with guarded.client(adapters=["bit*"]) as http:
+        assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["bitfit"]
+        assert http.post("/v1/completions", json={"model": "bitfit@1", **ASK}).status_code == 200
+        refused = [
+            error(http.post("/v1/completions", json={"model": model, **ASK}), 404)
+            for model in ("lora", "loro", BASE_NAME, "lora@1")
+        ]
+        assert len({d["message"].split("'", 2)[2] for d in refused}) == 1
+        assert {detail["code"] for detail in refused} == {"model_not_found"}
+        error(http.get("/v1/models/lora"), 404)
+
+
+def test_a_revoked_key_is_out(guarded: Guarded) -> None:
+    with guarded.client() as http:
+        assert http.get("/v1/models").status_code == 200
+        key_id = http.headers["authorization"].split("-")[1]
+        guarded.keys.revoke(key_id)
+        time.sleep(1.5 * CATALOGUE_TTL_S)
+        error(http.get("/v1/models"), 401)
+    with pytest.raises(NotFoundError, match="graft keys list"):
+        guarded.keys.revoke(key_id)
+
+
+def test_requests_tokens_and_concurrency_of_a_key(guarded: Guarded) -> None:
+    ask = {"model": "lora", **ASK, "ignore_eos": True}
+    with guarded.client(requests_per_minute=2) as http:
+        codes = [http.post("/v1/completions", json=ask).status_code for _ in range(3)]
+        assert codes == [200, 200, 429]
+    with guarded.client(tokens_per_minute=20) as http:
+        codes = [http.post("/v1/completions", json=ask).status_code for _ in range(3)]
+        assert codes == [200, 200, 429]
+        response = http.post("/v1/completions", json=ask)
+        assert error(response, 429)["code"] == "rate_limit_exceeded"
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+    with guarded.client(max_concurrent=1) as http, ThreadPoolExecutor(4) as pool:
+        long = {**ask, "max_tokens": 100}
+        codes = list(
+            pool.map(lambda _: http.post("/v1/completions", json=long).status_code, range(4))
+        )
+        assert 200 in codes
+        assert 429 in codes
+        assert http.post("/v1/completions", json=ask).status_code == 200
+
+
+def test_a_key_is_never_stored(tmp_path: Path) -> None:
+    keys = KeyStore(str(tmp_path))
+    key, text = keys.create("team", adapters=["a*"], tokens_per_minute=5)
+    stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert text.split("-", 2)[2].encode() not in stored
+    assert keys.keys() == {key.id: key} or list(keys.keys()[key.id].adapters) == ["a*"]
+    found = find(keys.keys(), text)
+    assert found is not None
+    assert found.name == "team"
+    assert find(keys.keys(), text[:-1]) is None
+    for bad in ({"adapters": []}, {"max_concurrent": 0}):
+        with pytest.raises(SpecError):
+            keys.create("team", **bad)
+
+
+def test_keys_by_the_command(tmp_path: Path) -> None:
+    """`graft keys` is serving.command.keys."""
+    store = ["--store", str(tmp_path)]
+
+    def graft(*arguments: str) -> str:
+        result = CliRunner().invoke(commands, [*arguments, *store], env={"COLUMNS": "200"})
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    text = graft("create", "team", "--adapters", "a*", "--adapters", "b", "--max-concurrent", "2")
+    key = find(KeyStore(str(tmp_path)).keys(), text.strip())
+    assert key is not None
+    assert (list(key.adapters), key.max_concurrent, key.allows("abc")) == (["a*", "b"], 2, True)
+    listed = graft("list")
+    assert key.id in listed
+    assert text.strip() not in listed
+    graft("revoke", key.id)
+    assert key.id not in graft("list")
+
+
+def test_a_bucket_refills_and_pays_its_debts() -> None:
+    now = 0.0
+    bucket = Bucket(60, lambda: now)
+    bucket.take(60)
+    assert bucket.wait_s(1) == pytest.approx(1)
+    bucket.take(30)
+    assert bucket.wait_s(1) == pytest.approx(31)
+    now = 1000.0
+    assert bucket.wait_s(60) == 0
+
+
+def test_a_service_without_keys_stays_on_this_machine() -> None:
+    with pytest.raises(SpecError, match="no keys are asked for"):
+        parse_spec(GatewaySpec, {"host": "0.0.0.0"})
+    assert parse_spec(GatewaySpec, {"host": "0.0.0.0", "keys": "s3://bucket/keys"}).keys
+
+
+def test_late_answers_are_given_up(bases: Bases, tmp_path: Path) -> None:
+    limits = {"request_timeout_s": 0.3, "first_token_timeout_s": 0.001}
+    with running(bases("llama"), tmp_path, gateway=limits) as slow:
+        url = f"{slow.url}/v1/completions"
+        body = {"model": BASE_NAME, "prompt": "x", "ignore_eos": True, "max_tokens": 120}
+        late = httpx2.post(url, json={**body, "n": 64}, timeout=60)
+        assert "answer was not there after 0.3 s" in error(late, 504)["message"]
+        late = httpx2.post(url, json={**body, "stream": True}, timeout=60)
+        assert "first token" in error(late, 504)["message"]
+        deadline = time.monotonic() + 5
+        while slow.stats.running or slow.stats.waiting:
+            assert time.monotonic() < deadline, "what nobody waits for still runs"

@@ -1,0 +1,227 @@
+"""What the HTTP side refuses: each bad input by its status, its field and a reason."""
+
+import time
+from typing import Any
+
+import httpx2
+import pytest
+from service import ASK, Running, error
+
+BODIES: list[tuple[bytes, int, str]] = [
+    (b"", 400, "empty"),
+    (b'"text"', 400, "string"),
+    (b"[1]", 400, "list"),
+    (b"3", 400, "number"),
+    (b"null", 400, "null"),
+    (b"{", 400, "not JSON"),
+    (b'{"model": "\xff"}', 400, "not UTF-8"),
+    (b'{"model": "lora", "temperature": NaN}', 400, "NaN"),
+    (b'{"model": "lora", "temperature": Infinity}', 400, "Infinity"),
+    (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, 400, "nested"),
+    (b"[" * 10_000, 400, "nested"),
+    (b'{"prompt": "' + b"x" * 2**20 + b'"}', 413, "over 1,048,576 bytes"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "reason"), BODIES, ids=[b[2] for b in BODIES])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_bodies_that_are_none(
+    http: httpx2.Client, path: str, body: bytes, status: int, reason: str
+) -> None:
+    detail = error(http.post(path, content=body), status)
+    assert reason in detail["message"]
+
+
+PARAMETERS: list[tuple[dict[str, Any], str | None]] = [
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 10**12}, "max_tokens"),
+    ({"max_tokens": "5"}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"n": 0}, "n"),
+    ({"n": -1}, "n"),
+    ({"n": 129}, "n"),
+    ({"n": 10**9}, "n"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_k": 0}, "top_k"),
+    ({"adapter_rank": 0}, "adapter_rank"),
+    ({"adapter_rank": 2}, "adapter_rank"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"seed": 1.5}, "seed"),
+    ({"seed": 2**70}, "seed"),
+    ({"stop": [1]}, "stop"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, None),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": [-1]}, "prompt_token_ids"),
+    ({"prompt": [10**6]}, "prompt_token_ids"),
+    ({"prompt": [1.5]}, "prompt"),
+    ({"prompt": [True]}, "prompt"),
+    ({"prompt": "x" * 200}, "prompt"),
+    ({"logit_bias": {"5": 1000}}, "logit_bias"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"999": 1}}, "logit_bias"),
+    ({"presence_penalty": 2.5}, "presence_penalty"),
+    ({"frequency_penalty": "1"}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"min_p": 2}, "min_p"),
+    ({"response_format": {"type": "yaml"}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}},
+        "response_format",
+    ),
+    ({"structured_outputs": {"regex": "("}}, "response_format"),
+    ({"structured_outputs": {"choice": []}}, "response_format"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"stop_token_ids": [999]}, "stop_token_ids"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": -1}, "logprobs"),
+    ({"max_tokens": 0, "echo": True}, "max_tokens"),
+    ({"best_of": 129}, "best_of"),
+    ({"best_of": 2, "n": 3}, None),
+    ({"best_of": 2, "stream": True}, None),
+    ({"suffix": "x"}, "suffix"),
+    ({"guided_regex": "a+"}, "guided_regex"),
+    ({"chat_template": "x"}, "chat_template"),
+    ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+    ({"logit_bias": {str(i): 1 for i in range(50_000)}}, "logit_bias"),
+    ({"model": 5}, "model"),
+    ({"model": ""}, "model"),
+]
+
+
+@pytest.mark.parametrize(("change", "param"), PARAMETERS, ids=lambda v: str(v)[:30])
+def test_impossible_parameters_name_the_field(
+    http: httpx2.Client, change: dict[str, Any], param: str | None
+) -> None:
+    detail = error(http.post("/v1/completions", json={"model": "lora", **ASK, **change}), 400)
+    assert detail["param"] == param
+    assert detail["type"] == "invalid_request_error"
+
+
+def test_parameters_that_nobody_knows_are_taken(http: httpx2.Client) -> None:
+    ask = {"model": "lora", **ASK, "safety_identifier": "x", "made_up": {"a": [1]}, "user": "u"}
+    assert http.post("/v1/completions", json=ask).status_code == 200
+
+
+CHAT: list[tuple[dict[str, Any], str | None]] = [
+    ({"top_logprobs": 2}, None),
+    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+    ({"logprobs": 3}, "logprobs"),
+    ({"max_completion_tokens": 0}, "max_tokens"),
+    ({"response_format": {"type": "unknown"}}, "response_format"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+    ({"tool_choice": "required"}, None),
+    ({"tool_choice": "perhaps"}, "tool_choice"),
+    ({"modalities": ["audio"]}, "modalities"),
+]
+
+
+@pytest.mark.parametrize(("change", "param"), CHAT, ids=lambda v: str(v)[:40])
+def test_impossible_parameters_of_a_chat(
+    http: httpx2.Client, change: dict[str, Any], param: str | None
+) -> None:
+    ask = {"model": "lora", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    assert error(http.post("/v1/chat/completions", json={**ask, **change}), 400)["param"] == param
+
+
+def test_a_prompt_over_the_context(http: httpx2.Client) -> None:
+    detail = error(http.post("/v1/completions", json={"model": "lora", "prompt": "x" * 200}), 400)
+    assert detail["code"] == "context_length_exceeded"
+    assert "200 tokens" in detail["message"]
+    streamed = {"model": "lora", "prompt": "x" * 200, "stream": True}
+    error(http.post("/v1/completions", json=streamed), 400)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{"role": "wizard", "content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        ["text"],
+        "text",
+        None,
+    ],
+    ids=str,
+)
+def test_messages_that_are_none(http: httpx2.Client, messages: Any) -> None:
+    error(http.post("/v1/chat/completions", json={"model": "lora", "messages": messages}), 400)
+
+
+MODELS = ["nobody", "../x", "%2e%2e", "a\x00b", "x" * 10_000, "l\u043era", "lora@99", "lora:gone",
+          "lora@", "lora@1:stable", "LORA", " lora"]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: ascii(model)[:20])
+def test_unknown_models(http: httpx2.Client, model: str) -> None:
+    detail = error(http.post("/v1/completions", json={"model": model, **ASK}), 404)
+    assert (detail["code"], detail["param"]) == ("model_not_found", "model")
+    assert len(detail["message"]) < 400
+
+
+def test_a_thousand_unknown_models_cost_nothing(service: Running, http: httpx2.Client) -> None:
+    began = time.monotonic()
+    for number in range(300):
+        error(http.post("/v1/completions", json={"model": f"nobody-{number}", **ASK}), 404)
+    assert time.monotonic() - began < 30
+    assert service.replica.adapters == [r for r in service.replica.adapters if "nobody" not in r]
+
+
+def test_paths_and_methods_that_do_not_exist(http: httpx2.Client) -> None:
+    error(http.get("/v2/nothing"), 404)
+    response = http.get("/v1/completions")
+    error(response, 405)
+    assert response.headers["allow"] == "POST"
+
+
+def test_refusals_are_quick(http: httpx2.Client) -> None:
+    """The best of some tries: this machine does other things too."""
+    for change in ({"n": 10**9}, {"max_tokens": 10**12}, {"logit_bias": {"999": 1}}):
+        took: list[float] = []
+        for _ in range(5):
+            began = time.monotonic()
+            error(http.post("/v1/completions", json={"model": "lora", **ASK, **change}), 400)
+            took.append(time.monotonic() - began)
+        assert min(took) < 0.05, change
+
+
+def test_headers_over_the_limit(http: httpx2.Client) -> None:
+    response = http.get("/v1/models", headers={"X-Long": "x" * 60_000})
+    assert error(response, 431)["code"] == "headers_too_large"
+    with httpx2.Client(base_url=str(http.base_url), trust_env=False) as other:
+        response = other.get("/health", headers={"X-Long": "x" * 2**20})
+    assert response.status_code in (400, 431)
+
+
+def test_a_long_body_in_chunks_is_cut_off(http: httpx2.Client) -> None:
+    chunks = (b"x" * 2**16 for _ in range(32))
+    response = http.post("/v1/completions", content=chunks)
+    error(response, 413)
+    assert response.headers["connection"] == "close"
+
+
+def test_request_ids(http: httpx2.Client) -> None:
+    def answered(wanted: str) -> str:
+        return http.get("/v1/models", headers={"X-Request-Id": wanted}).headers["x-request-id"]
+
+    assert answered("mine-1") == "mine-1"
+    assert answered("x" * 2000) != "x" * 2000
+    assert answered("a b") != "a b"
+    body = {"model": "lora", "prompt": "x", "max_tokens": 100, "ignore_eos": True, "stream": True}
+    headers = {"X-Request-Id": "twice"}
+    with http.stream("POST", "/v1/completions", json=body, headers=headers) as first:
+        assert first.headers["x-request-id"] == "twice"
+        assert answered("twice") != "twice"

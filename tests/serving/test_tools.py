@@ -1,0 +1,95 @@
+"""Tool calls: parsed out of answers cut anywhere, and made by a base whose template knows them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import transformers
+from conftest import make_base
+from service import BASE_NAME, running
+
+from serving.gateway.tools import ToolParser
+
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m.role }}|>"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %}"
+    "{% endfor %}<|assistant|>"
+)
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+
+
+def parse(pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
+    parser, said, calls = ToolParser(must_call=False), "", []
+    for piece in pieces:
+        text, found = parser.add(piece)
+        said += text
+        calls += [(call.function.name, json.loads(call.function.arguments)) for call in found]
+    rest, last = parser.finish()
+    assert last == []
+    return said + rest, calls
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "count"),
+    [
+        (CALL, "", 1),
+        (f"Let me see. {CALL}\n{CALL}", "Let me see. ", 2),
+        ("a < b, <tool", "a < b, <tool", 0),
+        ("<tool_call>{broken}</tool_call>", "<tool_call>{broken}</tool_call>", 0),
+        ("<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", 0),
+        (CALL[:-5], CALL[:-5], 0),
+    ],
+)
+def test_calls_are_found_wherever_the_answer_is_cut(answer: str, said: str, count: int) -> None:
+    for size in (1, 2, 7, len(answer)):
+        pieces = [answer[i : i + size] for i in range(0, len(answer), size)]
+        text, calls = parse(pieces)
+        assert text.rstrip("\n") == said.rstrip("\n"), size
+        assert calls == [("weather", {"city": "Rome"})] * count
+
+
+def test_a_tool_that_must_be_called_is(tmp_path: Path) -> None:
+    """Through OpenAI's own client, whole and streamed; the conversation goes on behind it."""
+    base = make_base("llama", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(base)
+    with running(base, tmp_path) as service:
+        client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
+        said: list[Any] = [{"role": "user", "content": "?"}]
+        ask: Any = {"model": BASE_NAME, "messages": said, "tools": [WEATHER], "temperature": 0}
+        # A base with random weights could write white space for ever.
+        spaces = tokenizer.convert_tokens_to_ids(["Ġ", "Ċ", "ĉ", "č"])
+        ask["logit_bias"] = {str(token): -100 for token in spaces}
+        for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+            answer = client.chat.completions.create(tool_choice=choice, **ask).choices[0]
+            assert answer.finish_reason == "tool_calls", answer
+            (call,) = answer.message.tool_calls or []
+            assert call.function.name == "weather"
+            assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+        with client.chat.completions.stream(tool_choice="required", **ask) as stream:
+            final = stream.get_final_completion().choices[0]
+        (streamed,) = final.message.tool_calls or []
+        assert streamed.function.arguments == call.function.arguments
+        said += [
+            answer.message.model_dump(exclude_none=True),
+            {"role": "tool", "tool_call_id": call.id, "content": "sun"},
+        ]
+        after = client.chat.completions.create(model=BASE_NAME, messages=said, max_tokens=4)
+        assert after.choices[0].message.tool_calls is None

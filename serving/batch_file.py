@@ -10,6 +10,7 @@ interruption asks only for what is missing; OUT itself appears whole, at the end
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import json
 import time
@@ -99,7 +100,7 @@ async def run_batch(
     table, column = _checked(source, target, adapter, adapter_column, overwrite)
     asked = {"adapter": adapter, "adapter_column": adapter_column, "options": dict(options)}
     journal = target.with_name(f"{target.name}.partial")
-    done = _read_journal(journal, _fingerprint(source, asked))
+    file, done = _open_journal(journal, _fingerprint(source, asked))
     resumed = len(done)
     began = time.monotonic()
     prompts, models = table[column], table[adapter_column] if adapter_column else None
@@ -119,7 +120,7 @@ async def run_batch(
             speed = tokens / max(time.monotonic() - began, 1e-9)
             bar.update(task, advance=1, speed=f"{speed:,.0f} tokens/s")
 
-    with journal.open("a", encoding="utf-8") as file, bar:
+    with file, bar:
         task = bar.add_task(source.name, total=table.num_rows, completed=resumed, speed="")
         async with asyncio.TaskGroup() as group:
             for _ in range(min(client.concurrency, table.num_rows - resumed)):
@@ -199,13 +200,33 @@ def _fingerprint(source: Path, asked: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def _open_journal(path: Path, fingerprint: str) -> tuple[TextIO, dict[int, _Row]]:
+    """The journal, held for this call alone until it is closed, and what it has.
+
+    Raises:
+        ConflictError: another call writes it now, or it is of another input or other options.
+    """
+    file = path.open("a", encoding="utf-8")
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConflictError(
+                f"{path}: another call is writing this output now; wait for it, or choose another"
+            ) from error
+        return file, _read_journal(path, fingerprint)
+    except ConflictError:
+        file.close()
+        raise
+
+
 def _read_journal(path: Path, fingerprint: str) -> dict[int, _Row]:
     """Answers of an interrupted call; errors are tried again. Begins the journal if there is none.
 
     Raises:
         ConflictError: the journal is of another input or other options.
     """
-    if not path.exists():
+    if not path.stat().st_size:
         path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
         return {}
     whole = path.read_bytes()

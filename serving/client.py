@@ -21,7 +21,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import httpx2
 from anyio.from_thread import start_blocking_portal
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_random_exponential
 
 from cluster.errors import (
@@ -41,6 +41,7 @@ from serving.protocol import DONE, ModelCard
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 R = TypeVar("R")
 
+_GROWING = wait_random_exponential(multiplier=0.2, max=10)
 _BY_CODE = {o.code: cls for cls, o in OUTCOMES.items() if o.code is not None}
 _BY_STATUS: Mapping[int, type[GraftError]] = {
     401: AuthenticationError,
@@ -173,6 +174,7 @@ class AsyncClient:
             GraftError: the server failed, or the stream ended before the answer did.
         """
         path, body = await self._request(prompt, adapter, options)
+        is_over = False
         try:
             async with self._http.stream("POST", path, json={**body, "stream": True}) as response:
                 if response.status_code >= 400:
@@ -182,12 +184,15 @@ class AsyncClient:
                     if not line.startswith("data: "):
                         continue
                     data = line.removeprefix("data: ")
-                    if data == DONE:
+                    if data == DONE and is_over:
                         return
+                    if data == DONE:
+                        break
                     event = json.loads(data)
                     if "error" in event:
                         raise _error(500, data)
                     for choice in event["choices"]:
+                        is_over = is_over or choice.get("finish_reason") is not None
                         piece = choice.get("text") or choice.get("delta", {}).get("content")
                         if piece:
                             yield piece
@@ -240,7 +245,7 @@ class AsyncClient:
         except httpx2.TransportError as error:
             raise self._unreachable(error) from error
         if response.status_code >= 400:
-            raise _error(response.status_code, response.text)
+            raise _error(response.status_code, response.text, response.headers.get("retry-after"))
         try:
             return response.json()
         except ValueError as error:
@@ -249,7 +254,7 @@ class AsyncClient:
     async def _retrying(self, call: Callable[[], Awaitable[Any]]) -> Any:
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._max_attempts),
-            wait=wait_random_exponential(multiplier=0.2, max=10),
+            wait=_pause_s,
             retry=retry_if_exception(lambda e: isinstance(e, GraftError) and e.retryable),
             reraise=True,
         )
@@ -349,12 +354,20 @@ class Client:
             raise
 
 
+def _pause_s(state: RetryCallState) -> float:
+    """A growing pause with jitter, and never shorter than the server asked for."""
+    error = state.outcome.exception() if state.outcome else None
+    asked_s = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
+    return max(asked_s, _GROWING(state))
+
+
 async def _make(base_url: str, settings: Mapping[str, Any]) -> AsyncClient:
     return AsyncClient(base_url, **settings)
 
 
-def _error(status: int, text: str) -> GraftError:
-    """The server's error as the class that it was there."""
+def _error(status: int, text: str, retry_after: str | None = None) -> GraftError:
+    """The server's error as the class that it was there; `retry_after` is its header, in seconds
+    (a date counts as none)."""
     try:
         detail = json.loads(text)["error"]
         message, code, param = str(detail["message"]), str(detail.get("code")), detail.get("param")
@@ -362,4 +375,8 @@ def _error(status: int, text: str) -> GraftError:
         message, code, param = f"HTTP {status}: {text[:200]}", "", None
     fallback = OperationError if status >= 500 else RequestError
     cls = _BY_CODE.get(code) or _BY_STATUS.get(status) or fallback
-    return cls(message, param=param) if issubclass(cls, RequestError) else cls(message)
+    if issubclass(cls, RequestError):
+        return cls(message, param=param)
+    if issubclass(cls, OverloadedError) and retry_after and retry_after.isdigit():
+        return cls(message, retry_after_s=float(retry_after))
+    return cls(message)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Set
+from hashlib import blake2b
 from typing import Any
 
 from ray.serve.request_router import (
@@ -24,15 +25,26 @@ HOLDER_SLACK = 16
 _REMEMBERED = 10_000
 
 
-def rank(loads: Mapping[str, int], holders: Set[str], *, slack: int = HOLDER_SLACK) -> list[str]:
-    """The replicas of `loads` (requests in progress by id) in order of preference."""
+def rank(
+    loads: Mapping[str, int], holders: Set[str], adapter: str, *, slack: int = HOLDER_SLACK
+) -> list[str]:
+    """The replicas of `loads` (requests in progress by id) in order of preference.
+
+    First those that hold the adapter, the least busy in front. Then, for an adapter that is cold or
+    whose holders are too busy, its own order of the others (rendezvous hashing): every gateway
+    sends it to the same replica, and a hot one spreads over as many as its load needs. Whoever is
+    `slack` requests above the least busy one comes last; without an adapter only load counts.
+    """
     if not loads:
         return []
     least = min(loads.values())
 
     def cost(replica: str) -> tuple[int, int, str]:
-        is_welcome = replica in holders and loads[replica] <= least + slack
-        return (0 if is_welcome else 1, loads[replica], replica)
+        if not adapter or loads[replica] > least + slack:
+            return (2, loads[replica], replica)
+        if replica in holders:
+            return (0, loads[replica], replica)
+        return (1, _hash(adapter, replica), replica)
 
     return sorted(loads, key=cost)
 
@@ -58,7 +70,7 @@ class AdapterRouter(FIFOMixin, RequestRouter):
         holders = {i for i, r in by_id.items() if adapter in _held(r)}
         if adapter in self._sent:
             holders.add(self._sent[adapter])
-        return [[by_id[replica]] for replica in rank(loads, holders)]
+        return [[by_id[replica]] for replica in rank(loads, holders, adapter)]
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
@@ -70,6 +82,10 @@ class AdapterRouter(FIFOMixin, RequestRouter):
             self._sent.move_to_end(adapter)
             if len(self._sent) > _REMEMBERED:
                 self._sent.popitem(last=False)
+
+
+def _hash(adapter: str, replica: str) -> int:
+    return int.from_bytes(blake2b(f"{adapter} {replica}".encode(), digest_size=8).digest(), "big")
 
 
 def _adapter_of(pending: PendingRequest | None) -> str:

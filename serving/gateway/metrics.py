@@ -1,37 +1,24 @@
 """What Prometheus reads of one gateway: requests, errors, waiting, tokens, times, failovers.
 
 Adapters are a label, for as many of them as `MAX_ADAPTER_LABELS`; the rest share one, so that
-nobody grows the memory by asking for many. What the replicas report of themselves is shown as
-each gateway last heard it.
+nobody grows the memory by asking for many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
 
 MAX_ADAPTER_LABELS = 100
 OTHERS = "others"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-# replica -> what it says of itself: numbers by name, and others, which are left out
-Reports = Callable[[], Mapping[str, Mapping[str, Any]]]
 
 
 class Metrics:
-    """The counters of one gateway, in a registry of their own.
+    """The counters of one gateway, in a registry of their own."""
 
-    Args:
-        reports: What each replica says of itself now.
-    """
-
-    def __init__(self, reports: Reports = dict) -> None:
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Replicas(reports))
         registry, labels = self._registry, ("adapter",)
         self._labels: set[str] = set()
         self._responses = Counter(
@@ -108,26 +95,3 @@ class Metrics:
             return OTHERS
         self._labels.add(model)
         return model
-
-
-class _Replicas(Collector):
-    """The replicas' own numbers, one gauge for each name, one label for each replica."""
-
-    def __init__(self, reports: Reports) -> None:
-        self._reports = reports
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        """Called by prometheus_client."""
-        reports = self._reports()
-        known = GaugeMetricFamily("graft_replicas", "Engine replicas known to the router.")
-        known.add_metric([], len(reports))
-        yield known
-        names = {n for r in reports.values() for n, v in r.items() if isinstance(v, (int, float))}
-        for name in sorted(names):
-            family = GaugeMetricFamily(
-                f"graft_engine_{name}", "As the engine reports it.", labels=["replica"]
-            )
-            for replica, report in reports.items():
-                if name in report:
-                    family.add_metric([replica], report[name])
-            yield family

@@ -1,6 +1,7 @@
 """The client against a real service, and against servers that fail in every way."""
 
 import asyncio
+import fcntl
 import json
 import signal
 import socket
@@ -225,6 +226,18 @@ def test_a_journal_of_other_options_is_not_mixed_in(client: Client, tmp_path: Pa
         )
 
 
+def test_two_calls_on_one_output_refuse_each_other(client: Client, tmp_path: Path) -> None:
+    write_table(rows(2), tmp_path / "in.arrow")
+    journal = tmp_path / "out.arrow.partial"
+    options: Any = {"adapter": "lora", "progress": False, **GREEDY}
+    with journal.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConflictError, match="another call is writing this output"):
+            client.generate_file(tmp_path / "in.arrow", tmp_path / "out.arrow", **options)
+    client.generate_file(tmp_path / "in.arrow", tmp_path / "out.arrow", **options)
+    assert not journal.exists()
+
+
 def test_a_line_cut_short_is_asked_again(client: Client, tmp_path: Path) -> None:
     write_table(rows(8), tmp_path / "in.arrow")
     whole, cut = tmp_path / "whole.arrow", tmp_path / "cut.arrow"
@@ -318,6 +331,24 @@ def test_what_may_mend_is_tried_again(
     assert handler.seen == 3
 
 
+def test_the_pause_that_the_server_asks_for_is_kept(faulty: tuple[str, type[Faulty]]) -> None:
+    url, handler = faulty
+
+    def busy(handler: Faulty) -> None:
+        body = b'{"error": {"message": "m", "type": "t", "code": "rate_limit_exceeded"}}'
+        handler.send_response(429)
+        handler.send_header("Retry-After", "1")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    handler.answers = [busy, lambda h: h.send(200, GOOD)]
+    began = time.monotonic()
+    with Client(url) as client:
+        assert client.generate(["x"], adapter="a")[0].text == "ok"
+    assert time.monotonic() - began >= 1
+
+
 def test_what_cannot_mend_is_not(faulty: tuple[str, type[Faulty]]) -> None:
     url, handler = faulty
     handler.answers = [lambda h: h.send(400, b"no JSON at all")]
@@ -330,6 +361,9 @@ def test_a_stream_that_just_ends_is_no_success(faulty: tuple[str, type[Faulty]])
     url, handler = faulty
     event = b'data: {"choices": [{"text": "half"}]}\n\n'
     handler.answers = [lambda h: h.send(200, event)]
+    with Client(url) as client, pytest.raises(OperationError, match="ended before the answer did"):
+        list(client.stream("x", adapter="a"))
+    handler.answers = [lambda h: h.send(200, event + b"data: [DONE]\n\n")]
     with Client(url) as client, pytest.raises(OperationError, match="ended before the answer did"):
         list(client.stream("x", adapter="a"))
     failure = (

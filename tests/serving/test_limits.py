@@ -1,6 +1,7 @@
 """What is too much, too late, or not for everyone: keys, limits, times, a dead engine."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from cluster.errors import NotFoundError, SpecError
 from cluster.spec import parse_spec
 from serving.command import keys as commands
 from serving.gateway.access import Bucket
+from serving.gateway.metrics import Metrics
 from serving.keys import KeyStore, find
 from serving.spec import GatewaySpec
 
@@ -222,6 +224,15 @@ def test_a_service_without_keys_stays_on_this_machine() -> None:
     with pytest.raises(SpecError, match="no keys are asked for"):
         parse_spec(GatewaySpec, {"host": "0.0.0.0"})
     assert parse_spec(GatewaySpec, {"host": "0.0.0.0", "keys": "s3://bucket/keys"}).keys
+
+
+def test_the_dashboard_shows_what_there_is() -> None:
+    dashboard = json.loads(Path("configs/serving/grafana.json").read_text())
+    shown = "".join(t["expr"] for panel in dashboard["panels"] for t in panel["targets"])
+    made = [line.split()[2] for line in Metrics().text().decode().splitlines() if "# TYPE" in line]
+    asked = set(re.findall(r"graft_\w+", shown))
+    assert asked
+    assert not {name for name in asked if not name.startswith(tuple(made))}
 
 
 def test_late_answers_are_given_up(bases: Bases, tmp_path: Path) -> None:

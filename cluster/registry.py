@@ -30,8 +30,9 @@ from cluster.store import Store, open_store
 MANIFEST = "manifest.json"
 SCHEMA = 1
 LATEST = "latest"  # the alias that always means the newest version
+README, PICTURE, EVENTS = "README.md", "loss.png", "events.out.tfevents.graft"
 # What a version holds; anything else in the folder (optimiser states, pickles) stays behind.
-PUBLISHED_FILES = (CONFIG, WEIGHTS, "README.md")
+PUBLISHED_FILES = (CONFIG, WEIGHTS, README, PICTURE, EVENTS)
 _MANIFEST_KEY = re.compile(rf"adapters/({NAME.pattern})/([0-9]{{8}})/manifest\.json")
 _ALIAS_KEY = re.compile(rf"aliases/({NAME.pattern})/({NAME.pattern})/[0-9]{{8}}\.json")
 _REF = re.compile(rf"({NAME.pattern})(?:@([0-9]{{1,8}})|:({NAME.pattern}))?")

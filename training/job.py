@@ -26,6 +26,7 @@ from cluster.registry import AdapterVersion, Registry
 from cluster.spec import parse_spec
 from cluster.store import Store, open_store
 from training import runs
+from training.card import write_card
 from training.data import fingerprint, tokenize
 from training.data_spec import DataSpec
 from training.lint import DataReport
@@ -53,6 +54,7 @@ def run_job(run: Run) -> AdapterVersion:
     with tempfile.TemporaryDirectory() as folder:
         runs.fetch_folder(store, adapter, Path(folder))
         card |= {"metrics": metrics, "job_seconds": round(time.monotonic() - began, 1)}
+        write_card(Path(folder), card)
         published = Registry(store).publish(spec.output.name, Path(folder), card=card)
     print(f"published {published.ref} in {spec.output.store}", flush=True)
     runs.finish(store, run, published.ref)

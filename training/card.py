@@ -1,0 +1,120 @@
+"""What stands beside a published adapter: its card, its loss curve as a picture, its events.
+
+README.md is for people (and model hubs), `loss.png` its picture, and the events file is
+TensorBoard's: `tensorboard --logdir STORE/adapters` shows every version. Knows metrics as the
+worker reports them; nothing of models or of Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.registry import EVENTS, PICTURE, README
+
+# What an evaluation may tell; a value that was not measured is None.
+_MEASURED = ("loss", "exact_match", "rouge_l")
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Write README, picture and events of `card` into an adapter's folder.
+
+    Args:
+        card: As it goes into the manifest: job, spec, data, libraries, metrics.
+    """
+    curve: list[tuple[int, float]] = json.loads(card["metrics"]["loss_curve"])
+    evaluations: list[dict[str, Any]] = json.loads(card["metrics"].get("evaluations", "[]"))
+    (folder / README).write_text(_readme(card, evaluations))
+    _draw(folder / PICTURE, curve, evaluations)
+    _write_events(folder, curve, evaluations)
+
+
+def _readme(card: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
+    spec, data, metrics = card["spec"], card["data"], card["metrics"]
+    front = {
+        "base_model": spec["base_model"],
+        "library_name": "peft",
+        "tags": ["graft", spec["method"]["kind"]],
+    }
+    trained, total = metrics["trainable_parameters"], metrics["all_parameters"]
+    facts = {
+        "job": card["job"]["id"],
+        "goes on from": card["job"]["continues"],
+        "trained": f"{trained:,} of {total:,} parameters ({trained / total:.3%})",
+        "steps": metrics["step"],
+        "tokens": f"{metrics['tokens']:,}",
+        "seconds": f"{metrics['train_seconds']:,}",
+        "tokens/s": f"{metrics['tokens_per_s']:,}",
+        "last training loss": metrics["loss"],
+        "published weights are of step": metrics.get("best_step"),
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {spec['output']['name']}",
+        _table(("", ""), [(name, value) for name, value in facts.items() if value is not None]),
+        f"![loss by step]({PICTURE})",
+        "## Data",
+        _table(("", ""), [(name.replace("_", " "), value) for name, value in data.items()]),
+    ]
+    if evaluations:
+        names = [n for n in ("step", *_MEASURED) if evaluations[-1].get(n) is not None]
+        rows = [[found[name] for name in names] for found in evaluations]
+        parts += ["## Evaluation", _table([name.replace("_", " ") for name in names], rows)]
+    parts += [
+        f"## Spec\n```yaml\n{yaml.safe_dump(spec, sort_keys=False)}```",
+        "## Libraries",
+        _table(
+            ("", ""), [(name, value or "with the job") for name, value in card["libraries"].items()]
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _draw(
+    path: Path, curve: Sequence[tuple[int, float]], evaluations: Sequence[Mapping[str, Any]]
+) -> None:
+    # Without pyplot, which would choose a display and keep every figure.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([step for step, _ in curve], [loss for _, loss in curve], label="training")
+    if evaluations:
+        at, losses = ([found[key] for found in evaluations] for key in ("step", "loss"))
+        axes.plot(at, losses, marker="o", label="validation")
+        axes.legend()
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per label token, nats")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _write_events(
+    folder: Path, curve: Sequence[tuple[int, float]], evaluations: Sequence[Mapping[str, Any]]
+) -> None:
+    from tensorboardX.writer import FileWriter, scalar
+
+    writer = FileWriter(str(folder))
+    for step, loss in curve:
+        writer.add_summary(scalar("loss/training", loss), step)
+    for found in evaluations:
+        for name in _MEASURED:
+            if found.get(name) is not None:
+                tag = "loss/validation" if name == "loss" else f"validation/{name}"
+                writer.add_summary(scalar(tag, found[name]), found["step"])
+    writer.close()
+    (written,) = folder.glob("events.out.tfevents.*")
+    written.rename(folder / EVENTS)

@@ -34,6 +34,8 @@ from training.spec import TrainingSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+EVALUATED = ("data.validation=0.2", "evaluation.every_steps=10", "evaluation.generations=2",
+             "evaluation.max_new_tokens=4")  # fmt: skip
 FAST = ("base_model=configs/demo/base", "max_steps=6", "checkpoint_every_steps=2",
         "log_every_steps=2", "workers.cpus=1")  # fmt: skip
 
@@ -136,7 +138,7 @@ def jobs(
     write_table(pa.table(rows), bad)
     return {
         "lora": train("lora", "lora", "workers.cpus=4"),
-        "killed": train("prompt_tuning", "killed", *small.settings()),
+        "killed": train("prompt_tuning", "killed", *small.settings(), *EVALUATED),
         "failed": train("lora", "failed", "data.format=prompt_completion", f"data.train={bad}"),
     }
 
@@ -172,6 +174,7 @@ def test_a_killed_worker_costs_nothing(
     resumed = re.search(r"going on from step (\d+)", text)
     assert resumed is not None, text
     assert int(resumed[1]) in (10, 20)
+    assert re.search(r"evaluation at step 60  loss \d+\.\d+  perplexity [\d.]+  exact match", text)
 
     version = store[1].resolve("killed")
     spec = parse_spec(TrainingSpec, version.card["spec"])

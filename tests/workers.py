@@ -18,7 +18,7 @@ from training.assembly import assemble
 from training.checkpoint import write_checkpoint
 from training.loop import LogLine, Place, run
 from training.methods import METHODS
-from training.rows import TokenRows
+from training.rows import TokenRows, split
 from training.spec import TrainingSpec
 
 
@@ -34,8 +34,10 @@ class Case:
 def run_case(case: Case, tokens: Path, place: Place) -> list[float]:
     """Train; rank 0 writes checkpoint-<step>/ and adapter/ into the case's folder."""
     spec = parse_spec(TrainingSpec, case.spec)
-    rows = TokenRows(tokens)
-    made = assemble(spec, place, rows, case.resume)
+    rows, validation = TokenRows(tokens), None
+    if isinstance(spec.data.validation, float):
+        rows, validation = split(rows, spec.data.validation, spec.seed)
+    made = assemble(spec, place, rows, case.resume, validation)
     losses: list[float] = []
 
     def on_checkpoint(progress: Any) -> None:
@@ -46,8 +48,11 @@ def run_case(case: Case, tokens: Path, place: Place) -> list[float]:
     def on_log(line: LogLine) -> None:
         losses.append(line.loss)
 
-    run(spec, made.backend, rows, course=made.course, place=place, start=made.start,
-        on_log=on_log, on_checkpoint=on_checkpoint)  # fmt: skip
+    reached = run(
+        spec, made.backend, rows, course=made.course, place=place, start=made.start,
+        evaluator=made.evaluator, on_log=on_log, on_checkpoint=on_checkpoint,
+    )  # fmt: skip
+    made.take_best(reached.step)
     with made.backend.whole_parameters():
         if place.rank == 0:
             METHODS[spec.method.kind].save(made.backend.adapted, case.folder / "adapter")

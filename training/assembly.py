@@ -5,44 +5,72 @@ No Ray here; the worker under Ray Train, the tests and the benchmarks all start 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cluster.base_model import load_base
-from training.backend import Backend, PlainBackend
+from cluster.base_model import context_tokens, load_base, load_tokenizer
+from training.backend import PARTS, Backend, PlainBackend
 from training.checkpoint import Progress, read_checkpoint
-from training.loop import Place
+from training.evaluation import Evaluator
+from training.loop import Place, precision
 from training.methods import METHODS, trainable_parameters
 from training.methods.course import Course
 from training.rows import TokenRows
 from training.spec import TrainingSpec
 from training.step import Batch, LossModel, collate
 
-_COURSE = "course/"
+_COURSE, _BEST = "course/", "best/"
 
 
 @dataclass(frozen=True)
 class Assembly:
     """One worker's run, ready for `training.loop.run`."""
 
+    model: LossModel
     backend: Backend
     course: Course
     start: Progress
+    evaluator: Evaluator | None
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds. Collective."""
         course = {_COURSE + name: value for name, value in self.course.state().items()}
-        return self.backend.full_state() | course
+        best = self.evaluator.best if self.evaluator else {}
+        return self.backend.full_state() | course | {_BEST + name: best[name] for name in best}
+
+    def take_best(self, step: int) -> None:
+        """Put the best weights in the place of the last ones, of `step`, to be saved. Collective;
+        nothing can be trained after it."""
+        if self.evaluator is None or not self.evaluator.best:
+            return
+        best = self.evaluator.best
+        weights = {name: value for name, value in best.items() if name.startswith("param/")}
+        moments = {
+            name.replace("param", part, 1): torch.zeros_like(value)
+            for name, value in weights.items()
+            for part in PARTS[1:]
+        }
+        self.backend.load_full_state(weights | moments, step)
+        if course := _within(best, _COURSE):
+            self.course.restore(self.model, course)
 
 
 def assemble(
-    spec: TrainingSpec, place: Place, rows: TokenRows, checkpoint: Path | None = None
+    spec: TrainingSpec,
+    place: Place,
+    rows: TokenRows,
+    checkpoint: Path | None = None,
+    validation: TokenRows | None = None,
 ) -> Assembly:
     """Build a run at its start, or as `checkpoint` left it. Collective; the same on every worker.
+
+    Args:
+        validation: The rows that the run is evaluated on, if any.
 
     Raises:
         CallerError: the base or the method does not fit; names the field.
@@ -58,14 +86,45 @@ def assemble(
     loss_model = LossModel(model, is_sharded=spec.zero.stage == 3)
     course = method.course(model, spec.method, spec.seed)
     if checkpoint:
-        saved = {k.removeprefix(_COURSE): v for k, v in state.items() if k.startswith(_COURSE)}
-        course.restore(loss_model, saved)
+        course.restore(loss_model, _within(state, _COURSE))
     else:
         course.prepare(loss_model, _samples(spec, rows, place))
     backend = _backend(loss_model, spec)
     if checkpoint:
         backend.load_full_state(state, start.step)
-    return Assembly(backend, course, start)
+    evaluator = None
+    if validation is not None:
+        evaluator = _evaluator(spec, place, loss_model, validation, start, _within(state, _BEST))
+    return Assembly(loss_model, backend, course, start, evaluator)
+
+
+def _evaluator(
+    spec: TrainingSpec,
+    place: Place,
+    model: LossModel,
+    rows: TokenRows,
+    start: Progress,
+    best: Mapping[str, torch.Tensor],
+) -> Evaluator:
+    context = context_tokens(spec.trained_base)
+    return Evaluator(
+        spec.evaluation,
+        rows,
+        load_tokenizer(spec.base_model),
+        batch_rows=spec.micro_batch_size,
+        rank=place.rank,
+        world_size=place.world_size,
+        device=place.device,
+        precision=partial(precision, spec, place.device),
+        room=None if context is None else context - model.virtual_tokens,
+        is_sharded=spec.zero.stage == 3,
+        history=start.evaluations,
+        best=best,
+    )
+
+
+def _within(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _samples(spec: TrainingSpec, rows: TokenRows, place: Place) -> Iterator[Batch]:

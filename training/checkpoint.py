@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import StoreError
+from training.evaluation import Evaluation
 
 STATE = "state.safetensors"
 PROGRESS = "progress.json"  # written last
@@ -23,12 +24,14 @@ PROGRESS = "progress.json"  # written last
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after `step` updates. `curve` holds (step, mean loss per label token)."""
+    """Where a run stands after `step` updates. `curve` holds (step, mean loss per label token),
+    `evaluations` what was measured on the validation rows."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     curve: tuple[tuple[int, float], ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
 
 
 def write_checkpoint(folder: Path, state: Mapping[str, torch.Tensor], progress: Progress) -> None:
@@ -43,6 +46,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], Progress]:
     try:
         raw = json.loads((folder / PROGRESS).read_text())
         curve = tuple((int(step), float(loss)) for step, loss in raw.pop("curve"))
-        return load_file(folder / STATE), Progress(curve=curve, **raw)
+        evaluations = tuple(Evaluation(**found) for found in raw.pop("evaluations"))
+        return load_file(folder / STATE), Progress(curve=curve, evaluations=evaluations, **raw)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StoreError(f"checkpoint {folder}: cannot be read ({error}); delete it") from error

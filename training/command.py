@@ -155,10 +155,15 @@ def plan(spec: TrainingSpec) -> Plan:
     from training.loop import count_steps
     from training.methods import METHODS, count_parameters
 
-    rows = stream_rows(spec.data.train).num_rows
+    rows, validation = stream_rows(spec.data.train).num_rows, spec.data.validation
     tokenizer = load_tokenizer(spec.base_model)
     with tempfile.TemporaryDirectory() as folder:
         report = tokenize(spec.data, tokenizer, Path(folder), limit=_CHECKED_ROWS)
+        if isinstance(validation, str):
+            data = spec.data.model_copy(update={"train": validation})
+            tokenize(data, tokenizer, Path(folder, "validation"), limit=_CHECKED_ROWS)
+        elif validation is not None:
+            rows -= max(1, int(validation * rows))
     base = empty_base(spec.trained_base)
     model = METHODS[spec.method.kind].attach(base, spec.method, spec.base_model)
     trained, total = count_parameters(model)
@@ -197,6 +202,8 @@ def resolved(spec: TrainingSpec) -> TrainingSpec:
         )
     longest = _LONGEST_TOKENS if context is None else min(_LONGEST_TOKENS, context - virtual)
     data = {"train": absolute_path(spec.data.train), "max_length": asked or longest}
+    if isinstance(spec.data.validation, str):
+        data["validation"] = absolute_path(spec.data.validation)
     return spec.model_copy(
         update={
             "base_model": base,

@@ -1,14 +1,15 @@
-"""The data's part of a training job's YAML. Every field's description is its reference."""
+"""A training job's YAML on data and evaluation. Every field's description is its reference."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from cluster.spec import Spec
 
 Limit = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class LintSpec(Spec):
@@ -52,7 +53,39 @@ class DataSpec(Spec):
     over_long: Literal["truncate", "drop", "fail"] = Field(
         "truncate", description="What becomes of a longer row; counted in the log."
     )
+    validation: str | Share | None = Field(
+        None,
+        description="Rows to evaluate on: a path as `train`, or a share of its rows, which are "
+        "then not trained on. Which ones follows from `seed` and the rows' own tokens.",
+    )
     lint: LintSpec = Field(
         default_factory=lambda: LintSpec.model_validate({}),
         description="How much of the data may be wrong.",
     )
+
+
+class EvaluationSpec(Spec):
+    """How the validation rows are used; nothing of it happens without `data.validation`."""
+
+    every_steps: PositiveInt | None = Field(
+        None, description="Optimiser steps between evaluations; there is always one at the end."
+    )
+    generations: NonNegativeInt = Field(
+        8, description="Validation rows answered greedily, for exact match and ROUGE-L."
+    )
+    max_new_tokens: PositiveInt = Field(64, description="Longest answer, in tokens.")
+    shown: NonNegativeInt = Field(2, description="Answers printed in the log each time.")
+    best: Literal["loss", "exact_match", "rouge_l", "none"] = Field(
+        "loss", description="By what the published weights are chosen; `none` takes the last ones."
+    )
+    patience: PositiveInt | None = Field(
+        None, description="Evaluations without a better one after which training ends early."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluationSpec:
+        if self.best in ("exact_match", "rouge_l") and not self.generations:
+            raise ValueError(f"best: {self.best} needs generations of at least 1")
+        if self.patience and (self.best == "none" or self.every_steps is None):
+            raise ValueError("patience needs every_steps, and a best other than none")
+        return self

@@ -49,8 +49,14 @@ def run_job(run: Run) -> AdapterVersion:
     store = open_store(spec.output.store)
     runs.record_run(store, run)
     tokens, report = _prepare_tokens(spec.data, spec.base_model, store)
+    keys: dict[str, str | None] = {"tokens": _tokens_key(tokens), "validation": None}
     card = _card(run, tokens, report)
-    adapter, metrics = _train(run, store, _tokens_key(tokens))
+    if isinstance(spec.data.validation, str):
+        data = spec.data.model_copy(update={"train": spec.data.validation})
+        held_out, report = _prepare_tokens(data, spec.base_model, store)
+        keys["validation"] = _tokens_key(held_out)
+        card["validation"] = {"fingerprint": held_out, **report.counts()}
+    adapter, metrics = _train(run, store, keys)
     with tempfile.TemporaryDirectory() as folder:
         runs.fetch_folder(store, adapter, Path(folder))
         card |= {"metrics": metrics, "job_seconds": round(time.monotonic() - began, 1)}
@@ -98,7 +104,7 @@ def _tokens_key(fingerprint: str) -> str:
     return f"cache/tokens/{fingerprint}"
 
 
-def _train(run: Run, store: Store, tokens_key: str) -> tuple[str, dict[str, Any]]:
+def _train(run: Run, store: Store, keys: Mapping[str, str | None]) -> tuple[str, dict[str, Any]]:
     """Run Ray Train to the end; returns the key of the trained adapter, and the metrics."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -115,7 +121,7 @@ def _train(run: Run, store: Store, tokens_key: str) -> tuple[str, dict[str, Any]
         train_loop_config={
             "spec": spec.model_dump(mode="json"),
             "job_id": run.job_id,
-            "tokens": tokens_key,
+            **keys,
             "checkpoint": runs.last_checkpoint(store, run),
         },
         torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),

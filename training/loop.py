@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from cluster.errors import JobFailedError
 from training.backend import Backend
 from training.checkpoint import Progress
+from training.evaluation import Answer, Evaluation, Evaluator
 from training.methods.course import Course
 from training.rows import IGNORE, TokenRows, epoch_batches, micro_batches
 from training.spec import OptimizerSpec, TrainingSpec
@@ -85,7 +86,9 @@ def run(
     course: Course | None = None,
     place: Place | None = None,
     start: Progress | None = None,
+    evaluator: Evaluator | None = None,
     on_log: Callable[[LogLine], None] = print,
+    on_evaluation: Callable[[Evaluation, Sequence[Answer]], None] | None = None,
     on_checkpoint: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Train from `start` to the end; returns where it ended. The caller loaded `start`'s state.
@@ -98,7 +101,23 @@ def run(
     meter = _Meter(place, progress, steps)
     plan = _Plan(spec, rows)
     accumulation = spec.accumulation(place.world_size)
+
+    def evaluate(step: int) -> None:
+        if evaluator is None:
+            return
+        found = evaluator.evaluate(backend.model, step)
+        if evaluator.is_best:
+            evaluator.best = _weights(backend, course)
+        if on_evaluation:
+            on_evaluation(*found)
+
+    def reached(step: int) -> Progress:
+        history = evaluator.history if evaluator else ()
+        return replace(meter.progress(step), evaluations=tuple(history))
+
     for step in range(progress.step, steps):
+        if evaluator and evaluator.is_over:
+            break
         rate = learning_rate(spec.optimizer, step, steps)
         backend.set_learning_rate(rate)
         course.begin_step(step, steps)
@@ -107,7 +126,7 @@ def run(
         label_count = int(rows.label_counts[taken].sum())
         for part in micro_batches(taken, place.rank, place.world_size, accumulation):
             batch = _load(rows, part, place.device)
-            with _precision(spec, place.device):
+            with precision(spec, place.device):
                 loss = backend.model(batch)
             share, penalty = loss / label_count, course.penalty()
             if penalty is not None:
@@ -124,9 +143,23 @@ def run(
             # The loss can be infinite where its gradient is not. Summed over workers only here.
             _check_finite("loss", line.loss, step, spec)
             on_log(line)
+        every = spec.evaluation.every_steps
+        if is_last or (every is not None and (step + 1) % every == 0):
+            evaluate(step + 1)
+            is_last = is_last or (evaluator is not None and evaluator.is_over)
+        progress = reached(step + 1)
         if on_checkpoint and ((step + 1) % spec.checkpoint_every_steps == 0 or is_last):
-            on_checkpoint(meter.progress(step + 1))
-    return meter.progress(steps)
+            on_checkpoint(progress)
+    if not steps:  # a method that trains nothing
+        evaluate(0)
+        progress = reached(0)
+    return progress
+
+
+def _weights(backend: Backend, course: Course) -> dict[str, torch.Tensor]:
+    """What an adapter is saved from, as a state without moments."""
+    weights = {k: v for k, v in backend.full_state().items() if k.startswith("param/")}
+    return weights | {f"course/{name}": value for name, value in course.state().items()}
 
 
 def _check_finite(what: str, value: float, step: int, spec: TrainingSpec) -> None:
@@ -209,7 +242,8 @@ def _load(rows: TokenRows, part: np.ndarray, device: torch.device) -> Batch:
     return collate([(ids, [IGNORE] * len(labels))], device)
 
 
-def _precision(spec: TrainingSpec, device: torch.device) -> torch.autocast | nullcontext[None]:
+def precision(spec: TrainingSpec, device: torch.device) -> torch.autocast | nullcontext[None]:
+    """The scope of a forward pass."""
     if spec.precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)

@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
+from cluster.errors import DataError
+
 IGNORE = -100
 # Batches are formed of rows of like length among so many batches' worth of shuffled rows.
 _BUCKET_BATCHES = 32
@@ -119,6 +121,11 @@ def split(rows: TokenRows, share: float, seed: int) -> tuple[TokenRows, TokenRow
     order = _mixed(rows.hashes, seed)
     wanted = max(1, math.floor(share * len(rows)))
     validates = order <= np.partition(order, wanted - 1)[wanted - 1]
+    if validates.all():
+        raise DataError(
+            f"data.validation: a share of {share} leaves none of {len(rows):,} rows to train on; "
+            "lower it, add rows, or name a file"
+        )
     return rows.subset(np.flatnonzero(~validates)), rows.subset(np.flatnonzero(validates))
 
 

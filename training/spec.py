@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.spec import Name, Spec, StoreUri
-from training.data_spec import DataSpec
+from training.data_spec import DataSpec, EvaluationSpec
 from training.method_spec import MethodSpec, ProxyTuningSpec
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -92,6 +92,10 @@ class TrainingSpec(Spec):
     optimizer: OptimizerSpec = Field(
         default_factory=lambda: OptimizerSpec.model_validate({}), description="AdamW."
     )
+    evaluation: EvaluationSpec = Field(
+        default_factory=lambda: EvaluationSpec.model_validate({}),
+        description="How the rows of `data.validation` are used.",
+    )
     epochs: PositiveFloat = Field(3, description="Passes over the data.")
     max_steps: NonNegativeInt | None = Field(
         None,
@@ -124,6 +128,12 @@ class TrainingSpec(Spec):
     )
     checkpoints_kept: PositiveInt = Field(2, description="Older ones are deleted.")
     log_every_steps: PositiveInt = Field(10, description="Optimiser steps between log lines.")
+
+    @model_validator(mode="after")
+    def _validated(self) -> TrainingSpec:
+        if self.data.validation is None and self.evaluation != EvaluationSpec.model_validate({}):
+            raise ValueError("evaluation needs data.validation: a path, or a share of the rows")
+        return self
 
     @model_validator(mode="after")
     def _one_batch_size(self) -> TrainingSpec:

@@ -11,7 +11,8 @@ then no [N, V] exists either. Knows nothing of optimisers or workers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +55,17 @@ def collate(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) -
     )
 
 
+@dataclass
+class Continuation:
+    """One row that is being continued: all its ids, and the base's keys and values of those that
+    it has seen (none for a base that keeps none: it reads the row anew for each token)."""
+
+    ids: list[int]
+    cache: Any = None
+
+
 class LossModel(torch.nn.Module):
-    """A model with its method on; its forward is the loss of a batch.
+    """A model with its method on; its forward is the loss of a batch, or a row's next logits.
 
     When it is made, it runs a small batch in each way, and takes packing and the loss by parts
     only where they agree with the base's own: other bases are padded, with whole logits.
@@ -74,13 +84,21 @@ class LossModel(torch.nn.Module):
         self._soft_prompt: str | None = (
             config.peft_type.value if config is not None and config.is_prompt_learning else None
         )
+        self.virtual_tokens: int = getattr(config, "num_virtual_tokens", 0)
         self.is_packed = self.has_plain_head = False
         if not is_sharded:
             fuse_loras(model)
         self._choose(is_sharded)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Sum of the label tokens' negative log-likelihoods, float32 scalar with a graph."""
+    def forward(self, asked: Batch | Continuation) -> torch.Tensor:
+        """Of a batch: the sum of the label tokens' negative log-likelihoods, float32 scalar with a
+        graph. Of a continuation: the next token's logits [V], and its cache grows.
+
+        One call for both, because under ZeRO 3 parameters are gathered around this call alone.
+        """
+        if isinstance(asked, Continuation):
+            return self._next_logits(asked)
+        batch = asked
         targets_N = batch.targets_T[batch.targets_T != IGNORE]
         hidden_NH, logits_NV = self._run_packed(batch) if self.is_packed else self._run(batch)
         if not self.has_plain_head:
@@ -132,6 +150,38 @@ class LossModel(torch.nn.Module):
             ).logits
         return head.hidden_NH, logits
 
+    def _next_logits(self, row: Continuation) -> torch.Tensor:
+        is_fresh, model = row.cache is None, self.model
+        device = self._base.get_input_embeddings().weight.device
+        ids_1T = torch.tensor([row.ids if is_fresh else row.ids[-1:]], device=device)
+        inputs: dict[str, Any] = {"input_ids": ids_1T, "past_key_values": row.cache}
+        if self._soft_prompt is not None:
+            model = self._base
+            prompt: Any = self.model.get_prompt(1) if is_fresh else None  # type: ignore[operator]
+            if is_fresh and self._soft_prompt == "PREFIX_TUNING":
+                inputs["past_key_values"] = prompt
+            elif is_fresh:
+                embeddings_1TH = self._base.get_input_embeddings()(ids_1T)
+                prompt = prompt.to(embeddings_1TH.dtype)
+                inputs["inputs_embeds"] = torch.cat([prompt, embeddings_1TH], 1)
+                del inputs["input_ids"]
+        last = torch.ones((1, 1), dtype=torch.bool, device=device)
+        with self._unpacked(), _HeadAt(self._base, last, whole=True):
+            output = model(**inputs, use_cache=True)
+        row.cache = getattr(output, "past_key_values", None)
+        return output.logits.flatten()
+
+    @contextmanager
+    def _unpacked(self) -> Generator[None]:
+        """A scope in which the base computes its attention as it does without us."""
+        if self.is_packed:
+            self._base.set_attn_implementation(self._own_attention)
+        try:
+            yield
+        finally:
+            if self.is_packed:
+                self._base.set_attn_implementation(NAME)
+
     def _choose(self, is_sharded: bool) -> None:
         """Set `is_packed` and `has_plain_head` by what agrees with the padded pass."""
         parameter = self._base.get_input_embeddings().weight
@@ -151,7 +201,7 @@ class LossModel(torch.nn.Module):
         if not is_sharded:
             difference = (head(hidden_NH) - expected_NV).abs().max()
             self.has_plain_head = bool(difference <= tolerance)
-        own = self._base.config._attn_implementation
+        self._own_attention = self._base.config._attn_implementation
         try:
             self._base.set_attn_implementation(NAME)
             self.is_packed = True
@@ -162,7 +212,7 @@ class LossModel(torch.nn.Module):
         except (BaseModelError, ValueError, RuntimeError, TypeError, AttributeError):
             self.is_packed = False
         if not self.is_packed:
-            self._base.set_attn_implementation(own)
+            self._base.set_attn_implementation(self._own_attention)
         self.train(was_training)
 
 

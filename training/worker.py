@@ -6,12 +6,14 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 
 from cluster.errors import CallerError, JobFailedError
@@ -21,9 +23,10 @@ from cluster.store import Store, open_store
 from training import runs
 from training.assembly import Assembly, assemble
 from training.checkpoint import Progress, write_checkpoint
+from training.evaluation import Answer, Evaluation
 from training.loop import LogLine, Place, count_steps, run
 from training.methods import METHODS, count_parameters
-from training.rows import TokenRows
+from training.rows import TokenRows, split
 from training.spec import TrainingSpec
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         config: The spec, the job's id, the key of the tokenised rows and that of the checkpoint
-            to start from, or None.
+            to start from, or None; `validation` is the key of rows to evaluate on, or None.
     """
     spec = parse_spec(TrainingSpec, config["spec"])
     store = open_store(spec.output.store)
@@ -72,16 +75,31 @@ def _train(spec: TrainingSpec, store: Store, config: Mapping[str, Any]) -> dict[
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), _device(spec))
     torch.set_num_threads(max(1, int(spec.workers.cpus)))
-    rows = _open_rows(store, config["tokens"])
+    rows, validation = _open_rows(store, config["tokens"]), None
+    if config["validation"] is not None:
+        validation = _open_rows(store, config["validation"])
+    elif isinstance(spec.data.validation, float):
+        rows, validation = split(rows, spec.data.validation, spec.seed)
     with _checkpoint(store, config) as folder:
-        made = assemble(spec, place, rows, folder)
+        made = assemble(spec, place, rows, folder, validation)
     if place.rank == 0:
         _announce(spec, made, place, count_steps(spec, len(rows)))
+        if validation is not None:
+            seen = int(np.isin(validation.hashes, rows.hashes).sum())
+            print(
+                f"validation: {len(validation):,} rows"
+                + (f", {seen:,} of which are training rows too" if seen else ""),
+                flush=True,
+            )
     reporter = _Reporter(store, config["job_id"], made, place)
 
     def on_log(line: LogLine) -> None:
         if place.rank == 0:
             print(line, flush=True)
+
+    def on_evaluation(found: Evaluation, answers: Sequence[Answer]) -> None:
+        if place.rank == 0:
+            print(found, *answers[: spec.evaluation.shown], sep="\n", flush=True)
 
     end = run(
         spec,
@@ -90,15 +108,19 @@ def _train(spec: TrainingSpec, store: Store, config: Mapping[str, Any]) -> dict[
         course=made.course,
         place=place,
         start=made.start,
+        evaluator=made.evaluator,
         on_log=on_log,
+        on_evaluation=on_evaluation,
         on_checkpoint=reporter.report,
     )
+    metrics = _metrics(made, end)
+    made.take_best(end.step)
     key = f"runs/{config['job_id']}/adapter-{uuid4().hex[:8]}"
     with made.backend.whole_parameters(), tempfile.TemporaryDirectory() as name:
         if place.rank == 0:
             METHODS[spec.method.kind].save(made.backend.adapted, Path(name))
             runs.upload_folder(store, key, Path(name))
-    return {ADAPTER: key, **_metrics(made, end)}
+    return {ADAPTER: key, **metrics}
 
 
 def _device(spec: TrainingSpec) -> torch.device:
@@ -195,6 +217,7 @@ class _Reporter:
 
 
 def _metrics(made: Assembly, progress: Progress) -> dict[str, Any]:
+    best = made.evaluator.best_evaluation if made.evaluator else None
     trained, total = count_parameters(made.backend.adapted)
     return {
         "step": progress.step,
@@ -206,4 +229,6 @@ def _metrics(made: Assembly, progress: Progress) -> dict[str, Any]:
         "trainable_parameters": trained,
         "all_parameters": total,
         "loss_curve": json.dumps(progress.curve),
+        "evaluations": json.dumps([asdict(found) for found in progress.evaluations]),
+        "best_step": best.step if best else None,
     }

@@ -157,6 +157,9 @@ def _set_shards(parameter: Any, *values: torch.Tensor) -> None:
     number of workers does not divide the parameter, and leaves the forward's copy as it was."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
+    # A forward without a backward, as in an evaluation, leaves the whole value behind, which would
+    # be taken for the shards' own.
+    parameter.partition(has_been_updated=False)
     size = parameter.ds_tensor.numel()
     shards: list[torch.Tensor] = []
     for value in values:

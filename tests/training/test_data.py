@@ -259,6 +259,9 @@ def test_the_split_follows_from_the_seed_and_the_rows_alone(tmp_path: Path, shar
     assert abs(len(validation) - share * 220) <= 20
     assert sides(other, 3) == [train, validation]
     assert sides(one, 4) != [train, validation]
+    _, same = run(tmp_path, rows[-20:])
+    with pytest.raises(DataError, match="leaves none of 20 rows to train on"):
+        split(same, share, 3)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000])

@@ -1,0 +1,277 @@
+"""What a run is worth on rows that it does not train on: loss, greedy answers, the best weights.
+
+Every number is the same on any number of workers: a row belongs to one worker, the others add
+zero. What is best and whether to stop follows from the evaluations so far, so a resumed run needs
+only those and the best weights. Knows a Backend and rows; no Ray, no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from cluster.errors import DataError
+from training.data_spec import EvaluationSpec
+from training.rows import IGNORE, Row, TokenRows
+from training.step import Continuation, collate
+
+# Scripts without spaces count by character in ROUGE: Japanese, Chinese, Korean.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+_SHOWN_CHARACTERS = 160
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation after `step` updates. `loss` is the mean over all label tokens; the shares
+    `exact_match` and `rouge_l` are over the answered rows, None if there are none."""
+
+    step: int
+    loss: float
+    exact_match: float | None = None
+    rouge_l: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def __str__(self) -> str:
+        text = f"evaluation at step {self.step}  loss {self.loss:.4f}  "
+        text += f"perplexity {self.perplexity:.2f}"
+        if self.exact_match is not None and self.rouge_l is not None:
+            text += f"  exact match {self.exact_match:.1%}  ROUGE-L {self.rouge_l:.3f}"
+        return text
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A validation row's prompt, what should follow, and what the model said."""
+
+    prompt: str
+    expected: str
+    given: str
+
+    def __str__(self) -> str:
+        prompt, expected, given = map(_cut, (self.prompt, self.expected, self.given))
+        verdict = "as expected" if self.given == self.expected else f"expected ⟦{expected}⟧"
+        return f"  {prompt}⟦{given}⟧ {verdict}"
+
+
+def best_of(history: Sequence[Evaluation], by: str) -> Evaluation | None:
+    """The best evaluation, the first of equals; None without any, or by `none`."""
+    if by == "none" or not history:
+        return None
+    sign = 1 if by == "loss" else -1
+
+    def badness(found: Evaluation) -> float:
+        value = sign * getattr(found, by)
+        return value if math.isfinite(value) else math.inf
+
+    return min(history, key=badness)
+
+
+def is_over(history: Sequence[Evaluation], spec: EvaluationSpec) -> bool:
+    """Whether the last `patience` evaluations were all no better than one before them."""
+    best = best_of(history, spec.best)
+    if spec.patience is None or best is None:
+        return False
+    return len(history) - 1 - history.index(best) >= spec.patience
+
+
+def rouge_l(given: str, expected: str) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004, ROUGE-L), case aside."""
+    one, other = (_WORD.findall(text.casefold()) for text in (given, expected))
+    if not one or not other:
+        return float(one == other)
+    lengths = [0] * (len(other) + 1)
+    for word in one:
+        before = lengths.copy()
+        for j, candidate in enumerate(other):
+            is_same = word == candidate
+            lengths[j + 1] = before[j] + 1 if is_same else max(before[j + 1], lengths[j])
+    return 2 * lengths[-1] / (len(one) + len(other))
+
+
+def question_of(row: Row) -> tuple[list[int], list[int]] | None:
+    """(prompt, answer) ids of a row: its last learned part and all before it, or None where
+    nothing is before it."""
+    ids, labels = row
+    end = len(ids)
+    while end and labels[end - 1] == IGNORE:
+        end -= 1
+    start = end
+    while start and labels[start - 1] != IGNORE:
+        start -= 1
+    return (ids[:start], ids[start:end]) if start else None
+
+
+class Evaluator:
+    """Evaluates one run on one worker. `history` and `best` are what a checkpoint keeps of it.
+
+    Args:
+        precision: Makes the scope that a forward pass runs in.
+        room: Longest prompt and answer together, in tokens; None if the base sets no limit.
+        is_sharded: Every forward is collective (ZeRO 3).
+    """
+
+    def __init__(
+        self,
+        spec: EvaluationSpec,
+        rows: TokenRows,
+        tokenizer: Any,
+        *,
+        batch_rows: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        precision: Callable[[], AbstractContextManager[Any]],
+        room: int | None = None,
+        is_sharded: bool = False,
+        history: Sequence[Evaluation] = (),
+        best: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.spec, self.history, self.best = spec, list(history), dict(best or {})
+        self._rows, self._tokenizer = rows, tokenizer
+        self._rank, self._world_size, self._device = rank, world_size, device
+        self._precision, self._is_sharded = precision, is_sharded
+        order = np.argsort(rows.lengths, kind="stable")
+        self._batches = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
+        self._label_tokens = int(rows.label_counts.sum())
+        self._questions = self._chosen(room)
+
+    def evaluate(self, model: Any, step: int) -> tuple[Evaluation, list[Answer]]:
+        """Measure `model`, a backend's, after `step` updates, and note it. Collective."""
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            loss = self._loss(model)
+            answers = self._answers(model)
+        model.train(was_training)
+        shares: list[float] = []
+        if answers:
+            matches = [answer.given == answer.expected for answer in answers]
+            likeness = [rouge_l(answer.given, answer.expected) for answer in answers]
+            shares = [sum(values) / len(answers) for values in (matches, likeness)]
+        found = Evaluation(step, loss, *shares)
+        self.history.append(found)
+        return found, answers
+
+    @property
+    def best_evaluation(self) -> Evaluation | None:
+        """The one whose weights `best` holds, if any."""
+        return best_of(self.history, self.spec.best)
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the last evaluation is the best one so far."""
+        return self.best_evaluation is self.history[-1]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether training should end early."""
+        return is_over(self.history, self.spec)
+
+    def _loss(self, model: Any) -> float:
+        losses = torch.zeros(len(self._batches), dtype=torch.float64)
+        for index, mine in self._turns(len(self._batches)):
+            batch = collate([self._rows.row(int(i)) for i in self._batches[index]], self._device)
+            with self._precision():
+                loss = model(batch)
+            if mine:
+                losses[index] = loss.double().cpu()
+        return float(self._summed(losses).sum()) / max(1, self._label_tokens)
+
+    def _answers(self, model: Any) -> list[Answer]:
+        ids = torch.zeros((len(self._questions), self.spec.max_new_tokens), dtype=torch.int64)
+        for index, mine in self._turns(len(self._questions)):
+            answer = self._answer(model, *self._questions[index])
+            if mine:
+                # Zero is a token too: what is not written is told by its sign after the sum.
+                ids[index, : len(answer)] = torch.tensor(answer) + 1
+        return [
+            Answer(self._text(prompt), self._text(expected), self._text(_written(row)))
+            for (prompt, expected), row in zip(
+                self._questions, self._summed(ids).tolist(), strict=True
+            )
+        ]
+
+    def _answer(self, model: Any, prompt: Sequence[int], expected: Sequence[int]) -> list[int]:
+        """The greedy continuation, with its end token if it comes to one: the tokenizer's, or the
+        special token by which the expected answer ends, as a chat's turns do."""
+        special = {*self._tokenizer.all_special_ids}
+        ends = {self._tokenizer.eos_token_id, *(special & {expected[-1]})}
+        row, answer, is_done = Continuation(list(prompt)), list[int](), False
+        for _ in range(self.spec.max_new_tokens):
+            if self._all(is_done):
+                break
+            with self._precision():
+                logits_V = model(row)
+            if is_done:  # others are not, and need this worker's shards
+                continue
+            token = int(logits_V.argmax())
+            answer.append(token)
+            row.ids.append(token)
+            is_done = token in ends
+        return answer
+
+    def _all(self, is_done: bool) -> bool:
+        """Whether no worker has anything left to do that takes part of all."""
+        if not self._is_sharded or self._world_size == 1:
+            return is_done
+        return int(self._summed(torch.tensor([int(is_done)]))) == self._world_size
+
+    def _turns(self, count: int) -> Iterator[tuple[int, bool]]:
+        """What this worker does of `count` things, and whether its result counts: under ZeRO 3 a
+        worker without one does the last of them again, since each forward takes all workers."""
+        for start in range(0, count, self._world_size):
+            index = start + self._rank
+            if index < count or self._is_sharded:
+                yield min(index, count - 1), index < count
+
+    def _summed(self, values: torch.Tensor) -> torch.Tensor:
+        if self._world_size == 1:
+            return values
+        values = values.to(self._device)
+        dist.all_reduce(values)
+        return values.cpu()
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _chosen(self, room: int | None) -> list[tuple[list[int], list[int]]]:
+        """The first rows by hash that have a prompt and leave room for an answer."""
+        found: list[tuple[list[int], list[int]]] = []
+        if not self.spec.generations:
+            return found
+        for index in np.argsort(self._rows.hashes, kind="stable"):
+            question = question_of(self._rows.row(int(index)))
+            length = len(question[0]) + self.spec.max_new_tokens if question else 0
+            if question and (room is None or length <= room):
+                found.append(question)
+            if len(found) == self.spec.generations:
+                return found
+        if not found and self.spec.best in ("exact_match", "rouge_l"):
+            raise DataError(
+                f"data.validation: no row has a prompt that leaves {self.spec.max_new_tokens} "
+                f"tokens for an answer, and evaluation.best is {self.spec.best}; lower "
+                "evaluation.max_new_tokens, or choose the best by loss"
+            )
+        return found
+
+
+def _written(row: Sequence[int]) -> list[int]:
+    return [value - 1 for value in row if value]
+
+
+def _cut(text: str) -> str:
+    text = text.replace("\n", "↵")
+    half = _SHOWN_CHARACTERS // 2
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:half]} … {text[-half:]}"

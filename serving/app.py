@@ -52,7 +52,7 @@ def running(spec: ServingSpec, session: Session) -> Generator[str]:
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
-    from serving.deployment import build
+    from serving.deployment import build, engines_of
 
     for name in ("ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -65,13 +65,17 @@ def running(spec: ServingSpec, session: Session) -> Generator[str]:
     serve.start(http_options={"host": spec.gateway.host, "port": port})
     try:
         try:
-            serve.run(build(spec), name=spec.name, route_prefix="/")
+            engines, gateways = build(spec)
+            serve.run(engines, name=engines_of(spec), route_prefix=None)
+            serve.run(gateways, name=spec.name, route_prefix="/")
         except (RuntimeError, RayServeException) as error:
             raise ClusterError(f"service {spec.name!r} did not come up: {error}") from error
         host = "127.0.0.1" if spec.gateway.host in ("0.0.0.0", "::") else spec.gateway.host
         yield f"http://{host}:{port}"
     finally:
+        # In this order: the gateways finish what they have taken, and need the engines for it.
         serve.delete(spec.name)
+        serve.delete(engines_of(spec))
         # A cluster of our own ends with the session; on another, Serve may have other work.
         if not session.started_here and not serve.status().applications:
             serve.shutdown()

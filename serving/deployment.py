@@ -100,9 +100,9 @@ class RayBackend:
 class Gateway:
     """A deployment of the HTTP app."""
 
-    def __init__(self, spec: Mapping[str, Any], engines: Any) -> None:
+    def __init__(self, spec: Mapping[str, Any], engines: str) -> None:
         self._spec = parse_spec(ServingSpec, spec)
-        self._engines = engines
+        self._engines = serve.get_app_handle(engines)
 
     def __serve_build_asgi_app__(self) -> Any:
         import structlog
@@ -143,8 +143,11 @@ class Gateway:
         return create_app(service, spec.gateway, Door(keys, ttl_s=spec.gateway.catalogue_ttl_s))
 
 
-def build(spec: ServingSpec) -> Any:
-    """The Ray Serve application of `spec`."""
+def build(spec: ServingSpec) -> tuple[Any, Any]:
+    """The two Ray Serve applications of `spec`: engines, and gateways that ask those running.
+
+    Apart, so that the gateways can end first: what they have taken is still answered.
+    """
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
     from serving.router import STATS_PERIOD_S, AdapterRouter
@@ -206,7 +209,12 @@ def build(spec: ServingSpec) -> Any:
         ray_actor_options={"num_cpus": spec.gateway.cpus, "runtime_env": env},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    return gateways.bind(document, engines.bind(document))
+    return engines.bind(document), gateways.bind(document, engines_of(spec))
+
+
+def engines_of(spec: ServingSpec) -> str:
+    """The name of the application of a service's engines."""
+    return f"{spec.name}-engines"
 
 
 def _unwrapped(error: Exception) -> Exception:

@@ -83,7 +83,9 @@ def assemble(
     base = load_base(spec.trained_base, dtype)
     model = method.attach(base, spec.method, spec.base_model)
     model.to(place.device).train()
-    loss_model = LossModel(model, is_sharded=spec.zero.stage == 3)
+    loss_model = LossModel(
+        model, is_sharded=spec.zero.stage == 3, recomputes=spec.gradient_checkpointing
+    )
     course = method.course(model, spec.method, spec.seed)
     if checkpoint:
         course.restore(loss_model, _within(state, _COURSE))

@@ -10,7 +10,7 @@ begin comes from the `Layout` in scope during a forward pass. Knows no methods a
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,6 +116,13 @@ def _joined(
 def prefix_of(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values by layer of a cache as PEFT's `get_prompt` makes it for one row."""
     return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def recomputation() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The scopes of a layer's forward and of its second one, in backward: the `context_fn` of
+    torch.utils.checkpoint. Backward runs outside the packed pass, and on a GPU in other threads."""
+    layout = _LAYOUT.get()
+    return nullcontext(), nullcontext() if layout is None else packed(layout)
 
 
 AttentionInterface.register(NAME, packed_attention)

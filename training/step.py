@@ -20,9 +20,9 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from cluster.errors import BaseModelError
+from cluster.errors import BaseModelError, SpecError
 from training.lora_linear import fuse_loras
-from training.packed import NAME, Layout, packed, prefix_of
+from training.packed import NAME, Layout, packed, prefix_of, recomputation
 from training.rows import IGNORE
 
 # Rows of logits that exist at once: 128 x 128,000 in float32 are 64 MiB.
@@ -72,9 +72,16 @@ class LossModel(torch.nn.Module):
 
     Args:
         is_sharded: The output embedding's weight is not here outside its own forward (ZeRO 3).
+        recomputes: Backward computes each layer again, of which only the input is kept (gradient
+            checkpointing, Chen et al. 2016, arXiv:1604.06174).
+
+    Raises:
+        SpecError: the base or the method cannot be computed again.
     """
 
-    def __init__(self, model: torch.nn.Module, *, is_sharded: bool = False) -> None:
+    def __init__(
+        self, model: torch.nn.Module, *, is_sharded: bool = False, recomputes: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         # Any: PEFT's wrappers and transformers' models have no common type.
@@ -89,6 +96,8 @@ class LossModel(torch.nn.Module):
         if not is_sharded:
             fuse_loras(model)
         self._choose(is_sharded)
+        if recomputes:
+            self._recompute()
 
     def forward(self, asked: Batch | Continuation) -> torch.Tensor:
         """Of a batch: the sum of the label tokens' negative log-likelihoods, float32 scalar with a
@@ -181,6 +190,24 @@ class LossModel(torch.nn.Module):
         finally:
             if self.is_packed:
                 self._base.set_attn_implementation(NAME)
+
+    def _recompute(self) -> None:
+        if not self._base.supports_gradient_checkpointing:
+            raise SpecError(
+                f"gradient_checkpointing: {type(self._base).__name__} cannot compute layers again; "
+                "leave it out"
+            )
+        if self._soft_prompt == "PREFIX_TUNING" and not self.is_packed:
+            # Its layers would drop the cache that a padded pass hands the prefix over in.
+            raise SpecError(
+                "gradient_checkpointing: does not fit prefix_tuning on "
+                f"{type(self._base).__name__}, whose rows cannot be packed; leave it out, or take "
+                "prompt_tuning or p_tuning"
+            )
+        # PEFT refuses prefix tuning on a model that has it; so after the method.
+        self._base.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": recomputation}
+        )
 
     def _choose(self, is_sharded: bool) -> None:
         """Set `is_packed` and `has_plain_head` by what agrees with the padded pass."""

@@ -57,6 +57,8 @@ TWO_WORKERS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "zero3": (4, 1, {"stage": 3}),
     "zero3-offload": (4, 1, {"stage": 3, "offload_optimizer": True, "offload_parameters": True}),
 }
+# Those of them that compute layers again in backward.
+RECOMPUTED = {"2x2x2", "zero2-accumulated", "zero3-offload"}
 ALONE = (8, 1, {"stage": 0})
 
 
@@ -108,6 +110,7 @@ def runs(
         run_case(alone, tokens, Place())
         for name, how in TWO_WORKERS.items():
             settings = spec(base, method, how, workers=2)
+            settings["gradient_checkpointing"] = name in RECOMPUTED
             cases.append(Case(settings, folder / f"{method}-{name}"))
             half = folder / f"{method}-{name}" / f"checkpoint-{HALF}"
             cases.append(Case(settings, folder / f"{method}-{name}-resumed", half))

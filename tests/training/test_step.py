@@ -9,8 +9,10 @@ import torch
 from adapters import load, randomize
 from torch.nn.functional import cross_entropy
 
+from cluster.errors import SpecError
 from cluster.spec import parse_spec
 from training.methods import METHODS, trainable_parameters
+from training.methods.course import Course
 from training.rows import IGNORE
 from training.spec import TrainingSpec
 from training.step import HeadLoss, LossModel, collate
@@ -44,6 +46,10 @@ ROWS = [
 
 
 def adapted(base: Path, method: str) -> Any:
+    return adapted_with_course(base, method)[0].eval()
+
+
+def adapted_with_course(base: Path, method: str) -> tuple[Any, Course]:
     document = {
         "base_model": str(base), "method": SETTINGS[method], "data": {"train": "x"},
         "output": {"name": "x"},
@@ -52,7 +58,7 @@ def adapted(base: Path, method: str) -> Any:
     torch.manual_seed(0)
     model = METHODS[spec.kind].attach(load(base), spec, str(base))
     randomize(model)
-    return model.eval()
+    return model, METHODS[spec.kind].course(model, spec, 0)
 
 
 def textbook(model: Any) -> torch.Tensor:
@@ -86,6 +92,36 @@ def test_loss_and_gradients_are_those_of_the_textbook(
     scale = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, parameter in trainable_parameters(model).items():
         assert (parameter.grad - gradients[name]).abs().max() < 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_layers_computed_again_in_backward_change_nothing(
+    bases: Bases, family: str, method: str
+) -> None:
+    """With the dropout of GPT-2 and with what a method adds to the loss."""
+    found: list[list[torch.Tensor]] = []
+    passes: list[bool] = []
+    for recomputes in (False, True):
+        model, course = adapted_with_course(bases(family), method)
+        measured = LossModel(model, recomputes=recomputes).train()
+        layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+        layers[-1].mlp.register_forward_pre_hook(lambda *_, r=recomputes: passes.append(r))
+        values: list[torch.Tensor] = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            loss, penalty = measured(collate(ROWS, DEVICE)), course.penalty()
+            values.append(loss.detach())
+            (loss if penalty is None else loss + penalty).backward()
+        found.append(values + [p.grad for p in trainable_parameters(model).values()])
+    assert passes == [False] * 2 + [True] * 4
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
+def test_a_prefix_that_recomputation_would_drop_is_refused(bases: Bases) -> None:
+    with pytest.raises(SpecError, match="gradient_checkpointing: does not fit prefix_tuning"):
+        LossModel(adapted(bases("bloom"), "prefix_tuning"), recomputes=True)
 
 
 def test_a_head_with_something_behind_it_keeps_its_whole_logits(bases: Bases) -> None:

@@ -55,7 +55,8 @@ class AdaLoraCourse(Course):
         self._spec, self._tuner = spec, model.base_model
         self._config = model.peft_config["default"]
         self._allocator = self._tuner.rankallocator
-        self._penalties: list[torch.Tensor] = []
+        # By factor: backward may compute a layer again, and must find the same penalty anew.
+        self._penalties: dict[tuple[int, bool], torch.Tensor] = {}
         # What backward adds up over a step's micro-batches, by name in the tuner's model.
         self._gradients: dict[str, torch.Tensor] = {}
         factors = [p for n, p in self._named() if ".lora_A." in n or ".lora_B." in n]
@@ -75,9 +76,9 @@ class AdaLoraCourse(Course):
 
     def penalty(self) -> torch.Tensor | None:
         """See Course."""
-        total = torch.stack(self._penalties).sum() * self._weight if self._penalties else None
+        total = torch.stack([*self._penalties.values()]).sum() if self._penalties else None
         self._penalties.clear()
-        return total
+        return None if total is None else total * self._weight
 
     def end_step(self, step: int, steps: int, backend: Backend) -> None:
         """See Course. PEFT's allocator counts steps from 1: the last of them is then `steps`."""
@@ -134,7 +135,7 @@ class AdaLoraCourse(Course):
         if layer.training and torch.is_grad_enabled():
             for factor, is_wide in ((layer.lora_A, True), (layer.lora_B, False)):
                 penalty: Any = _Orthogonality.apply(factor["default"], is_wide)
-                self._penalties.append(penalty)
+                self._penalties[id(layer), is_wide] = penalty
 
     def _adder(self, name: str) -> Any:
         def add(gradient: torch.Tensor) -> None:

@@ -112,8 +112,6 @@ def _shape(module: torch.nn.Module) -> ModuleShape | None:
     weight, bias = own.get("weight"), own.get("bias")
     read = partial(_read_weight, module)
     if isinstance(module, torch.nn.Linear):
-        if weight is not None and not weight.is_floating_point():  # quantised, and packed
-            own, weight = {name: p for name, p in own.items() if name != "weight"}, None
         size = (module.in_features, module.out_features)
         return ModuleShape(*size, "linear", own, bias, weight, read_weight=read)
     if isinstance(module, Conv1D):
@@ -135,13 +133,5 @@ def _shape(module: torch.nn.Module) -> ModuleShape | None:
 def _read_weight(module: torch.nn.Module) -> torch.Tensor:
     """[out, in], float32 on CPU."""
     weight: Any = module.weight
-    if type(weight).__name__ == "Params4bit":
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(weight.data, weight.quant_state)
-    elif type(weight).__name__ == "Int8Params":
-        int8: Any = module
-        scale_O: Any = weight.SCB if weight.SCB is not None else int8.state.SCB
-        weight = weight.data.float() * scale_O[:, None] / 127
     weight = weight.detach().float().cpu()
     return weight if isinstance(module, torch.nn.Linear) else weight.T

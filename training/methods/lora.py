@@ -93,12 +93,7 @@ def load_peft(model: Any, folder: Path) -> torch.nn.Module:
 
 
 def _check_can_take(model: Any, spec: LoraSpec) -> None:
-    """PEFT would make factors of a lower rank than it says, and cannot split quantised weights."""
-    if getattr(model, "quantization_method", None) is not None:
-        raise SpecError(
-            f"method.init: {spec.init!r} takes a part of the base's weights, which "
-            "base_quantization keeps in a few bits; set it to default or gaussian"
-        )
+    """PEFT would make factors of a lower rank than it says."""
     rank = max([spec.r, *spec.rank_pattern.values()])
     for name, module in model.named_modules():
         if type(module).__name__ not in ("Linear", "Conv1D"):

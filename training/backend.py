@@ -58,12 +58,21 @@ class Backend(Protocol):
         ...
 
 
-def build_optimizer(model: torch.nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, grouped by the `rate_ratio` that their method gave."""
+def build_optimizer(model: torch.nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters, grouped by the `rate_ratio` that their method gave.
+
+    Raises:
+        SpecError: its kind cannot be compiled here.
+    """
     groups: dict[float, list[torch.nn.Parameter]] = {1.0: []}  # there must be one, if empty
     for parameter in trainable_parameters(model).values():
         groups.setdefault(getattr(parameter, "rate_ratio", 1.0), []).append(parameter)
-    return torch.optim.AdamW(
+    make: Any = torch.optim.AdamW
+    if spec.kind == "cpu_adam":
+        from training.cpu_adam import CpuAdam
+
+        make = CpuAdam
+    return make(
         [{"params": group, "rate_ratio": ratio} for ratio, group in groups.items()],
         lr=spec.learning_rate,
         betas=spec.betas,

@@ -25,6 +25,11 @@ class OutputSpec(Spec):
 class OptimizerSpec(Spec):
     """AdamW and its learning-rate schedule."""
 
+    kind: Literal["adamw", "cpu_adam"] = Field(
+        "adamw",
+        description="torch's AdamW, or DeepSpeed's for CPUs: the same update by vector "
+        "instructions, compiled at first use. On GPUs it needs `zero.offload_optimizer`.",
+    )
     learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="Decay of the two moments.")
@@ -144,6 +149,16 @@ class TrainingSpec(Spec):
     def _one_batch_size(self) -> TrainingSpec:
         if self.batch_size is not None and self.gradient_accumulation_steps is not None:
             raise ValueError("give batch_size or gradient_accumulation_steps, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _states_where_the_optimizer_is(self) -> TrainingSpec:
+        on_gpu = self.workers.gpus and not self.zero.offload_optimizer
+        if self.optimizer.kind == "cpu_adam" and on_gpu:
+            raise ValueError(
+                "optimizer.kind cpu_adam updates what is in CPU memory; set zero.offload_optimizer "
+                "(stage 1, 2 or 3), or take adamw"
+            )
         return self
 
     @property

@@ -53,6 +53,8 @@ def test_rules_between_fields() -> None:
     assert "needs stage 1, 2 or 3" in message(
         {**GOOD, "zero": {"stage": 0, "offload_optimizer": True}}
     )
+    on_gpu = {**GOOD, "optimizer": {"kind": "cpu_adam"}, "workers": {"gpus": 1}}
+    assert "set zero.offload_optimizer" in message(on_gpu)
 
 
 def test_overrides_are_yaml_and_reach_nested_keys(tmp_path: Path) -> None:

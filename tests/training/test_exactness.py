@@ -1,6 +1,8 @@
 """The same run however it is cut: over workers, accumulation, ZeRO stages, and interruptions."""
 
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,38 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
     files = [run / "adapter" / "adapter_model.safetensors" for run in (whole, resumed)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert difference(state_of(whole), state_of(resumed)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # of which compiling takes most, once on a machine
+def test_cpu_adam_is_adamw_and_resumes_bit_for_bit(
+    bases: Callable[[str], Path], runs: Path, tokens: Path, tmp_path: Path
+) -> None:
+    cases: list[Case] = []
+    ways = ("2x2x2", "zero2-offload", "zero3-offload")
+    for name in ways:
+        settings = spec(bases("llama"), "lora", TWO_WORKERS[name], workers=2)
+        settings["optimizer"] = {**settings["optimizer"], "kind": "cpu_adam"}
+        whole, resumed = tmp_path / name, tmp_path / f"{name}-resumed"
+        cases += [Case(settings, whole), Case(settings, resumed, whole / f"checkpoint-{HALF}")]
+    run_cases(2, cases, tokens)
+    for name in ways:
+        whole, resumed = state_of(tmp_path / name), state_of(tmp_path / f"{name}-resumed")
+        assert difference(state_of(runs / "lora-alone"), whole) < 1e-5
+        assert difference(whole, resumed) == 0
+
+
+@pytest.mark.slow
+def test_a_compiler_is_named_where_cpu_adam_needs_one(
+    bases: Callable[[str], Path], tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "empty"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    settings = spec(bases("llama"), "lora", TWO_WORKERS["2x4"], workers=1)
+    settings["optimizer"] = {"kind": "cpu_adam"}
+    with pytest.raises(Exception, match=r"cannot compile it here .* install a C\+\+ compiler"):
+        run_cases(1, [Case(settings, tmp_path / "run")], tokens)
 
 
 @pytest.mark.slow

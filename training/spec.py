@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from cluster.spec import Name, Spec, StoreUri
 from training.data_spec import DataSpec, EvaluationSpec
@@ -150,6 +157,16 @@ class TrainingSpec(Spec):
         if self.batch_size is not None and self.gradient_accumulation_steps is not None:
             raise ValueError("give batch_size or gradient_accumulation_steps, not both")
         return self
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_loss_scale(cls, value: Any) -> Any:
+        if value == "fp16":
+            raise ValueError(
+                "fp16 needs a loss scale, which no checkpoint holds yet; take bf16, which has "
+                "fp32's range and needs none, or fp32"
+            )
+        return value
 
     @model_validator(mode="after")
     def _states_where_the_optimizer_is(self) -> TrainingSpec:

@@ -275,8 +275,21 @@ def _block(x: torch.Tensor, block: Block) -> torch.Tensor:
 def _times_sparse(x: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
     """x S, [rows, O] in float32; see LinearDelta."""
     if not x.is_floating_point():
-        return sparse.index_select(0, x.flatten()).to_dense()
+        return _rows_of(sparse, x.flatten())
     return torch.mm(sparse, x.flatten(0, -2).T.to(sparse.dtype)).T
+
+
+def _rows_of(sparse: torch.Tensor, ids_T: torch.Tensor) -> torch.Tensor:
+    """Rows of a CSR matrix, dense. (`index_select` of a large one leaves inference mode in its
+    threads, and fails there.)"""
+    first, place = sparse.crow_indices(), sparse.col_indices()
+    count_T = first[ids_T + 1] - first[ids_T]
+    row = torch.arange(len(ids_T), device=ids_T.device).repeat_interleave(count_T)
+    before_T = count_T.cumsum(0) - count_T
+    index = (first[ids_T] - before_T)[row] + torch.arange(len(row), device=ids_T.device)
+    dense = sparse.values().new_zeros(len(ids_T), sparse.shape[1])
+    dense[row, place[index]] = sparse.values()[index]
+    return dense
 
 
 def _run_with(

@@ -24,7 +24,7 @@ class LinearDelta:
     Args:
         factor: Of x A B.
         sparse: The sparse change S of the weight, in float32 whatever the engine's dtype: CSR
-            [O, I]; of an embedding COO [I, O], whose rows are the tokens'.
+            [O, I]; of an embedding [I, O], whose rows are the tokens'.
     """
 
     a_Ir: torch.Tensor | None = None

@@ -200,11 +200,6 @@ def _compressed(change: _Sparse, shape: ModuleShape, target: Target) -> torch.Te
     rows, columns = shape.parameters["weight"].shape
     places = torch.stack([change.indices_K // columns, change.indices_K % columns])
     values = change.values_K * shape.scale
-    if shape.kind == "embedding":
-        table = torch.sparse_coo_tensor(
-            places, values, (rows, columns), is_coalesced=True, check_invariants=True
-        )
-        return table.to(target.device)
     if shape.kind == "transposed":
         places, rows, columns = places.flip(0), columns, rows
     with warnings.catch_warnings():

@@ -44,13 +44,15 @@ class Intake:
         Raises:
             RequestError: it asks the impossible.
         """
-        ids = self._prompt_ids(request)
+        ids, param = self._prompt_ids(request)
+        # The length goes first: it bounds what the rest costs.
+        max_tokens = self._room(request, len(ids), adapter.taken_tokens if adapter else 0)
+        check_token_ids(ids, self._vocabulary, param)
         check_token_ids(request.logit_bias, self._vocabulary, "logit_bias")
         check_token_ids(request.stop_token_ids, self._vocabulary, "stop_token_ids")
         if request.stop and self.tokenizer is None:
             raise RequestError("stop needs a tokenizer, and the base has none", param="stop")
         prefix = adapter.lowered.prefix_tokens if adapter else 0
-        max_tokens = self._room(request, len(ids), adapter.taken_tokens if adapter else 0)
         generated = self._generated(request, max_tokens)
         detokenizer = Detokenizer(self.tokenizer, ids, request.stop) if self.tokenizer else None
         if detokenizer:
@@ -64,7 +66,7 @@ class Intake:
             request,
             Sequence(
                 request_id,
-                ids + generated,
+                [*map(int, ids), *generated],
                 adapter=adapter.name if adapter else "",
                 tenant=request.cache_salt,
                 prefix_tokens=prefix,
@@ -80,7 +82,8 @@ class Intake:
             grammar=grammar,
         )
 
-    def _prompt_ids(self, request: GenerationRequest) -> list[int]:
+    def _prompt_ids(self, request: GenerationRequest) -> tuple[list[int], str]:
+        """The prompt, and the field that it was given in."""
         if request.prompt_token_ids is not None:
             ids, param = list(request.prompt_token_ids), "prompt_token_ids"
         elif self.tokenizer is None:
@@ -89,19 +92,18 @@ class Intake:
             ids, param = encode_prompt(self.tokenizer, request.prompt or ""), "prompt"
         if not ids:
             raise RequestError(f"{param} is empty; give at least one token", param=param)
-        check_token_ids(ids, self._vocabulary, param)
-        return [int(token) for token in ids]
+        return ids, param
 
     def _generated(self, request: GenerationRequest, max_tokens: int) -> list[int]:
         """The tokens that the answer begins with. Raises RequestError unless more can follow."""
         given, field = request.generated_token_ids, "generated_token_ids"
-        check_token_ids(given, self._vocabulary, field)
         if given and len(given) >= max_tokens:
             raise RequestError(
                 f"{field} has {len(given)} tokens, and the answer has {max_tokens} in all; "
                 "it is over",
                 param=field,
             )
+        check_token_ids(given, self._vocabulary, field)
         return [int(token) for token in given]
 
     def _grammar(self, request: GenerationRequest, generated: list[int]) -> Grammar | None:

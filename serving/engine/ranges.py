@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,21 @@ def require(condition: bool, param: str, message: str) -> None:
         raise RequestError(message, param=param)
 
 
-def check_token_ids(ids: Iterable[int], vocabulary: int, param: str) -> None:
+def check_token_ids(ids: Collection[int], vocabulary: int, param: str) -> None:
     """Raise RequestError unless `ids` are token ids of a vocabulary of that size."""
-    for position, token in enumerate(ids):
-        require(
-            is_int(token) and 0 <= token < vocabulary,
-            param,
-            f"{param}[{position}] is {token!r}; token ids are whole numbers from 0 to "
-            f"{vocabulary - 1}",
-        )
+    # A long prompt is checked between two steps of everyone's answers: no Python code per token.
+    are_whole = all(issubclass(k, (int, np.integer)) and k is not bool for k in set(map(type, ids)))
+    if not ids or (are_whole and min(ids) >= 0 and max(ids) < vocabulary):
+        return
+    position, token = next(
+        (position, token)
+        for position, token in enumerate(ids)
+        if not (is_int(token) and 0 <= token < vocabulary)
+    )
+    raise RequestError(
+        f"{param}[{position}] is {token!r}; token ids are whole numbers from 0 to {vocabulary - 1}",
+        param=param,
+    )
 
 
 def is_int(value: object) -> bool:

@@ -158,3 +158,11 @@ def test_impossible_options_name_their_field(
         engine.generate([GenerationRequest(prompt="x", **options)])
     assert caught.value.param == param
     assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize("field", ["prompt_token_ids", "generated_token_ids"])
+def test_the_length_is_checked_before_the_tokens(engine: Engine, field: str) -> None:
+    options: dict[str, Any] = {"prompt_token_ids": [1], field: [0] * 100_000 + [-1]}
+    with pytest.raises(RequestError) as caught:
+        engine.generate([GenerationRequest(**options)])
+    assert "100001 tokens" in caught.value.message

@@ -58,6 +58,10 @@ def generate(
         str | None, typer.Option(help="Column that names each row's adapter.")
     ] = None,
     url: Annotated[str, typer.Option(envvar="GRAFT_URL", help="Of the service.")] = DEFAULT_URL,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="GRAFT_API_KEY", help="A key of the service, if it asks for one."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of one answer.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from this share of probability.")] = 1.0,
@@ -79,7 +83,7 @@ def generate(
         options["seed"] = seed
     if stop:
         options["stop"] = stop
-    with Client(url, concurrency=concurrency) as client:
+    with Client(url, api_key=api_key, concurrency=concurrency) as client:
         report = client.generate_file(
             source,
             target,

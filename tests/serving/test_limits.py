@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pyarrow as pa
 import pytest
+import typer
 from service import ASK, BASE_NAME, CATALOGUE_TTL_S, NAMES, VARIANTS, error, publish, running
 from typer.testing import CliRunner
 
-from cluster.errors import NotFoundError, SpecError
+from cluster.errors import JobFailedError, NotFoundError, SpecError
 from cluster.spec import parse_spec
+from cluster.tables import write_table
+from serving.command import generate
 from serving.command import keys as commands
 from serving.gateway.access import Bucket
 from serving.gateway.metrics import Metrics
@@ -151,6 +155,21 @@ def test_a_revoked_key_is_out(guarded: Guarded) -> None:
         error(http.get("/v1/models"), 401)
     with pytest.raises(NotFoundError, match="graft keys list"):
         guarded.keys.revoke(key_id)
+
+
+def test_a_file_is_answered_with_a_key(guarded: Guarded, tmp_path: Path) -> None:
+    """`graft generate` is serving.command.generate."""
+    write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "in.arrow")
+    with guarded.client() as http:
+        key = http.headers["authorization"].partition(" ")[2]
+    app, out = typer.Typer(), tmp_path / "out.arrow"
+    app.command()(generate)
+    call = [str(tmp_path / "in.arrow"), str(out), "--adapter", "lora", "--url", guarded.url, "-q"]
+    for option, environment in ((["--api-key", key], {}), ([], {"GRAFT_API_KEY": key})):
+        result = CliRunner().invoke(app, [*call, *option], env=environment)
+        assert result.exit_code == 0, result.output
+        out.unlink()
+    assert isinstance(CliRunner().invoke(app, call).exception, JobFailedError)
 
 
 def test_requests_tokens_and_concurrency_of_a_key(guarded: Guarded) -> None:

@@ -27,6 +27,7 @@ from tenacity.wait import wait_random_exponential
 from cluster.errors import (
     OUTCOMES,
     AuthenticationError,
+    DeadlineError,
     GraftError,
     NotFoundError,
     OperationError,
@@ -49,7 +50,7 @@ _BY_STATUS: Mapping[int, type[GraftError]] = {
     429: OverloadedError,
     502: UnavailableError,
     503: UnavailableError,
-    504: UnavailableError,
+    504: DeadlineError,
 }
 
 
@@ -255,7 +256,7 @@ class AsyncClient:
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._max_attempts),
             wait=_pause_s,
-            retry=retry_if_exception(lambda e: isinstance(e, GraftError) and e.retryable),
+            retry=retry_if_exception(_may_mend),
             reraise=True,
         )
         async for attempt in retrying:
@@ -352,6 +353,13 @@ class Client:
         except KeyboardInterrupt:
             future.cancel()
             raise
+
+
+def _may_mend(error: BaseException) -> bool:
+    """Whether the same request may soon succeed. One that ran out of its time would again, after
+    holding its place in the service for as long."""
+    may_retry = isinstance(error, GraftError) and error.retryable
+    return may_retry and not isinstance(error, DeadlineError)
 
 
 def _pause_s(state: RetryCallState) -> float:

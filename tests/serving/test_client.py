@@ -21,6 +21,8 @@ from service import BASE_NAME, Running, publish, running
 from cluster.errors import (
     ConflictError,
     DataError,
+    DeadlineError,
+    GraftError,
     ModelNotFoundError,
     OperationError,
     RequestError,
@@ -349,10 +351,13 @@ def test_the_pause_that_the_server_asks_for_is_kept(faulty: tuple[str, type[Faul
     assert time.monotonic() - began >= 1
 
 
-def test_what_cannot_mend_is_not(faulty: tuple[str, type[Faulty]]) -> None:
+@pytest.mark.parametrize(("status", "kind"), [(400, RequestError), (504, DeadlineError)])
+def test_what_cannot_mend_is_not(
+    faulty: tuple[str, type[Faulty]], status: int, kind: type[GraftError]
+) -> None:
     url, handler = faulty
-    handler.answers = [lambda h: h.send(400, b"no JSON at all")]
-    with Client(url) as client, pytest.raises(RequestError, match="HTTP 400: no JSON"):
+    handler.answers = [lambda h: h.send(status, b"no JSON at all")]
+    with Client(url) as client, pytest.raises(kind, match=f"HTTP {status}: no JSON"):
         client.generate(["x"], adapter="a")
     assert handler.seen == 1
 

@@ -7,7 +7,7 @@ that changes nothing.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -277,19 +277,26 @@ class ChatRequest(Sampling):
         """See Sampling; a call that must be made has the form of its tools."""
         if not self.must_call:
             return super().form
+        tools = self.tools_in_use
         calls = [
             {
                 "type": "object",
                 "properties": {
                     "name": {"const": tool.function.name},
-                    "arguments": tool.function.parameters or {"type": "object"},
+                    "arguments": {"$ref": f"#/$defs/{place}"},
                 },
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
-            for tool in self.tools_in_use
+            for place, tool in enumerate(tools)
         ]
-        return "json_schema", calls[0] if len(calls) == 1 else {"anyOf": calls}
+        # References count from the root, and two tools may mean different things by one name.
+        rules = {
+            str(place): _moved(tool.function.parameters or {"type": "object"}, f"/$defs/{place}")
+            for place, tool in enumerate(tools)
+        }
+        rule = calls[0] if len(calls) == 1 else {"anyOf": calls}
+        return "json_schema", {**rule, "$defs": rules}
 
     @model_validator(mode="after")
     def _something_to_call(self) -> Self:
@@ -304,6 +311,20 @@ class ChatRequest(Sampling):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs = true")
         return self
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """`schema` with its references as they are once it stands at the path `to` of another."""
+    if isinstance(schema, list):
+        return [_moved(part, to) for part in cast("list[Any]", schema)]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: f"#{to}{part[1:]}"
+        if key == "$ref" and isinstance(part, str) and part.startswith("#")
+        else _moved(part, to)
+        for key, part in cast("dict[str, Any]", schema).items()
+    }
 
 
 class TokenizeRequest(_Body):

@@ -1,5 +1,6 @@
 """Tool calls: parsed out of answers cut anywhere, and made by a base whose template knows them."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from conftest import make_base
 from service import BASE_NAME, running
 
 from serving.gateway.tools import ToolParser
+from serving.protocol import ChatRequest
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m.role }}|>"
@@ -23,7 +25,8 @@ WEATHER: Any = {
         "name": "weather",
         "parameters": {
             "type": "object",
-            "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+            "properties": {"city": {"$ref": "#/$defs/City"}},
+            "$defs": {"City": {"enum": ["Rome", "Oslo"]}},
             "required": ["city"],
             "additionalProperties": False,
         },
@@ -47,7 +50,9 @@ def parse(pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
     ("answer", "said", "count"),
     [
         (CALL, "", 1),
-        (f"Let me see. {CALL}\n{CALL}", "Let me see. ", 2),
+        (f"Let me see. {CALL}\n{CALL}", "Let me see.", 2),
+        (f"{CALL}\n\nHello  world, \n{CALL} and\n", "Hello  world,and\n", 2),
+        ("a \n<tool_call>b</tool_call> c ", "a \n<tool_call>b</tool_call> c ", 0),
         ("a < b, <tool", "a < b, <tool", 0),
         ("<tool_call>{broken}</tool_call>", "<tool_call>{broken}</tool_call>", 0),
         ("<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", 0),
@@ -58,8 +63,23 @@ def test_calls_are_found_wherever_the_answer_is_cut(answer: str, said: str, coun
     for size in (1, 2, 7, len(answer)):
         pieces = [answer[i : i + size] for i in range(0, len(answer), size)]
         text, calls = parse(pieces)
-        assert text.rstrip("\n") == said.rstrip("\n"), size
+        assert text == said, size
         assert calls == [("weather", {"city": "Rome"})] * count
+
+
+def test_each_tool_keeps_its_own_meaning_of_a_name() -> None:
+    other = copy.deepcopy(WEATHER)
+    other["function"]["parameters"]["$defs"] = {"City": {"enum": ["Bonn"]}, "Me": {"$ref": "#"}}
+    said = [{"role": "user", "content": "?"}]
+    asked = {"model": "m", "messages": said, "tools": [WEATHER, other], "tool_choice": "required"}
+    form = ChatRequest.model_validate(asked).form
+    assert form
+    rule = form[1]
+    arguments = [call["properties"]["arguments"] for call in rule["anyOf"]]
+    assert arguments == [{"$ref": "#/$defs/0"}, {"$ref": "#/$defs/1"}]
+    assert rule["$defs"]["0"]["properties"]["city"] == {"$ref": "#/$defs/0/$defs/City"}
+    assert rule["$defs"]["1"]["properties"]["city"] == {"$ref": "#/$defs/1/$defs/City"}
+    assert rule["$defs"]["1"]["$defs"] == {"City": {"enum": ["Bonn"]}, "Me": {"$ref": "#/$defs/1"}}
 
 
 def test_a_tool_that_must_be_called_is(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
     <tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>
 
-Text outside of the tags is given on as it comes; what may become a tag is held back. A call whose
-JSON is broken, or cut off by the answer's end, is given on as the text that it is.
+Text outside of the tags is given on as it comes, without the white space that touches a call;
+what may become a tag, or such white space, is held back. A call whose JSON is broken, or cut off by
+the answer's end, is given on as the text that it is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class ToolParser:
 
     def __init__(self, *, must_call: bool) -> None:
         self._held = ""
+        self._spaces = ""  # white space behind what was said, which a call would swallow
+        self._is_behind_call = False
         self._is_call = self._must_call = must_call
         self.calls = 0
 
@@ -41,19 +44,19 @@ class ToolParser:
             if not found:
                 break
             if not self._is_call:
-                said += before
+                said += self._said(before)
             elif (call := _parsed(before)) is not None:
                 calls.append(call)
+                self._spaces, self._is_behind_call = "", True
             else:
-                said += _OPEN + before + _CLOSE
+                said += self._said(_OPEN + before + _CLOSE)
             self._held, self._is_call = after, not self._is_call
         if not self._is_call:
             keep = _beginning_of(_OPEN, self._held)
             cut = len(self._held) - keep
-            said, self._held = said + self._held[:cut], self._held[cut:]
+            said, self._held = said + self._said(self._held[:cut]), self._held[cut:]
         self.calls += len(calls)
-        # Between and around calls, models write line breaks that nobody wants to read.
-        return ("" if self.calls and not said.strip() else said), calls
+        return said, calls
 
     def finish(self) -> tuple[str, list[ToolCall]]:
         """The text, or the call, that was held back, at the answer's end."""
@@ -63,7 +66,18 @@ class ToolParser:
             return ("", [call]) if call else (self._held, [])
         rest = (_OPEN if self._is_call else "") + self._held
         self._held, self._is_call = "", False
-        return rest, []
+        return self._said(rest) + self._spaces, []
+
+    def _said(self, text: str) -> str:
+        """`text` behind the white space before it; its own stays back until it is known to touch
+        no call. Models write line breaks around calls that nobody wants to read."""
+        if self._is_behind_call:
+            text = text.lstrip()
+        text = self._spaces + text
+        said = text.rstrip()
+        self._spaces = text[len(said) :]
+        self._is_behind_call = self._is_behind_call and not said
+        return said
 
 
 def _parsed(text: str) -> ToolCall | None:

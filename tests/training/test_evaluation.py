@@ -17,10 +17,11 @@ from workers import Case, run_case, run_cases, weights_of
 
 from cluster.errors import SpecError
 from cluster.spec import parse_spec
+from training.assembly import assemble
 from training.data_spec import EvaluationSpec
 from training.evaluation import Evaluation, best_of, is_over, question_of, rouge_l
-from training.loop import Place
-from training.rows import IGNORE, row_hash, write_rows
+from training.loop import Place, run
+from training.rows import IGNORE, TokenRows, row_hash, split, write_rows
 from training.spec import TrainingSpec
 from training.step import Continuation, LossModel, collate
 
@@ -30,6 +31,8 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "bitfit": {"kind": "bitfit"},
     "prompt_tuning": {"kind": "prompt_tuning", "num_virtual_tokens": 4},
     "prefix_tuning": {"kind": "prefix_tuning", "num_virtual_tokens": 4, "projection": True},
+    "fishmask": {"kind": "fishmask", "num_samples": 4},
+    "adalora": {"kind": "adalora", "r": 2, "init_r": 4},
 }
 
 
@@ -169,6 +172,21 @@ def runs(bases: Bases, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -
         cases.append(Case(wild, folder / f"wild-{stage}-resumed", half))
     run_cases(2, cases, tokens)
     return folder
+
+
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+def test_what_is_saved_is_the_best(bases: Bases, tokens: Path, method: str) -> None:
+    spec = parse_spec(TrainingSpec, evaluated(bases("llama"), method, 0, 1))
+    rows, validation = split(TokenRows(tokens), 0.3, spec.seed)
+    made = assemble(spec, Place(), rows, None, validation)
+    end = run(spec, made.backend, rows, course=made.course, evaluator=made.evaluator)
+    made.take_best(end.step)
+    assert made.evaluator is not None
+    parameters = dict(made.model.named_parameters())
+    best = {k: v for k, v in made.evaluator.best.items() if k.startswith("param/")}
+    assert best
+    for name, value in best.items():
+        assert torch.equal(parameters[name.removeprefix("param/")], value)
 
 
 def history(run: Path) -> list[dict[str, Any]]:

@@ -46,9 +46,14 @@ class FisherCourse(Course):
         self._choose(top(scores, count))
 
     def restore(self, model: LossModel, state: Mapping[str, torch.Tensor]) -> None:
-        """See Course."""
-        self._masks = {name: indices.long() for name, indices in state.items()}
-        set_masks(self._found, self._masks)
+        """See Course. Masks that are set already keep their values."""
+        masks = {name: indices.long() for name, indices in state.items()}
+        if masks.keys() == self._masks.keys() and all(
+            torch.equal(masks[name], own) for name, own in self._masks.items()
+        ):
+            return
+        self._masks = masks
+        set_masks(self._found, masks)
 
     def state(self) -> dict[str, torch.Tensor]:
         """See Course."""

@@ -49,12 +49,14 @@ def open_table(path: str | Path) -> pa.Table:
 
 @dataclass(frozen=True)
 class RowStream:
-    """The rows of a table of any size, read a few hundred at a time."""
+    """The rows of a table of any size, read a few hundred at a time. `is_open` tells that rows may
+    have columns beyond `columns`: of JSON only the first lines were looked at."""
 
     path: Path
     columns: tuple[str, ...]
     num_rows: int
     _chunks: Callable[[Sequence[str]], Iterator[_Chunk]]
+    is_open: bool = False
 
     def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Each row's values of `columns`; None for a key that a line of JSON lacks.
@@ -176,23 +178,23 @@ def _stream(path: Path) -> RowStream:
 def _stream_json(path: Path) -> RowStream:
     """Line by line with Python's own reader: Arrow's fixes the types by the first block."""
 
-    def chunks(columns: Sequence[str]) -> Iterator[_Chunk]:
+    def parts() -> Iterator[_Chunk]:
         with path.open(encoding="utf-8") as file:
             lines = (line for line in file if line.strip())
             while chunk := list(islice(lines, _CHUNK_ROWS)):
                 rows = [json.loads(line) for line in chunk]
                 if not all(isinstance(row, dict) for row in rows):
                     raise ValueError("a line is not a JSON object")
-                yield [{column: row.get(column) for column in columns} for row in rows]
+                yield rows
+
+    def chunks(columns: Sequence[str]) -> Iterator[_Chunk]:
+        for rows in parts():
+            yield [{column: row.get(column) for column in columns} for row in rows]
 
     with path.open("rb") as file:
         num_rows = sum(1 for line in file if line.strip())
-    with path.open(encoding="utf-8") as file:
-        lines = (line for line in file if line.strip())
-        names: dict[str, None] = {}
-        for line in islice(lines, _CHUNK_ROWS):
-            names |= dict.fromkeys(json.loads(line))
-    return RowStream(path, tuple(names), num_rows, chunks)
+    names = dict.fromkeys(name for row in next(parts(), []) for name in row)
+    return RowStream(path, tuple(names), num_rows, chunks, is_open=True)
 
 
 def _read(path: Path) -> pa.Table:

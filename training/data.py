@@ -23,7 +23,7 @@ from training.formats import detect_format, iterate_rows, response_of
 from training.lint import DataReport, Linter
 from training.rows import IGNORE, Row, count_learned, row_hash, write_rows
 
-FORMAT = 2  # counts up when a template or the masking below changes
+FORMAT = 3  # counts up when a template, the masking or the hashing below changes
 _PREAMBLE_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
@@ -119,8 +119,7 @@ def _kept(
     counts = linter.counts
     for number, row in enumerate(rows):
         ids, labels = tokenize_row(row, row_format, spec.template, tokenizer)
-        hashed = row_hash(ids, labels)
-        linter.look(ids, labels, response_of(row, row_format), hashed)
+        linter.look(ids, labels, response_of(row, row_format), row_hash(ids, labels))
         if spec.max_length is not None and len(ids) > spec.max_length:
             if spec.over_long == "fail":
                 raise DataError(
@@ -139,7 +138,8 @@ def _kept(
         counts["kept"] += 1
         counts["tokens"] += len(ids)
         counts["label_tokens"] += learned
-        yield ids, labels, hashed
+        # Of what is stored: rows that only the cut made alike must not part in the split.
+        yield ids, labels, row_hash(ids, labels)
 
 
 def _told(

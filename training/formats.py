@@ -46,7 +46,7 @@ def detect_format(stream: RowStream, asked: str) -> str:
 def iterate_rows(stream: RowStream, row_format: str) -> Iterator[dict[str, Any]]:
     """Each row as plain Python values, its cells checked."""
     wanted = [*COLUMNS[row_format]]
-    wanted += [c for c in OPTIONAL.get(row_format, ()) if c in stream.columns]
+    wanted += [c for c in OPTIONAL.get(row_format, ()) if stream.is_open or c in stream.columns]
     for number, row in enumerate(stream.rows(wanted)):
         _check_row(row, row_format, number, stream.path)
         yield row

@@ -55,6 +55,9 @@ def test_bad_files_are_named(tmp_path: Path, read: Callable[[Path], object]) -> 
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(DataError, match=name):
             read(tmp_path / name)
+    (tmp_path / "number.jsonl").write_text("5\n")
+    with pytest.raises(DataError, match=r"number\.jsonl"):
+        read(tmp_path / "number.jsonl")
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(DataError, match="unknown kind"):
         read(tmp_path / "a.csv")

@@ -1,5 +1,6 @@
 """Rows to tokens: what each format means, where the loss falls, what becomes of bad rows."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from conftest import byte_tokenizer
 
 from cluster.errors import DataError
-from cluster.tables import write_table
+from cluster.tables import stream_rows, write_table
 from training.data import fingerprint, render_alpaca, tokenize
 from training.data_spec import DataSpec, LintSpec
+from training.formats import detect_format, iterate_rows
 from training.lint import DataReport
 from training.rows import (
     IGNORE,
@@ -138,6 +140,15 @@ def test_bad_cells_are_named(tmp_path: Path, rows: list[dict[str, Any]], reason:
         run(tmp_path, rows)
 
 
+def test_an_input_that_only_a_late_line_has_is_read(tmp_path: Path) -> None:
+    rows = [{"instruction": "i", "output": "o"}] * 300
+    lines = [json.dumps(row) for row in [*rows, {**rows[0], "input": "late"}]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    stream = stream_rows(tmp_path / "rows.jsonl")
+    *_, last = iterate_rows(stream, detect_format(stream, "auto"))
+    assert last["input"] == "late"
+
+
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="needs column 'output'; the file has instruction"):
         run(tmp_path, [{"instruction": "i"}], format="alpaca")
@@ -238,6 +249,12 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     spec, told = DataSpec(train=str(tmp_path / "rows.parquet"), lint=LENIENT), []
     tokenize(spec, TOKENIZER, tmp_path, on_progress=lambda *at: told.append(at))
     assert told == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_rows_that_the_cut_made_alike_stay_on_one_side(tmp_path: Path) -> None:
+    rows = [{"text": "a" * 20 + end} for end in "xyz"]
+    report, tokens = run(tmp_path, rows, max_length=10)
+    assert (report.truncated, report.duplicate, len(set(tokens.hashes))) == (3, 0, 1)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5])

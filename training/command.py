@@ -78,7 +78,8 @@ def train(
     The spec, the base folder, the first rows and the target modules are checked here, before
     anything starts. On a cluster that this command itself starts, it follows to the end.
     --resume goes on from the last checkpoint of a job, named by the id that it was shown with;
-    --set workers.count=1 and the like may change how it runs, not what it learns.
+    --set may change how it goes on, as workers.count=1, optimizer.learning_rate=1e-5 or
+    max_steps=900; not the base, method, data, batch size, seed or evaluation.
     """
     from cluster import jobs
     from cluster.session import session

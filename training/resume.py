@@ -17,8 +17,9 @@ from cluster.store import Store, open_store
 from training import runs
 from training.spec import TrainingSpec
 
-# What makes the checkpoint fit, and each row be seen once an epoch.
-FIXED = ("base_model", "method", "data", "batch_size", "seed", "output.store")
+# What makes the checkpoint fit, each row be seen once an epoch, and the best weights be the best.
+# The rest may change: a lower learning rate or bf16 is what the job's own error may ask for.
+FIXED = ("base_model", "method", "data", "batch_size", "seed", "evaluation", "output.store")
 
 
 def store_of(session: Session, job_id: str, default_uri: str) -> Store:

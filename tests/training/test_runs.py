@@ -37,7 +37,7 @@ def spec(tmp_path: Path) -> TrainingSpec:
         {
             "base_model": "/base",
             "method": {"kind": "lora"},
-            "data": {"train": "/rows.arrow"},
+            "data": {"train": "/rows.arrow", "validation": 0.1},
             "output": {"name": "mine", "store": str(tmp_path / "store")},
             "workers": {"count": 2},
             "batch_size": 8,
@@ -122,11 +122,14 @@ def test_what_cannot_be_continued_is_refused_by_name(spec: TrainingSpec, tmp_pat
         continued_spec(store, "job", ())
     save(store, "job", 10, tmp_path / "one")
     assert continued_spec(store, "job", ["workers.count=1", "max_steps=30"]).workers.count == 1
+    remedies = ["optimizer.learning_rate=1e-5", "precision=bf16"]
+    assert continued_spec(store, "job", remedies).precision == "bf16"
     assert continued_spec(store, "job", ["micro_batch_size=1"]).global_batch_size == 8
     refused: list[tuple[str, str]] = [
         ("method.r=4", "method: .* would not fit the checkpoint"),
         ("batch_size=4", "batch_size: 4 instead of 8"),
         ("data.train=/other.arrow", "data: "),
+        ("evaluation.every_steps=5", "evaluation: "),
         ("output.store=/elsewhere", "output.store: "),
         ("workers.cuont=1", "did you mean 'count'"),
     ]

@@ -52,6 +52,10 @@ def test_the_rows_are_the_first_or_those_that_the_seed_draws(document: dict[str,
 def test_what_cannot_be_a_prompt_is_refused_before_the_start(document: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match=r"method.demonstrations is 10, .* has 9 rows"):
         text_of(document, demonstrations=10)
+    shared = {**document, "data": {**document["data"], "validation": 0.2}}
+    with pytest.raises(SpecError, match=r"data.validation: 0.2 is a share .* name a file"):
+        text_of(shared)
+    assert text_of(shared, text="mine") == "mine"
     with pytest.raises(SpecError, match=rf"virtual tokens fill the context of {CONTEXT}"):
         text_of(document, text="x" * CONTEXT)
 

@@ -49,11 +49,17 @@ def with_text(spec: HardPromptSpec, data: DataSpec, seed: int, tokenizer: Any) -
     """`spec` with its text, which is a pure function of the arguments and the data.
 
     Raises:
-        SpecError: the data has fewer rows.
+        SpecError: the data has fewer rows, or a share of them validates.
         DataError: one of them is wrong.
     """
     if spec.text is not None:
         return spec
+    if isinstance(data.validation, float):
+        raise SpecError(
+            f"data.validation: {data.validation} is a share of the rows that a hard_prompt's "
+            "demonstrations are drawn from, so they could be validated; name a file, or give "
+            "method.text"
+        )
     stream = stream_rows(data.train)
     row_format = detect_format(stream, data.format)
     count = spec.demonstrations

@@ -50,11 +50,14 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
         return {FAILURE: failure}
     try:
         return _train(spec, store, config)
-    except (CallerError, JobFailedError) as error:
+    except JobFailedError as error:
         # All workers come to the same end, and would again: Ray Train must not restart them.
         return {FAILURE: error.message}
+    # It may be this worker alone: the others wait until Ray Train starts all anew, to be told.
+    except CallerError as error:  # its node has no base folder, or no compiler
+        runs.record_failure(store, config["job_id"], error.message)
+        raise
     except (MemoryError, RuntimeError) as error:
-        # It may be this worker alone: the others wait until Ray Train starts all anew, to be told.
         if _lacks_memory(error):
             reason = str(error).splitlines()[0]
             message = f"out of memory ({reason}): {spec.memory_advice()}"

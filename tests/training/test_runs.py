@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.errors import ConflictError, NotFoundError, SpecError
+from cluster.errors import BaseModelError, ConflictError, NotFoundError, SpecError
 from cluster.spec import parse_spec
 from cluster.store import Store, open_store
+from training import worker
 from training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from training.resume import continued_spec
 from training.rows import micro_batches
@@ -144,6 +145,20 @@ def test_a_failure_that_one_worker_knows_is_told_to_all(spec: TrainingSpec) -> N
     record_failure(store, "job", "out of memory")
     record_failure(store, "job", "another reason")
     assert read_failure(store, "job") == "out of memory"
+
+
+def test_a_fault_of_one_workers_node_ends_the_job(
+    spec: TrainingSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise BaseModelError("base model /base: is not on this node")
+
+    monkeypatch.setattr(worker, "_train", fail)
+    config = {"spec": spec.model_dump(mode="json"), "job_id": "job"}
+    with pytest.raises(BaseModelError):  # Ray Train ends the others, which wait for this one
+        worker.train_worker(config)
+    told = worker.train_worker(config)  # the next attempt, on any node
+    assert told == {worker.FAILURE: "base model /base: is not on this node"}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 8, 16])

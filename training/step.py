@@ -113,7 +113,8 @@ class LossModel(torch.nn.Module):
         if not self.has_plain_head:
             return cross_entropy(logits_NV.float(), targets_N, reduction="sum")
         head = self._base.get_output_embeddings()
-        trained = [p for p in head.parameters() if p.requires_grad]
+        learns = torch.is_grad_enabled()
+        trained = [p for p in head.parameters() if learns and p.requires_grad]
         loss: Any = HeadLoss.apply(hidden_NH, targets_N, head, *trained)
         return loss
 
@@ -258,23 +259,28 @@ class HeadLoss(torch.autograd.Function):
         head: torch.nn.Module,
         *trained: torch.Tensor,
     ) -> torch.Tensor:
-        """The sum, float32; `trained` are all of the head's parameters that want gradients."""
+        """The sum, float32; `trained` are all of the head's parameters that want gradients. Without
+        these and with hidden states that want none, no gradient is made."""
         loss = hidden_NH.new_zeros((), dtype=torch.float32)
-        gradients = [torch.zeros_like(tensor) for tensor in (hidden_NH, *trained)]
+        learns = any(ctx.needs_input_grad)
+        gradients = [torch.zeros_like(tensor) for tensor in (hidden_NH, *trained) if learns]
         # Not the parameters themselves: hooks on them run once, when the whole gradient is there.
-        names = [name for name, p in head.named_parameters() if p.requires_grad]
+        names = [name for name, p in head.named_parameters() if learns and p.requires_grad]
         aliases = [tensor.detach().requires_grad_() for tensor in trained]
         parameters = dict(zip(names, aliases, strict=True))
         for start in range(0, len(targets_N), _LOGIT_ROWS):
             rows = slice(start, start + _LOGIT_ROWS)
             hidden_RH = hidden_NH[rows].detach().requires_grad_()
-            with torch.enable_grad():
+            with torch.set_grad_enabled(learns):
                 logits_RV = functional_call(head, parameters, (hidden_RH,))
             target_R1 = targets_N[rows, None]
             gradient_RV = logits_RV.detach().float()
             log_sum_R1 = gradient_RV.logsumexp(-1, keepdim=True)
             loss += (log_sum_R1 - gradient_RV.gather(-1, target_R1)).sum()
-            gradient_RV = gradient_RV.sub(log_sum_R1).exp_()
+            if not learns:
+                continue
+            # In place, of float32 logits too: a linear head's backward does not read them.
+            gradient_RV.sub_(log_sum_R1).exp_()
             gradient_RV.scatter_add_(-1, target_R1, -torch.ones_like(log_sum_R1))
             parts = torch.autograd.grad(
                 logits_RV, (hidden_RH, *aliases), gradient_RV.to(logits_RV.dtype)

@@ -158,6 +158,24 @@ def test_a_batch_without_labels_is_a_zero_with_a_graph(bases: Bases) -> None:
     )
 
 
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_an_evaluation_makes_no_gradients(
+    bases: Bases, monkeypatch: pytest.MonkeyPatch, is_trained: bool
+) -> None:
+    model = load(bases("llama")).requires_grad_(is_trained)
+    measured = LossModel(model)
+    assert measured.has_plain_head
+    batch = collate([([1, 2, 3], [IGNORE, 2, 3])], DEVICE)
+    expected = measured(batch).detach()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a gradient was made")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    with torch.no_grad():
+        assert torch.equal(measured(batch), expected)
+
+
 @pytest.mark.parametrize("count", [0, 1, 127, 128, 300])
 @pytest.mark.parametrize("is_trained", [True, False])
 def test_the_loss_by_parts_is_cross_entropy(count: int, is_trained: bool) -> None:

@@ -25,13 +25,16 @@ PROGRESS = "progress.json"  # written last
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands after `step` updates. `curve` holds (step, mean loss per label token),
-    `evaluations` what was measured on the validation rows."""
+    `evaluations` what was measured on the validation rows; `lap_loss` is summed over the
+    `lap_labels` learned tokens since the curve's last point."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     curve: tuple[tuple[int, float], ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
+    lap_loss: float = 0.0
+    lap_labels: int = 0
 
 
 def write_checkpoint(folder: Path, state: Mapping[str, torch.Tensor], progress: Progress) -> None:

@@ -99,8 +99,7 @@ def run(
     place, progress, course = place or Place(), start or Progress(), course or Course()
     steps = count_steps(spec, len(rows))
     meter = _Meter(place, progress, steps)
-    plan = _Plan(spec, rows)
-    accumulation = spec.accumulation(place.world_size)
+    train_step = _Stepper(spec, backend, rows, course, place, meter)
 
     def evaluate(step: int) -> None:
         if evaluator is None:
@@ -118,42 +117,72 @@ def run(
     for step in range(progress.step, steps):
         if evaluator and evaluator.is_over:
             break
-        rate = learning_rate(spec.optimizer, step, steps)
-        backend.set_learning_rate(rate)
-        course.begin_step(step, steps)
-        torch.manual_seed(hash((spec.seed, step, place.rank)) % 2**63)
-        taken = plan.rows_of(step)
-        label_count = int(rows.label_counts[taken].sum())
-        for part in micro_batches(taken, place.rank, place.world_size, accumulation):
-            batch = _load(rows, part, place.device)
-            with precision(spec, place.device):
-                loss = backend.model(batch)
-            share, penalty = loss / label_count, course.penalty()
-            if penalty is not None:
-                share = share + penalty / (place.world_size * accumulation)
-            backend.backward(share)
-            meter.add_loss(loss.detach())
-        grad_norm = backend.finish_step()
-        _check_finite("gradient", grad_norm, step, spec)
-        course.end_step(step, steps, backend)
-        meter.add_step(label_count, int(rows.lengths[taken].sum()))
+        rate, grad_norm = train_step(step, steps)
         is_last = step + 1 == steps
+        every = spec.evaluation.every_steps
+        if is_last or (every is not None and (step + 1) % every == 0):
+            evaluate(step + 1)
+            is_last = is_last or (evaluator is not None and evaluator.is_over)
         if (step + 1) % spec.log_every_steps == 0 or is_last:
             line = meter.line(step + 1, rate, grad_norm)
             # The loss can be infinite where its gradient is not. Summed over workers only here.
             _check_finite("loss", line.loss, step, spec)
             on_log(line)
-        every = spec.evaluation.every_steps
-        if is_last or (every is not None and (step + 1) % every == 0):
-            evaluate(step + 1)
-            is_last = is_last or (evaluator is not None and evaluator.is_over)
+        is_saved = (step + 1) % spec.checkpoint_every_steps == 0 or is_last
+        if is_saved:
+            meter.gather()
         progress = reached(step + 1)
-        if on_checkpoint and ((step + 1) % spec.checkpoint_every_steps == 0 or is_last):
+        if on_checkpoint and is_saved:
             on_checkpoint(progress)
     if not steps:  # a method that trains nothing
         evaluate(0)
         progress = reached(0)
     return progress
+
+
+class _Stepper:
+    """One optimiser step after the other: its rows, its micro-batches, its update."""
+
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        backend: Backend,
+        rows: TokenRows,
+        course: Course,
+        place: Place,
+        meter: _Meter,
+    ) -> None:
+        self._spec, self._backend, self._rows, self._course = spec, backend, rows, course
+        self._place, self._meter, self._plan = place, meter, _Plan(spec, rows)
+        self._accumulation = spec.accumulation(place.world_size)
+
+    def __call__(self, step: int, steps: int) -> tuple[float, float]:
+        """Do step `step` of `steps`; returns its learning rate and the gradient's norm.
+
+        Raises:
+            JobFailedError: the gradient is not finite.
+        """
+        spec, backend, rows, place = self._spec, self._backend, self._rows, self._place
+        rate = learning_rate(spec.optimizer, step, steps)
+        backend.set_learning_rate(rate)
+        self._course.begin_step(step, steps)
+        torch.manual_seed(hash((spec.seed, step, place.rank)) % 2**63)
+        taken = self._plan.rows_of(step)
+        label_count = int(rows.label_counts[taken].sum())
+        for part in micro_batches(taken, place.rank, place.world_size, self._accumulation):
+            batch = _load(rows, part, place.device)
+            with precision(spec, place.device):
+                loss = backend.model(batch)
+            share, penalty = loss / label_count, self._course.penalty()
+            if penalty is not None:
+                share = share + penalty / (place.world_size * self._accumulation)
+            backend.backward(share)
+            self._meter.add_loss(loss.detach())
+        grad_norm = backend.finish_step()
+        _check_finite("gradient", grad_norm, step, spec)
+        self._course.end_step(step, steps, backend)
+        self._meter.add_step(label_count, int(rows.lengths[taken].sum()))
+        return rate, grad_norm
 
 
 def _weights(backend: Backend, course: Course) -> dict[str, torch.Tensor]:
@@ -198,29 +227,37 @@ class _Meter:
         self._place, self._start, self._steps = place, start, steps
         self._began = self._lap = time.monotonic()
         self._curve = list(start.curve)
-        self._tokens = self._lap_tokens = self._lap_labels = 0
-        self._lap_loss = torch.zeros((), dtype=torch.float64)
+        self._tokens = self._lap_tokens = 0
+        # Of the lap: what all workers learned until it was last summed, and this one's own since.
+        self._lap_loss, self._lap_labels = start.lap_loss, start.lap_labels
+        self._own_loss = torch.zeros((), dtype=torch.float64)
 
     def add_loss(self, loss: torch.Tensor) -> None:
-        self._lap_loss += loss.double().cpu()
+        self._own_loss += loss.double().cpu()
 
     def add_step(self, label_count: int, tokens: int) -> None:
         self._lap_labels += label_count
         self._lap_tokens += tokens
         self._tokens += tokens
 
+    def gather(self) -> None:
+        """Sum the lap's loss over workers. Collective."""
+        if self._place.world_size > 1:
+            self._own_loss = self._own_loss.to(self._place.device)
+            dist.all_reduce(self._own_loss)
+        self._lap_loss += float(self._own_loss)
+        self._own_loss = torch.zeros((), dtype=torch.float64)
+
     def line(self, step: int, rate: float, grad_norm: float) -> LogLine:
         """Close the lap. Collective: the loss is summed over workers."""
-        if self._place.world_size > 1:
-            self._lap_loss = self._lap_loss.to(self._place.device)
-            dist.all_reduce(self._lap_loss)
-        loss = float(self._lap_loss) / max(1, self._lap_labels)
+        self.gather()
+        loss = self._lap_loss / max(1, self._lap_labels)
         self._curve.append((step, loss))
         now = time.monotonic()
         speed = self._lap_tokens / max(now - self._lap, 1e-9)
         per_step = (now - self._began) / (step - self._start.step)
-        self._lap, self._lap_tokens, self._lap_labels = now, 0, 0
-        self._lap_loss = torch.zeros((), dtype=torch.float64)
+        self._lap, self._lap_tokens = now, 0
+        self._lap_loss, self._lap_labels = 0.0, 0
         left = (self._steps - step) * per_step
         return LogLine(step, self._steps, loss, rate, grad_norm, speed, left)
 
@@ -230,6 +267,8 @@ class _Meter:
             tokens=self._start.tokens + self._tokens,
             seconds=self._start.seconds + time.monotonic() - self._began,
             curve=tuple(self._curve),
+            lap_loss=self._lap_loss,
+            lap_labels=self._lap_labels,
         )
 
 

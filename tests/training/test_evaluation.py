@@ -189,9 +189,28 @@ def test_what_is_saved_is_the_best(bases: Bases, tokens: Path, method: str) -> N
         assert torch.equal(parameters[name.removeprefix("param/")], value)
 
 
+def test_the_loss_between_two_log_lines_outlives_a_restart_and_an_early_end(
+    bases: Bases, tokens: Path, tmp_path: Path
+) -> None:
+    wild = evaluated(bases("llama"), "lora", 0, 1, optimizer=WILD, max_steps=WILD_STEPS)
+    wild |= {"evaluation": {**EVALUATION, "patience": 2}, "log_every_steps": 3}
+    run_case(Case(wild, tmp_path / "whole"), tokens, Place())
+    half = tmp_path / "whole" / f"checkpoint-{HALF}"
+    run_case(Case(wild, tmp_path / "resumed", half), tokens, Place())
+    curves = [progress_of(tmp_path / name)["curve"] for name in ("whole", "resumed")]
+    assert curves[0] == curves[1]
+    ended = history(tmp_path / "whole")[-1]["step"]
+    assert ended < WILD_STEPS
+    assert curves[0][-1][0] == ended
+
+
 def history(run: Path) -> list[dict[str, Any]]:
+    return progress_of(run)["evaluations"]
+
+
+def progress_of(run: Path) -> dict[str, Any]:
     last = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    return json.loads((last / "progress.json").read_text())["evaluations"]
+    return json.loads((last / "progress.json").read_text())
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def create_key(
     ] = None,
     requests_per_minute: Annotated[int | None, typer.Option(help="None: no limit.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(help="Of prompts and answers.")] = None,
-    max_concurrent: Annotated[int | None, typer.Option(help="Requests at once.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Answers at once.")] = None,
 ) -> None:
     """Make a key and print it, once: the store keeps only its hash."""
     from serving.keys import KeyStore

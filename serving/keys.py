@@ -15,11 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from typing import Any
 
-from cluster.errors import NotFoundError, SpecError, StoreError
+import structlog
+
+from cluster.errors import NotFoundError, SpecError
 from cluster.names import check_name
 from cluster.store import Store
 
+_log = structlog.get_logger("graft.keys")
 _FOLDER = "keys"
 _PREFIX = "graft"
 
@@ -31,7 +35,8 @@ class ApiKey:
     Attributes:
         adapters: Patterns (`*`, `?`, `[…]`) of the names of models that it may ask: adapters,
             whatever their version, and the base.
-        requests_per_minute, tokens_per_minute, max_concurrent: Limits of each gateway.
+        requests_per_minute, tokens_per_minute, max_concurrent: Limits of each gateway. A request
+            counts once for each answer that it asks for.
     """
 
     id: str
@@ -86,15 +91,18 @@ class KeyStore:
         self._store.create(f"{_FOLDER}/{key_id}.json", json.dumps(asdict(key)).encode())
         return key, text
 
-    def keys(self) -> dict[str, ApiKey]:
-        """Every key that is not revoked, by id.
+    def keys(self, known: Mapping[str, ApiKey] | None = None) -> dict[str, ApiKey]:
+        """Every key that is not revoked, by id. Those of `known` are not read again, as keys never
+        change; a file that holds none is logged and left out.
 
         Raises:
-            StoreError: the store does not answer, or holds a key that is none.
+            StoreError: the store does not answer.
         """
+        known = known or {}
         names = {path.removeprefix(f"{_FOLDER}/") for path in self._store.list(_FOLDER)}
         live = (n for n in names if n.endswith(".json") and f"{n[:-5]}.revoked" not in names)
-        return {name[:-5]: self._read(name) for name in sorted(live)}
+        found = ((name[:-5], known.get(name[:-5]) or self._read(name)) for name in sorted(live))
+        return {key_id: key for key_id, key in found if key is not None}
 
     def revoke(self, key_id: str) -> None:
         """Make a key worthless; gateways see it within gateway.catalogue_ttl_s.
@@ -106,13 +114,15 @@ class KeyStore:
             raise NotFoundError(f"key {key_id[:120]!r}: not in the store; see `graft keys list`")
         self._store.create(f"{_FOLDER}/{key_id}.revoked", b"")
 
-    def _read(self, name: str) -> ApiKey:
+    def _read(self, name: str) -> ApiKey | None:
+        content = self._store.read(f"{_FOLDER}/{name}")
         try:
-            return ApiKey(**json.loads(self._store.read(f"{_FOLDER}/{name}")))
-        except (ValueError, TypeError) as error:
-            raise StoreError(
-                f"{self._store.uri}/{_FOLDER}/{name}: is no API key: {error}"
-            ) from error
+            body: dict[str, Any] = json.loads(content)
+            body["adapters"] = tuple(body["adapters"])
+            return ApiKey(**body)
+        except (ValueError, TypeError, KeyError) as error:
+            _log.warning("is no API key", file=f"{self._store.uri}/{_FOLDER}/{name}", error=error)
+            return None
 
 
 def find(keys: Mapping[str, ApiKey], text: str) -> ApiKey | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import structlog
 
-from cluster.errors import AuthenticationError, GraftError, RateLimitError
+from cluster.errors import AuthenticationError, GraftError, RateLimitError, RequestError
 from serving.keys import ApiKey, KeyStore, find
 
 _log = structlog.get_logger("graft.gateway")
@@ -71,33 +72,51 @@ class Tenant:
             self._tokens.take(tokens)
 
     @contextmanager
-    def request(self) -> Generator[None]:
-        """The scope of one request. Raises RateLimitError."""
+    def request(self, answers: int = 1) -> Generator[None]:
+        """The scope of one request, which counts as many times as it asks for answers.
+
+        Raises:
+            RequestError: they are more than the key may ever ask for at once.
+            RateLimitError: they are too many for now.
+        """
         key = self._key
-        if key and key.max_concurrent and self._in_progress >= key.max_concurrent:
+        most = key.max_concurrent if key else None
+        for limit, what in (
+            (most, "at once"),
+            (key.requests_per_minute if key else None, "per minute"),
+        ):
+            if limit and answers > limit:
+                raise RequestError(
+                    f"prompt and n ask for {answers} answers, and this key has {limit} {what}; "
+                    "send less at once",
+                    param="n",
+                )
+        if most and self._in_progress + answers > most:
             raise RateLimitError(
-                f"this key has {self._in_progress} requests in progress, of {key.max_concurrent} "
-                "at most; wait for one to end"
+                f"this key has {self._in_progress} answers in progress, of {most} at most, and "
+                f"asks for {answers} more; wait for one to end"
             )
-        for bucket, what in ((self._requests, "requests"), (self._tokens, "tokens")):
-            if bucket and (wait_s := bucket.wait_s(1)):
+        wanted = ((self._requests, answers, "requests"), (self._tokens, 1, "tokens"))
+        for bucket, amount, what in wanted:
+            if bucket and (wait_s := bucket.wait_s(amount)):
                 raise RateLimitError(
                     f"this key has used up its {what} per minute; try again in {wait_s:.0f} s",
                     retry_after_s=wait_s,
                 )
         if self._requests:
-            self._requests.take(1)
-        self._in_progress += 1
+            self._requests.take(answers)
+        self._in_progress += answers
         try:
             yield
         finally:
-            self._in_progress -= 1
+            self._in_progress -= answers
 
 
 class Door:
     """Lets in whoever has a key of the store; without a store, everyone.
 
-    Keys are read again at most every `ttl_s`; a key that is gone is out then.
+    New keys are looked for at most every `ttl_s`, and a key that is gone is out then, or while that
+    is slow within twice the time.
     """
 
     def __init__(self, keys: KeyStore | None, *, ttl_s: float) -> None:
@@ -116,9 +135,12 @@ class Door:
         """
         if self._store is None:
             return self._tenants["anonymous"]
-        await self._refresh(self._store)
         scheme, _, text = (authorization or "").partition(" ")
-        key = find(self._keys, text.strip()) if scheme.lower() == "bearer" else None
+        text = text.strip() if scheme.lower() == "bearer" else ""
+        # A key that was known a moment ago need not wait for the others to be read.
+        if not (self._lock.locked() and self._age_s < 2 * self._ttl_s and find(self._keys, text)):
+            await self._refresh(self._store)
+        key = find(self._keys, text)
         if key is None:
             raise AuthenticationError(
                 "no valid API key; send `Authorization: Bearer KEY` with one of `graft keys create`"
@@ -129,13 +151,16 @@ class Door:
 
     async def _refresh(self, store: KeyStore) -> None:
         async with self._lock:
-            now = time.monotonic()
-            if self._read_at is not None and now - self._read_at < self._ttl_s:
+            if self._age_s < self._ttl_s:
                 return
             try:
-                self._keys = await asyncio.to_thread(store.keys)
+                self._keys = await asyncio.to_thread(store.keys, self._keys)
             except GraftError as error:
                 if self._read_at is None:
                     raise
                 _log.warning("keys cannot be read; the known ones count", error=error.message)
-            self._read_at = now
+            self._read_at = time.monotonic()
+
+    @property
+    def _age_s(self) -> float:
+        return math.inf if self._read_at is None else time.monotonic() - self._read_at

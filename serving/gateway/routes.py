@@ -112,14 +112,16 @@ def _add_tokens(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
                 return encode_prompt(tokenizer, body.prompt or "")
             return tokenizer.encode(body.prompt, add_special_tokens=False)
 
-        found = await asyncio.to_thread(ids)
+        with _tenant(request).request():
+            found = await asyncio.to_thread(ids)
         return Tokens(count=len(found), tokens=found)
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Detokenized:
         body = await read_body(request, DetokenizeRequest, max_bytes=spec.max_body_bytes)
         check_token_ids(body.tokens, len(tokenizer), "tokens")
-        return Detokenized(prompt=await asyncio.to_thread(tokenizer.decode, body.tokens))
+        with _tenant(request).request():
+            return Detokenized(prompt=await asyncio.to_thread(tokenizer.decode, body.tokens))
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

@@ -149,7 +149,7 @@ class Service:
                 f"{self._spec.max_waiting_requests} at most (gateway.max_waiting_requests); try "
                 "again later"
             )
-        with job.tenant.request():
+        with job.tenant.request(len(job.requests)):
             self._in_progress += len(job.requests)
             self.metrics.begun(job.label, len(job.requests), job.prompt_tokens)
             tokens = 0

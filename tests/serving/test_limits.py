@@ -177,6 +177,12 @@ def test_requests_tokens_and_concurrency_of_a_key(guarded: Guarded) -> None:
     with guarded.client(requests_per_minute=2) as http:
         codes = [http.post("/v1/completions", json=ask).status_code for _ in range(3)]
         assert codes == [200, 200, 429]
+    with guarded.client(requests_per_minute=4) as http:
+        codes = [http.post("/v1/completions", json={**ask, "n": n}).status_code for n in (5, 3, 2)]
+        assert codes == [400, 200, 429]
+        codes = [http.post("/tokenize", json={"prompt": "x"}).status_code for _ in range(2)]
+        assert codes == [200, 429]
+        error(http.post("/detokenize", json={"tokens": [1]}), 429)
     with guarded.client(tokens_per_minute=20) as http:
         codes = [http.post("/v1/completions", json=ask).status_code for _ in range(3)]
         assert codes == [200, 200, 429]
@@ -190,6 +196,7 @@ def test_requests_tokens_and_concurrency_of_a_key(guarded: Guarded) -> None:
         )
         assert 200 in codes
         assert 429 in codes
+        error(http.post("/v1/completions", json={**ask, "n": 2}), 400)
         assert http.post("/v1/completions", json=ask).status_code == 200
 
 
@@ -198,11 +205,14 @@ def test_a_key_is_never_stored(tmp_path: Path) -> None:
     key, text = keys.create("team", adapters=["a*"], tokens_per_minute=5)
     stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert text.split("-", 2)[2].encode() not in stored
-    assert keys.keys() == {key.id: key} or list(keys.keys()[key.id].adapters) == ["a*"]
-    found = find(keys.keys(), text)
-    assert found is not None
-    assert found.name == "team"
-    assert find(keys.keys(), text[:-1]) is None
+    (tmp_path / "keys" / "broken.json").write_text("{")
+    (tmp_path / "keys" / "other.json").write_text("[]")
+    assert keys.keys() == {key.id: key}
+    (tmp_path / "keys" / f"{key.id}.json").write_text("known already")
+    assert keys.keys({key.id: key}) == {key.id: key}
+    assert keys.keys() == {}
+    assert find({key.id: key}, text) == key
+    assert find({key.id: key}, text[:-1]) is None
     for bad in ({"adapters": []}, {"max_concurrent": 0}):
         with pytest.raises(SpecError):
             keys.create("team", **bad)

@@ -66,6 +66,11 @@ class Tenant:
         """Whether it may know of the base or adapter of that name."""
         return self._key is None or self._key.allows(model)
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether it may know of every base and adapter, and so of what all of them do."""
+        return self._key is None or "*" in self._key.adapters
+
     def spend(self, tokens: int) -> None:
         """Count tokens that were computed for it."""
         if self._tokens:

@@ -15,7 +15,7 @@ from uuid import uuid4
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 
-from cluster.errors import GraftError, HeadersTooLargeError
+from cluster.errors import HeadersTooLargeError, outcome_of
 from serving.gateway.access import Door
 from serving.gateway.errors import error_response
 from serving.gateway.metrics import Metrics
@@ -48,12 +48,12 @@ class Guard:
         request_id = self._request_id(headers.get("x-request-id", ""))
         self._ids.add(request_id)
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        began, status, tenant_id = time.monotonic(), 500, ""
+        began, status, tenant_id, has_begun = time.monotonic(), 500, "", False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, has_begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, has_begun = message["status"], True
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
@@ -67,7 +67,10 @@ class Guard:
                 tenant_id = tenant.id
                 scope.setdefault("state", {})["tenant"] = tenant
             await self._app(scope, receive, send_with_id)
-        except GraftError as error:
+        except Exception as error:
+            if has_begun:
+                raise
+            self._metrics.failed(outcome_of(error).code)
             await error_response(error)(scope, receive, send_with_id)
         finally:
             self._ids.discard(request_id)

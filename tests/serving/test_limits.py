@@ -1,5 +1,6 @@
 """What is too much, too late, or not for everyone: keys, limits, times, a dead engine."""
 
+import asyncio
 import json
 import re
 import time
@@ -20,7 +21,8 @@ from cluster.spec import parse_spec
 from cluster.tables import write_table
 from serving.command import generate
 from serving.command import keys as commands
-from serving.gateway.access import Bucket
+from serving.gateway.access import Bucket, Door
+from serving.gateway.guard import Guard
 from serving.gateway.metrics import Metrics
 from serving.keys import KeyStore, find
 from serving.spec import GatewaySpec
@@ -144,6 +146,9 @@ def test_a_forbidden_adapter_is_as_unknown_as_none(guarded: Guarded) -> None:
         assert len({d["message"].split("'", 2)[2] for d in refused}) == 1
         assert {detail["code"] for detail in refused} == {"model_not_found"}
         error(http.get("/v1/models/lora"), 404)
+        error(http.get("/metrics"), 404)
+    with guarded.client() as http:
+        assert "graft_requests_total" in http.get("/metrics").text
 
 
 def test_a_revoked_key_is_out(guarded: Guarded) -> None:
@@ -276,3 +281,24 @@ def test_late_answers_are_given_up(bases: Bases, tmp_path: Path) -> None:
         deadline = time.monotonic() + 5
         while slow.stats.running or slow.stats.waiting:
             assert time.monotonic() < deadline, "what nobody waits for still runs"
+
+
+def test_what_the_guard_answers_itself_is_counted_and_has_an_id(tmp_path: Path) -> None:
+    async def broken(*_: object) -> None:
+        raise ValueError("a fault of ours")
+
+    async def get(door: Door) -> httpx2.Response:
+        guard = Guard(broken, door=door, metrics=metrics, max_header_bytes=1000)
+        transport = httpx2.ASGITransport(guard)  # type: ignore[arg-type]
+        async with httpx2.AsyncClient(transport=transport, base_url="http://x") as http:
+            return await http.get("/", headers={"X-Request-Id": "mine"})
+
+    metrics = Metrics()
+    for keys, status, code in (
+        (None, 500, "server_error"),
+        (KeyStore(str(tmp_path)), 401, "invalid_api_key"),
+    ):
+        response = asyncio.run(get(Door(keys, ttl_s=1)))
+        assert "fault of ours" not in error(response, status)["message"]
+        assert response.headers["x-request-id"] == "mine"
+        assert f'graft_errors_total{{code="{code}"}} 1.0' in metrics.text().decode()

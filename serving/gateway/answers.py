@@ -165,7 +165,10 @@ class ChatForm:
 
     def _parse(self, piece: Piece) -> tuple[str, list[ToolCall], str | None]:
         """Text, calls and finish reason of a piece."""
-        parser = self._parsers.setdefault(piece.index, ToolParser(must_call=self._body.must_call))
+        only_one = self._body.parallel_tool_calls is False
+        parser = self._parsers.setdefault(
+            piece.index, ToolParser(must_call=self._body.must_call, only_one=only_one)
+        )
         if not self._body.tools_in_use:
             return piece.text, [], piece.finish_reason
         text, calls = parser.add(piece.text)

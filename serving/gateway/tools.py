@@ -23,9 +23,11 @@ class ToolParser:
 
     Args:
         must_call: The answer is one call, bare, as its grammar made it.
+        only_one: Whatever comes behind the first call is dropped.
     """
 
-    def __init__(self, *, must_call: bool) -> None:
+    def __init__(self, *, must_call: bool, only_one: bool = False) -> None:
+        self._only_one = only_one
         self._held = ""
         self._spaces = ""  # white space behind what was said, which a call would swallow
         self._is_behind_call = False
@@ -34,6 +36,8 @@ class ToolParser:
 
     def add(self, text: str) -> tuple[str, list[ToolCall]]:
         """The text and the calls that are certain now that `text` has come."""
+        if self._only_one and self.calls:
+            return "", []
         self._held += text
         if self._must_call:
             return "", []
@@ -48,6 +52,9 @@ class ToolParser:
             elif (call := _parsed(before)) is not None:
                 calls.append(call)
                 self._spaces, self._is_behind_call = "", True
+                if self._only_one:
+                    self._held, self._is_call, self.calls = "", False, 1
+                    return said, calls
             else:
                 said += self._said(_OPEN + before + _CLOSE)
             self._held, self._is_call = after, not self._is_call

@@ -108,6 +108,8 @@ class Sampling(_Body):
     guided_regex: Annotated[str | None, _neutral()] = None
     guided_choice: _Nothing = None
     guided_grammar: Annotated[str | None, _neutral()] = None
+    min_tokens: Annotated[int | None, _neutral(0)] = None
+    bad_words: _Nothing = None
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
@@ -255,6 +257,7 @@ class ChatRequest(Sampling):
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    continue_final_message: Annotated[bool | None, _neutral(False)] = None
     functions: _Nothing = None
     function_call: Annotated[Any, _neutral("none", "auto")] = None
     modalities: Annotated[Any, _neutral(["text"])] = None

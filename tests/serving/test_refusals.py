@@ -88,6 +88,8 @@ PARAMETERS: list[tuple[dict[str, Any], str | None]] = [
     ({"best_of": 2, "n": 3}, None),
     ({"best_of": 2, "stream": True}, None),
     ({"suffix": "x"}, "suffix"),
+    ({"min_tokens": 2}, "min_tokens"),
+    ({"bad_words": ["x"]}, "bad_words"),
     ({"guided_regex": "a+"}, "guided_regex"),
     ({"chat_template": "x"}, "chat_template"),
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),

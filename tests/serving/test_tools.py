@@ -35,8 +35,8 @@ WEATHER: Any = {
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 
 
-def parse(pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
-    parser, said, calls = ToolParser(must_call=False), "", []
+def parse(pieces: list[str], *, only_one: bool = False) -> tuple[str, list[tuple[str, Any]]]:
+    parser, said, calls = ToolParser(must_call=False, only_one=only_one), "", []
     for piece in pieces:
         text, found = parser.add(piece)
         said += text
@@ -65,6 +65,9 @@ def test_calls_are_found_wherever_the_answer_is_cut(answer: str, said: str, coun
         text, calls = parse(pieces)
         assert text == said, size
         assert calls == [("weather", {"city": "Rome"})] * count
+        before, one = parse(pieces, only_one=True)
+        assert one == calls[:1]
+        assert text.startswith(before)
 
 
 def test_each_tool_keeps_its_own_meaning_of_a_name() -> None:

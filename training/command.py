@@ -81,7 +81,6 @@ def train(
     --set may change how it goes on, as workers.count=1, optimizer.learning_rate=1e-5 or
     max_steps=900; not the base, method, data, batch size, seed or evaluation.
     """
-    from cluster import jobs
     from cluster.session import session
     from cluster.spec import load_spec
     from training.resume import continued_spec, store_of
@@ -92,11 +91,7 @@ def train(
     job: TrainingSpec | None = None
     if spec is not None:
         job = resolved(load_spec(TrainingSpec, spec, set_ or ()))
-        planned = plan(job)
-        typer.echo(f"{spec}: {planned}")
-        typer.echo(f"the first rows: {planned.first_rows.summary()}")
-        for number, text in enumerate(planned.first_rows.shown):
-            typer.echo(f"row {number}, what is learned in ⟦⟧: {text}")
+        _show(spec, plan(job))
     with session(address) as ray:
         if job is None:
             found = store_of(ray, str(resume), store)
@@ -107,15 +102,29 @@ def train(
         if not follow and not ray.started_here:
             typer.echo(f"follow it with: graft jobs logs {job_id} --follow")
             return
-        try:
-            for line in jobs.logs(ray, job_id, follow=True):
-                text = readable(line)
-                if text is not None:
-                    typer.echo(text)
-        except KeyboardInterrupt:
-            jobs.stop(ray, job_id)
-            raise
-        jobs.wait(ray, job_id)
+        _follow(ray, job_id)
+
+
+def _show(path: Path, planned: Plan) -> None:
+    typer.echo(f"{path}: {planned}")
+    typer.echo(f"the first rows: {planned.first_rows.summary()}")
+    for number, text in enumerate(planned.first_rows.shown):
+        typer.echo(f"row {number}, what is learned in ⟦⟧: {text}")
+
+
+def _follow(session: Session, job_id: str) -> None:
+    """Print the log until the job ends; Ctrl+C stops the job."""
+    from cluster import jobs
+
+    try:
+        for line in jobs.logs(session, job_id, follow=True):
+            text = readable(line)
+            if text is not None:
+                typer.echo(text)
+    except KeyboardInterrupt:
+        jobs.stop(session, job_id)
+        raise
+    jobs.wait(session, job_id)
 
 
 def submit(spec: TrainingSpec, session: Session, *, continues: str | None = None) -> str:

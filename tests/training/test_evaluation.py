@@ -4,14 +4,13 @@ a run that was killed in between ends with the same bytes."""
 import json
 import math
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from adapters import VARIANTS, randomize
+from adapters import VARIANTS, randomize, variants_of
 from safetensors.torch import load_file
 from workers import Case, run_case, run_cases, weights_of
 
@@ -38,9 +37,11 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("family", "variant"),
-    [*product(("llama", "mistral", "gpt2"), VARIANTS), ("bloom", "lora"), ("bloom", "bitfit"),
-     ("bloom", "prompt_tuning"), ("bloom", "prefix_tuning")],
-)  # fmt: skip
+    [
+        *((f, variant) for f in ("llama", "mistral", "gpt2") for variant in variants_of(f)),
+        *(("bloom", v) for v in ("lora", "bitfit", "prompt_tuning", "prefix_tuning")),
+    ],
+)
 @torch.no_grad()
 def test_greedy_tokens_are_those_of_the_whole_row(bases: Bases, family: str, variant: str) -> None:
     torch.manual_seed(1)

@@ -316,9 +316,7 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
-    ("lora", "DoRA", edit_config(lambda c: c.update(use_dora=True)), "use_dora"),
-    ("lora", "full modules", edit_config(lambda c: c.update(modules_to_save=["lm_head"])),
-     "modules_to_save"),
+    ("lora", "DoRA", edit_config(lambda c: c.update(use_dora=True)), "magnitude"),
     ("lora", "token indices", edit_config(lambda c: c.update(trainable_token_indices=[1])),
      "trainable_token_indices"),
     ("lora", "parameters", edit_config(lambda c: c.update(target_parameters=["x"])),
@@ -328,7 +326,7 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("lora", "alpha infinite", edit_config(lambda c: c.update(lora_alpha=float("inf"))),
      "lora_alpha"),
     ("lora", "rank of another", edit_config(lambda c: c.update(r=5)), "shapes"),
-    ("lora", "half a pair", edit_tensors(lambda t: t.pop(A)), "without its pair"),
+    ("lora", "half a pair", edit_tensors(lambda t: t.pop(A)), "where lora_A, lora_B"),
     ("lora", "unknown module", edit_tensors(lambda t: t.update({A.replace("q_", "x_"): t[A] + 1})),
      "no module"),
     ("lora", "unknown tensor", edit_tensors(lambda t: t.update({"other": torch.ones(2)})), "other"),

@@ -47,8 +47,8 @@ def attach(model: Any, spec: DyLoraSpec, base_path: str) -> torch.nn.Module:
 def save(model: Any, folder: Path) -> None:
     """Write a LoRA's folder, with the lowest rank in the metadata of its weights."""
     save_peft(model, folder)
-    lowest = str(getattr(model, _LOWEST))
-    metadata = {"format": "pt", MIN_RANK: lowest}
+    # One entry alone: safetensors writes several in any order, and equal adapters are equal bytes.
+    metadata = {MIN_RANK: str(getattr(model, _LOWEST))}
     save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata=metadata)
 
 

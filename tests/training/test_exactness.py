@@ -252,8 +252,12 @@ def test_a_checkpoint_of_any_stage_resumes_on_one_worker_without_deepspeed(
     assert difference(weights_of(runs / "lora-alone"), weights_of(tmp_path)) < 1e-5
 
 
+# AdaLoRA keeps ranks by importance: rounded, other ranks are kept, and nothing is comparable.
+COMPARABLE = [method for method in METHOD_SETTINGS if method != "adalora"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHOD_SETTINGS)
+@pytest.mark.parametrize("method", COMPARABLE)
 def test_bf16_follows_fp32(half_precision: Path, runs: Path, method: str) -> None:
     """The base in bf16 and the adapter in fp32, under every ZeRO stage."""
     expected = weights_of(runs / f"{method}-alone")
@@ -273,7 +277,7 @@ def half_precision(
     cases = [
         Case({**spec(base, method, (4, 1, {"stage": stage}), 2), "precision": "bf16"},
              folder / f"{method}-{stage}")
-        for method in METHOD_SETTINGS
+        for method in COMPARABLE
         for stage in (0, 2, 3)
     ]  # fmt: skip
     run_cases(2, cases, tokens)

@@ -15,7 +15,7 @@ import torch
 
 from cluster.base_model import context_tokens, load_base, load_tokenizer
 from training.backend import PARTS, Backend, PlainBackend
-from training.checkpoint import Progress, read_checkpoint
+from training.checkpoint import COURSE, Progress, read_checkpoint, run_state
 from training.evaluation import Evaluator
 from training.loop import Place, precision
 from training.methods import METHODS, trainable_parameters
@@ -24,7 +24,7 @@ from training.rows import TokenRows
 from training.spec import TrainingSpec
 from training.step import Batch, LossModel, collate
 
-_COURSE, _BEST = "course/", "best/"
+_BEST = "best/"
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Assembly:
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds. Collective."""
-        course = {_COURSE + name: value for name, value in self.course.state().items()}
         best = self.evaluator.best if self.evaluator else {}
-        return self.backend.full_state() | course | {_BEST + name: best[name] for name in best}
+        state = run_state(self.backend, self.course)
+        return state | {_BEST + name: best[name] for name in best}
 
     def take_best(self, step: int) -> None:
         """Put the best weights in the place of the last ones, of `step`, to be saved. Collective;
@@ -56,7 +56,7 @@ class Assembly:
             for part in PARTS[1:]
         }
         self.backend.load_full_state(weights | moments, step)
-        if course := _within(best, _COURSE):
+        if course := _within(best, COURSE):
             self.course.restore(self.model, course)
 
 
@@ -88,7 +88,7 @@ def assemble(
     )
     course = method.course(model, spec.method, spec.seed)
     if checkpoint:
-        course.restore(loss_model, _within(state, _COURSE))
+        course.restore(loss_model, _within(state, COURSE))
     else:
         course.prepare(loss_model, _samples(spec, rows, place))
     backend = _backend(loss_model, spec)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -18,8 +19,13 @@ from safetensors.torch import load_file, save_file
 from cluster.errors import StoreError
 from training.evaluation import Evaluation
 
+if TYPE_CHECKING:
+    from training.backend import Backend
+    from training.methods.course import Course
+
 STATE = "state.safetensors"
 PROGRESS = "progress.json"  # written last
+COURSE = "course/"  # before the names of what a method's course must remember
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,12 @@ class Progress:
     evaluations: tuple[Evaluation, ...] = ()
     lap_loss: float = 0.0
     lap_labels: int = 0
+
+
+def run_state(backend: Backend, course: Course) -> dict[str, torch.Tensor]:
+    """What a run goes on from: the backend's full state, and the course's under COURSE.
+    Collective."""
+    return backend.full_state() | {COURSE + name: v for name, v in course.state().items()}
 
 
 def write_checkpoint(folder: Path, state: Mapping[str, torch.Tensor], progress: Progress) -> None:

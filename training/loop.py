@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from cluster.errors import JobFailedError
 from training.backend import Backend
-from training.checkpoint import Progress
+from training.checkpoint import COURSE, Progress, run_state
 from training.evaluation import Answer, Evaluation, Evaluator
 from training.methods.course import Course
 from training.rows import IGNORE, TokenRows, epoch_batches, micro_batches
@@ -187,8 +187,8 @@ class _Stepper:
 
 def _weights(backend: Backend, course: Course) -> dict[str, torch.Tensor]:
     """What an adapter is saved from, as a state without moments."""
-    weights = {k: v for k, v in backend.full_state().items() if k.startswith("param/")}
-    return weights | {f"course/{name}": value for name, value in course.state().items()}
+    state = run_state(backend, course)
+    return {k: v for k, v in state.items() if k.startswith(("param/", COURSE))}
 
 
 def _check_finite(what: str, value: float, step: int, spec: TrainingSpec) -> None:

@@ -42,7 +42,7 @@ class EngineReplica:
             os._exit(1)
 
     async def answers(self) -> bool:
-        """For the gateway's /health."""
+        """For the gateway's /ready."""
         await self._replica.check_health()
         return True
 
@@ -60,7 +60,7 @@ class EngineReplica:
 
 
 class RayBackend:
-    """serving.gateway.service.Backend over a Serve handle."""
+    """serving.gateway.failover.Backend over a Serve handle."""
 
     def __init__(self, handle: Any, *, min_replicas: int) -> None:
         self._streaming = handle.options(stream=True)

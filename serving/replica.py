@@ -47,7 +47,7 @@ class Replica:
     async def generate(
         self, request: GenerationRequest, adapter: AdapterVersion | None, *, stream: bool
     ) -> AsyncGenerator[TokenOutput]:
-        """As serving.gateway.service.Backend. Raises GraftError before the first output."""
+        """As serving.gateway.failover.Backend. Raises GraftError before the first output."""
         outputs = self._start(request, adapter)
         async with aclosing(outputs):
             if stream:

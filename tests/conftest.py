@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -156,6 +157,17 @@ def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
         return f"s3://{name}/prefix"
 
     return make
+
+
+def served_at(process: subprocess.Popen[str]) -> str:
+    """The URL that `graft serve` in `process` tells once it answers; fails if it ends before."""
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"(http://\S+)/v1", line):
+            return found[1]
+    pytest.fail("".join(lines))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import psutil
 import pyarrow as pa
 import pytest
 from adapters import make_adapter
-from conftest import RayCluster
+from conftest import RayCluster, served_at
 from safetensors.torch import load_file
 from workers import Case, run_cases
 
@@ -283,15 +283,7 @@ def service(
     process = start(
         "serve", "configs/serving/local.yaml", "--address", ray_cluster.address, *settings
     )
-    assert process.stdout is not None
-    lines: list[str] = []
-    for line in process.stdout:
-        lines.append(line)
-        if found := re.search(r"(http://\S+)/v1", line):
-            break
-    else:
-        pytest.fail("".join(lines))
-    yield found[1]
+    yield served_at(process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 0, output

@@ -7,7 +7,6 @@ answer differs from what the engine says when it is left alone.
 import asyncio
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import httpx2
 import psutil
 import pytest
 from adapters import make_adapter
-from conftest import RayCluster
+from conftest import RayCluster, served_at
 
 from cluster.registry import Registry
 from serving.engine import Engine, EngineSpec, GenerationRequest
@@ -78,15 +77,7 @@ def service(
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, **ray_cluster.env},
     )  # fmt: skip
-    assert process.stdout is not None
-    lines: list[str] = []
-    for line in process.stdout:
-        lines.append(line)
-        if found := re.search(r"(http://\S+)/v1", line):
-            break
-    else:
-        pytest.fail("".join(lines))
-    yield Service(found[1], process, [answer.text for answer in answers])
+    yield Service(served_at(process), process, [answer.text for answer in answers])
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=90)

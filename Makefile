@@ -59,7 +59,7 @@ format: install
 	$(BIN)/ruff format
 
 bench: install
-	$(BIN)/python tests/bench/engine.py
+	$(BIN)/python tests/bench/serving.py
 
 docs: install
 	$(BIN)/python docs/generate.py

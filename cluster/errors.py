@@ -21,6 +21,7 @@ GraftError
     ├── OverloadedError         too much queued; try again later
     │   └── RateLimitError      this key has used up what it may for now
     ├── DeadlineError           an answer was not there in time
+    │   └── SlowBodyError       the request's body was not
     ├── UnavailableError        no replica can take the request now
     └── EngineError             a forward pass failed
 
@@ -143,6 +144,10 @@ class DeadlineError(OperationError):
     """An answer, or its first token, was not there in time."""
 
 
+class SlowBodyError(DeadlineError):
+    """The request's body did not arrive in time."""
+
+
 class UnavailableError(OperationError):
     """No replica can take the request now."""
 
@@ -186,6 +191,7 @@ OUTCOMES: dict[type[GraftError], Outcome] = {
     OverloadedError: Outcome(429, "rate_limit_error", "overloaded", 5),
     RateLimitError: Outcome(429, "rate_limit_error", "rate_limit_exceeded", 5),
     DeadlineError: Outcome(504, "server_error", "timeout", 5),
+    SlowBodyError: Outcome(408, _INVALID, "body_timeout", 5),
     UnavailableError: Outcome(503, "server_error", "unavailable", 5),
     EngineError: Outcome(500, "server_error", "engine_error", 5),
 }

@@ -148,73 +148,90 @@ def build(spec: ServingSpec) -> tuple[Any, Any]:
 
     Apart, so that the gateways can end first: what they have taken is still answered.
     """
-    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
-
-    from serving.router import STATS_PERIOD_S, AdapterRouter
-
     document = spec.model_dump(mode="json")
-    # Serve reports loads every ten seconds of its own accord, however short the look-back.
-    report_s = str(min(10.0, spec.replicas.look_back_s / 2))
-    env = {
-        "env_vars": {
-            **store_credentials(),
-            "TOKENIZERS_PARALLELISM": "false",
-            "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": report_s,
-            "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": report_s,
-        }
-    }
-    threads = str(spec.engine.threads or max(1, int(spec.replicas.cpus)))
-    # Any: Serve's decorators are typed for their other uses.
-    deployment: Any = serve.deployment
-    ingress: Any = serve.ingress()
-    router = RequestRouterConfig.model_validate(
-        {
-            "request_router_class": AdapterRouter,
-            "request_routing_stats_period_s": STATS_PERIOD_S,
-        }
+    env = _environment(spec)
+    return (
+        _engines(spec, env).bind(document),
+        _gateways(spec, env).bind(document, engines_of(spec)),
     )
-    engines = deployment(
-        EngineReplica,
-        name="engine",
-        max_ongoing_requests=spec.replicas.max_ongoing_requests,
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=spec.replicas.min,
-            max_replicas=spec.replicas.max,
-            look_back_period_s=spec.replicas.look_back_s,
-            upscale_delay_s=spec.replicas.upscale_delay_s,
-            downscale_delay_s=spec.replicas.downscale_delay_s,
-            policy=AutoscalingPolicy(
-                policy_function=OutstandingTokens,
-                policy_kwargs={"target": spec.replicas.target_outstanding_tokens},
-            ),
-        ),
-        graceful_shutdown_timeout_s=spec.replicas.drain_timeout_s,
-        graceful_shutdown_wait_loop_s=0.5,
-        health_check_period_s=5,
-        request_router_config=router,
-        ray_actor_options={
-            "num_cpus": spec.replicas.cpus,
-            "num_gpus": spec.replicas.gpus,
-            "runtime_env": {"env_vars": {**env["env_vars"], "OMP_NUM_THREADS": threads}},
-        },
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
-    gateways = deployment(
-        ingress(Gateway),
-        name="gateway",
-        num_replicas=spec.gateway.replicas,
-        max_ongoing_requests=spec.gateway.max_waiting_requests,
-        graceful_shutdown_timeout_s=spec.replicas.drain_timeout_s,
-        graceful_shutdown_wait_loop_s=0.5,
-        ray_actor_options={"num_cpus": spec.gateway.cpus, "runtime_env": env},
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
-    return engines.bind(document), gateways.bind(document, engines_of(spec))
 
 
 def engines_of(spec: ServingSpec) -> str:
     """The name of the application of a service's engines."""
     return f"{spec.name}-engines"
+
+
+def _environment(spec: ServingSpec) -> dict[str, str]:
+    """Variables of both deployments' processes."""
+    # Serve reports loads every ten seconds of its own accord, however short the look-back.
+    report_s = str(min(10.0, spec.replicas.look_back_s / 2))
+    return {
+        **store_credentials(),
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": report_s,
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": report_s,
+    }
+
+
+# Any, here and below: Serve's decorators are typed for their other uses.
+def _engines(spec: ServingSpec, env: Mapping[str, str]) -> Any:
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+
+    from serving.router import STATS_PERIOD_S, AdapterRouter
+
+    deployment: Any = serve.deployment
+    replicas = spec.replicas
+    threads = str(spec.engine.threads or max(1, int(replicas.cpus)))
+    router = {
+        "request_router_class": AdapterRouter,
+        "request_routing_stats_period_s": STATS_PERIOD_S,
+    }
+    return deployment(
+        EngineReplica,
+        name="engine",
+        max_ongoing_requests=replicas.max_ongoing_requests,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=replicas.min,
+            max_replicas=replicas.max,
+            look_back_period_s=replicas.look_back_s,
+            upscale_delay_s=replicas.upscale_delay_s,
+            downscale_delay_s=replicas.downscale_delay_s,
+            policy=AutoscalingPolicy(
+                policy_function=OutstandingTokens,
+                policy_kwargs={"target": replicas.target_outstanding_tokens},
+            ),
+        ),
+        health_check_period_s=5,
+        request_router_config=RequestRouterConfig.model_validate(router),
+        ray_actor_options={
+            "num_cpus": replicas.cpus,
+            "num_gpus": replicas.gpus,
+            "runtime_env": {"env_vars": {**env, "OMP_NUM_THREADS": threads}},
+        },
+        **_shared(spec),
+    )
+
+
+def _gateways(spec: ServingSpec, env: Mapping[str, str]) -> Any:
+    deployment: Any = serve.deployment
+    ingress: Any = serve.ingress()
+    return deployment(
+        ingress(Gateway),
+        name="gateway",
+        num_replicas=spec.gateway.replicas,
+        max_ongoing_requests=spec.gateway.max_waiting_requests,
+        ray_actor_options={"num_cpus": spec.gateway.cpus, "runtime_env": {"env_vars": env}},
+        **_shared(spec),
+    )
+
+
+def _shared(spec: ServingSpec) -> dict[str, Any]:
+    """How either deployment ends and logs."""
+    return {
+        "graceful_shutdown_timeout_s": spec.replicas.drain_timeout_s,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+    }
 
 
 def _unwrapped(error: Exception) -> Exception:

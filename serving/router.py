@@ -5,6 +5,7 @@ The choice is a pure function, tested alone; around it is what Ray Serve asks of
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Set
 from hashlib import blake2b
@@ -22,6 +23,9 @@ STATS_PERIOD_S = 1.0
 # By how many requests a holder may be busier than the least busy replica, which would have to
 # load the adapter first.
 HOLDER_SLACK = 16
+# For how long a replica counts as holding what it was sent: loading takes seconds, and after that
+# its statistics tell.
+_LOADING_S = 30.0
 _REMEMBERED = 10_000
 
 
@@ -55,7 +59,7 @@ class AdapterRouter(FIFOMixin, RequestRouter):
 
     def initialize_state(self, **kwargs: Any) -> None:
         """Called by Ray Serve once."""
-        self._sent: OrderedDict[str, str] = OrderedDict()
+        self._sent: OrderedDict[str, tuple[str, float]] = OrderedDict()  # replica, monotonic time
 
     async def choose_replicas(
         self,
@@ -68,8 +72,9 @@ class AdapterRouter(FIFOMixin, RequestRouter):
         loads = {i: queue_lengths.get(r.replica_id) or 0 for i, r in by_id.items()}
         adapter = _adapter_of(pending_request)
         holders = {i for i, r in by_id.items() if adapter in _held(r)}
-        if adapter in self._sent:
-            holders.add(self._sent[adapter])
+        replica, sent_s = self._sent.get(adapter, ("", -_LOADING_S))
+        if time.monotonic() - sent_s < _LOADING_S:
+            holders.add(replica)
         return [[by_id[replica]] for replica in rank(loads, holders, adapter)]
 
     def on_request_routed(
@@ -78,7 +83,7 @@ class AdapterRouter(FIFOMixin, RequestRouter):
         """Called by Ray Serve: remember who will now load the adapter."""
         adapter = _adapter_of(pending_request)
         if adapter:
-            self._sent[adapter] = replica_id.unique_id
+            self._sent[adapter] = replica_id.unique_id, time.monotonic()
             self._sent.move_to_end(adapter)
             if len(self._sent) > _REMEMBERED:
                 self._sent.popitem(last=False)

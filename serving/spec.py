@@ -112,6 +112,9 @@ class GatewaySpec(Spec):
     max_body_bytes: PositiveInt = Field(
         8 * 2**20, description="Longest request body; longer ones get 413."
     )
+    body_timeout_s: PositiveFloat = Field(
+        60.0, description="Seconds for a request's body to arrive; a slower one gets 408."
+    )
     max_header_bytes: PositiveInt = Field(
         32 * 2**10, description="Longest headers of a request; longer ones get 431."
     )

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from cluster.errors import BodyTooLargeError, RequestError
+from cluster.errors import BodyTooLargeError, RequestError, SlowBodyError
 from cluster.spec import nearest
+from serving.spec import GatewaySpec
 
 B = TypeVar("B", bound=BaseModel)
 
 
-async def read_body(request: Request, cls: type[B], *, max_bytes: int) -> B:
+async def read_body(request: Request, cls: type[B], spec: GatewaySpec) -> B:
     """The body of `request` as `cls`.
 
     Raises:
         RequestError: it is too long, not JSON, or not a `cls`.
+        SlowBodyError: it took longer than `spec` allows.
     """
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > max_bytes:
-            raise BodyTooLargeError(f"the body is over {max_bytes:,} bytes; send less at once")
-        parts.append(part)
-    data = _parse(b"".join(parts))
+    try:
+        async with asyncio.timeout(spec.body_timeout_s):
+            raw = await _read(request, spec.max_body_bytes)
+    except TimeoutError as error:
+        raise SlowBodyError(
+            f"the body was not there after {spec.body_timeout_s:g} s (gateway.body_timeout_s); "
+            "send it faster, or less at once"
+        ) from error
+    data = _parse(raw)
     if not isinstance(data, dict):
         raise RequestError(f"the body is a JSON {_kind(data)}; send an object")
     try:
@@ -36,6 +40,17 @@ async def read_body(request: Request, cls: type[B], *, max_bytes: int) -> B:
         raise _describe(error, cls) from error
     except RecursionError as error:
         raise RequestError("the body is nested too deep") from error
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > max_bytes:
+            raise BodyTooLargeError(f"the body is over {max_bytes:,} bytes; send less at once")
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _parse(raw: bytes) -> Any:

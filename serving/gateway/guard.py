@@ -31,7 +31,8 @@ _log = structlog.get_logger("graft.gateway")
 
 
 class Guard:
-    """Wraps the app `app`; a request that comes through has `tenant` in its state."""
+    """Wraps the app `app`; a request that comes through has `tenant` and `began_s`, the
+    monotonic time of its arrival, in its state."""
 
     def __init__(self, app: App, *, door: Door, metrics: Metrics, max_header_bytes: int) -> None:
         self._app, self._door, self._metrics = app, door, metrics
@@ -65,7 +66,7 @@ class Guard:
             if scope["path"] not in OPEN:
                 tenant = await self._door.tenant(headers.get("authorization"))
                 tenant_id = tenant.id
-                scope.setdefault("state", {})["tenant"] = tenant
+                scope.setdefault("state", {}).update(tenant=tenant, began_s=began)
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             if has_begun:

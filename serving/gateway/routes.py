@@ -66,14 +66,14 @@ def _add_answers(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
-        body = await read_body(request, CompletionRequest, max_bytes=spec.max_body_bytes)
-        job = await service.completion_job(body, _tenant(request))
+        body = await read_body(request, CompletionRequest, spec)
+        job = await service.completion_job(body, _tenant(request), request.state.began_s)
         return await _respond(service, body, job, CompletionForm(job, body, texts))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        body = await read_body(request, ChatRequest, max_bytes=spec.max_body_bytes)
-        job = await service.chat_job(body, _tenant(request))
+        body = await read_body(request, ChatRequest, spec)
+        job = await service.chat_job(body, _tenant(request), request.state.began_s)
         return await _respond(service, body, job, ChatForm(job, body, texts))
 
 
@@ -102,7 +102,7 @@ def _add_tokens(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Tokens:
-        body = await read_body(request, TokenizeRequest, max_bytes=spec.max_body_bytes)
+        body = await read_body(request, TokenizeRequest, spec)
 
         def ids() -> list[int]:
             if body.messages is not None:
@@ -117,7 +117,7 @@ def _add_tokens(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Detokenized:
-        body = await read_body(request, DetokenizeRequest, max_bytes=spec.max_body_bytes)
+        body = await read_body(request, DetokenizeRequest, spec)
         check_token_ids(body.tokens, len(tokenizer), "tokens")
         with _tenant(request).request():
             return Detokenized(prompt=await asyncio.to_thread(tokenizer.decode, body.tokens))

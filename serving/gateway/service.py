@@ -111,28 +111,28 @@ class Service:
         self._spec = spec
         self._in_progress = 0
 
-    async def completion_job(self, body: CompletionRequest, tenant: Tenant) -> Job:
-        """Raises CallerError for whatever cannot run."""
+    async def completion_job(self, body: CompletionRequest, tenant: Tenant, began_s: float) -> Job:
+        """Of a request that arrived at `began_s`. Raises CallerError for whatever cannot run."""
         adapter = await self._resolve(body, tenant)
         per_prompt = max(body.n or 1, body.best_of or 1)
         self._check_count(len(body.prompts) * per_prompt)
         prompts = await asyncio.to_thread(self._encode, body)
         is_ranked = per_prompt > (body.n or 1)
         return self._job(
-            "cmpl", body, tenant, adapter, prompts, per_prompt,
+            "cmpl", began_s, body, tenant, adapter, prompts, per_prompt,
             max_tokens=_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
             logprobs=0 if body.logprobs is None and is_ranked else body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
         )  # fmt: skip
 
-    async def chat_job(self, body: ChatRequest, tenant: Tenant) -> Job:
-        """Raises CallerError for whatever cannot run."""
+    async def chat_job(self, body: ChatRequest, tenant: Tenant, began_s: float) -> Job:
+        """Of a request that arrived at `began_s`. Raises CallerError for whatever cannot run."""
         adapter = await self._resolve(body, tenant)
         self._check_count(body.n or 1)
         prompt = await asyncio.to_thread(render, self.tokenizer, body.messages, body.tools_in_use)
         tokens = body.max_completion_tokens
         return self._job(
-            "chatcmpl", body, tenant, adapter, [prompt], body.n or 1,
+            "chatcmpl", began_s, body, tenant, adapter, [prompt], body.n or 1,
             max_tokens=body.max_tokens if tokens is None else tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )  # fmt: skip
@@ -237,6 +237,7 @@ class Service:
     def _job(
         self,
         kind: str,
+        began_s: float,
         body: Sampling,
         tenant: Tenant,
         adapter: AdapterVersion | None,
@@ -246,7 +247,6 @@ class Service:
     ) -> Job:
         """Choices of one prompt differ by their seeds, which are drawn here if none is given:
         another replica must be able to go on with an answer."""
-        began_s = time.monotonic()
         seed = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed
         requests: list[GenerationRequest] = []
         for prompt in prompts:

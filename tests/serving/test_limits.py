@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -281,6 +282,20 @@ def test_late_answers_are_given_up(bases: Bases, tmp_path: Path) -> None:
         deadline = time.monotonic() + 5
         while slow.stats.running or slow.stats.waiting:
             assert time.monotonic() < deadline, "what nobody waits for still runs"
+
+
+def test_a_body_that_does_not_arrive_is_given_up(bases: Bases, tmp_path: Path) -> None:
+    with running(bases("llama"), tmp_path, gateway={"body_timeout_s": 0.3}) as slow:
+        host, port = slow.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as line:
+            line.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+            )
+            answer = b""
+            while b"}" not in answer and (part := line.recv(65536)):
+                answer += part
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"body was not there after 0.3 s" in answer
 
 
 def test_what_the_guard_answers_itself_is_counted_and_has_an_id(tmp_path: Path) -> None:

@@ -45,7 +45,15 @@ def context_tokens(path: str) -> int | None:
         config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"base_model {path}: its config does not load: {error}") from error
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest_context(config)
+
+
+def longest_context(config: Any) -> int | None:
+    """The tokens that a transformers config allows, under either of its names; None if it tells
+    none."""
+    text = config.get_text_config()
+    found: Any = getattr(text, "max_position_embeddings", None)
+    return getattr(text, "max_seq_len", None) if found is None else found
 
 
 def load_tokenizer(path: str) -> Any:

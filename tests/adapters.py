@@ -87,8 +87,9 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
     "ia3": _peft(
         peft.IA3Config(
             **_CAUSAL,
-            target_modules=r".*\.(k_proj|v_proj|down_proj|c_attn|mlp\.c_proj|fc2)",
-            feedforward_modules=r".*\.(down_proj|mlp\.c_proj|fc2)",
+            target_modules=r".*\.(k_proj|v_proj|down_proj|c_attn|query_key_value|mlp\.c_proj|fc2"
+            r"|dense_4h_to_h)",
+            feedforward_modules=r".*\.(down_proj|mlp\.c_proj|fc2|dense_4h_to_h)",
         )
     ),
     "bitfit": _own(kind="bitfit"),
@@ -97,7 +98,10 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
     "full": _own(kind="full"),
     "bottleneck": _own(kind="bottleneck", placement="houlsby", reduction_factor=4),
     "parallel": _own(kind="bottleneck", placement="parallel", activation="tanh", scaling=2.0),
-    "prompt_tuning": _peft(peft.PromptTuningConfig(**_CAUSAL, num_virtual_tokens=5)),
+    "prompt_tuning": _peft(
+        # PEFT asks for the heads, which it does not find in MPT's config, and does not use.
+        peft.PromptTuningConfig(**_CAUSAL, num_virtual_tokens=5, num_attention_heads=4)
+    ),
     "p_tuning": _peft(
         peft.PromptEncoderConfig(**_CAUSAL, num_virtual_tokens=3, encoder_hidden_size=24)
     ),
@@ -121,17 +125,27 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
 
 # Variants that differ little between families: on these alone.
 _FAMILIES: Mapping[str, set[str]] = {
-    "dora": {"llama", "gpt2", "opt"},
+    "dora": {"llama", "gpt2", "opt", "bloom"},
     "pissa": {"llama", "gpt2"},
     "saved_modules": {"llama", "gemma"},
     "adalora": {"llama", "gpt2"},
     "dylora": {"llama", "gpt2"},
 }
+# Families that differ from others in how they attend alone: with these variants alone.
+_VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "falcon": ("lora", "bitfit", "prompt_tuning", "prefix_tuning"),
+    "falcon_alibi": ("lora", "layernorm", "prompt_tuning", "prefix_tuning"),
+    "falcon_multi_query": ("lora", "layernorm", "bitfit", "prompt_tuning"),
+    "gptj": ("lora", "bitfit", "prompt_tuning", "prefix_tuning"),
+    "mpt": ("lora", "layernorm", "prompt_tuning"),
+    "gemma2": ("lora", "layernorm", "prompt_tuning", "prefix_tuning"),
+}
 
 
 def variants_of(family: str) -> list[str]:
     """The variants that are tried on a family."""
-    return [variant for variant in VARIANTS if family in _FAMILIES.get(variant, {family})]
+    tried = _VARIANTS.get(family, VARIANTS)
+    return [variant for variant in tried if family in _FAMILIES.get(variant, {family})]
 
 
 def make_adapter(variant: str, base: Path, folder: Path, seed: int = 1) -> Path:

@@ -33,6 +33,13 @@ _LLAMA_LIKE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": CONTEXT,
 }
+_FALCON = {
+    **_COMMON,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**_LLAMA_LIKE),
     "qwen3": lambda: transformers.Qwen3Config(**_LLAMA_LIKE, head_dim=16, tie_word_embeddings=True),
@@ -59,6 +66,26 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         num_experts_per_tok=2,
     ),
     "bloom": lambda: transformers.BloomConfig(**_COMMON, hidden_size=32, n_layer=2, n_head=4),
+    "falcon": lambda: transformers.FalconConfig(
+        **_FALCON, num_kv_heads=2, new_decoder_architecture=True
+    ),
+    "falcon_alibi": lambda: transformers.FalconConfig(**_FALCON, alibi=True, multi_query=False),
+    "falcon_multi_query": lambda: transformers.FalconConfig(**_FALCON, multi_query=True),
+    "gptj": lambda: transformers.GPTJConfig(
+        **_COMMON, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=CONTEXT
+    ),
+    "mpt": lambda: transformers.MptConfig(
+        **_COMMON, d_model=32, n_layers=2, n_heads=4, max_seq_len=CONTEXT
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(**_LLAMA_LIKE, head_dim=16, sliding_window=9),
+    "recurrent_gemma": lambda: transformers.RecurrentGemmaConfig(
+        **_COMMON,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        lru_width=32,
+    ),
 }
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>"

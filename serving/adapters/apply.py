@@ -57,26 +57,26 @@ class DeltaHooks:
         self._kept: dict[str, torch.Tensor] = {}  # inputs of this pass, by module
         self.queries: dict[int, torch.Tensor] = {}  # [T, H, D] of this pass, by layer
         self._is_tuple: dict[str, bool] = {}  # a router's, say; replaced parameters alone fit it
+        self.has_queries = True  # whether passes note them
 
     @contextmanager
-    def learning(self, num_rows: int) -> Generator[None]:
-        """The scope of one forward pass of `num_rows` tokens that shows where each module has
-        them: [1, T, O], [T, O] in experts, [1, H, T, D] in norms of heads. A module that shows
-        them nowhere, or in two places, cannot be changed for some rows alone."""
+    def learning(self, num_rows: int, dim: int | None = None) -> Generator[None]:
+        """The scope of one forward pass of `num_rows` rows that shows where each module has
+        them: tokens in [1, T, O], [T, O] in experts, [1, H, T, D] in norms of heads; or rows of a
+        padded batch, which can only be in `dim`. A module that shows them nowhere, or in two
+        places, cannot be changed for some rows alone."""
 
         def look(name: str) -> Any:
             def note(_: torch.nn.Module, _args: object, output: Any) -> None:
-                places = [
-                    list(part.shape[:-1]).index(num_rows)
-                    for part in _parts(output)
-                    if isinstance(part, torch.Tensor) and list(part.shape[:-1]).count(num_rows) == 1
-                ]
-                if len(places) == len(_parts(output)) and len(set(places)) == 1:
-                    self._rows_dim[name] = places[0]
+                found = [_dims(part, num_rows, dim) for part in _parts(output)]
+                if len(found[0]) == 1 and all(dims == found[0] for dims in found):
+                    self._rows_dim[name] = found[0][0]
                     self._is_tuple[name] = isinstance(output, tuple)
 
             return note
 
+        self._rows_dim.clear()
+        self._is_tuple.clear()
         handles = [m.register_forward_hook(look(n)) for n, m in self._modules.items() if n]
         try:
             yield
@@ -91,6 +91,11 @@ class DeltaHooks:
 
     def check(self, deltas: Mapping[str, Delta]) -> None:
         """Raise AdapterError for a module that cannot be changed so for some rows alone."""
+        if not self.has_queries and any(isinstance(d, GatedPrompt) for d in deltas.values()):
+            raise AdapterError(
+                "the adapter is a LLaMA-Adapter, which needs each layer's queries; this base's "
+                "attention does not show them. Train a LoRA or prefix tuning instead"
+            )
         unknown = next((name for name, _ in _places(deltas) if name not in self._modules), None)
         if unknown is not None:
             raise AdapterError(
@@ -233,6 +238,12 @@ class _Rows:
         if value.shape[self.dim] != self.total:
             return value
         return value.narrow(self.dim, self.segment.start, self.segment.end - self.segment.start)
+
+
+def _dims(part: Any, num_rows: int, dim: int | None) -> list[int]:
+    """The dimensions of a module's output that can be the rows."""
+    sizes = part.shape[:-1] if isinstance(part, torch.Tensor) else ()
+    return [at for at, size in enumerate(sizes) if size == num_rows and dim in (None, at)]
 
 
 def _parts(output: Any) -> tuple[Any, ...]:

@@ -7,12 +7,12 @@ the adapter's prefix on. NumPy only; the runner makes tensors of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
 
-from serving.adapters import LoweredAdapter, Segment
+from serving.adapters import Delta, LoweredAdapter, Segment
 from serving.engine.sequence import Chunk
 from serving.engine.sequence import Sequence as Scheduled
 
@@ -30,11 +30,13 @@ class LoadedAdapter:
 
 @dataclass(frozen=True)
 class Row:
-    """One chunk in the flat step: tokens `start` to `end`, and the slots of its whole context."""
+    """One chunk in the flat step: tokens `start` to `end`, the slots of its whole context, and what
+    its adapter changes."""
 
     start: int
     end: int
     slots: np.ndarray
+    deltas: Mapping[str, Delta] = field(default_factory=dict[str, Delta])
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def build(
     writes: list[np.ndarray] = []
     rows: list[Row] = []
     wanted: list[int] = []
+    nothing: Mapping[str, Delta] = {}
     for chunk in chunks:
         sequence, begin = chunk.sequence, len(ids)
         slots = context_slots(sequence, page_tokens)
@@ -68,7 +71,9 @@ def build(
         ids += sequence.tokens[chunk.start : chunk.start + chunk.count]
         positions.append(np.arange(first, last))
         writes.append(slots[first:last])
-        rows.append(Row(begin, len(ids), slots[:last]))
+        name = sequence.adapter
+        deltas = adapters[name].lowered.deltas if name else nothing
+        rows.append(Row(begin, len(ids), slots[:last], deltas))
         wanted += (begin + offset for offset in chunk.wanted)
     names = [chunk.sequence.adapter for chunk in chunks]
     spans = [(row.start, row.end) for row in rows]

@@ -1,36 +1,40 @@
 """The base model, its KV memory, and one forward pass over a batch.
 
-    T tokens of the step    N rows with logits    V vocabulary    P prefix tokens
+    N rows with logits    V vocabulary    P prefix tokens
 
 The base is transformers' own module, untouched but for its attention function and the hooks of
-loaded adapters. At start it is proved against itself: a family whose attention does not go through
-AttentionInterface, or that keeps other state between tokens, gives other logits when its rows are
-flattened, and is refused by name.
+loaded adapters. At start it is proved against itself (`proof`): first flat, with all rows end to
+end and our attention; where the family's attention does not go through AttentionInterface, or is
+of a kind that ours does not compute, padded, through transformers' own Cache. A base that neither
+of them can run is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
-from cluster.base_model import load_base
+from cluster.base_model import empty_base, load_base, longest_context
 from cluster.errors import BaseModelError
 from cluster.memory import keep_freed_memory
 from serving.adapters import DeltaHooks, EmbeddingPrefix, KVPrefix, Target, describe
-from serving.engine.attention import NAME, AttentionPlan, Span, attend_by
-from serving.engine.batch import Batch, Row, page_slots
+from serving.engine.attention import NAME
+from serving.engine.batch import Batch, Row
+from serving.engine.flat import FlatPass
+from serving.engine.geometry import measured
+from serving.engine.kv_memory import KVMemory, make_memory
+from serving.engine.logit_rows import LogitRows
+from serving.engine.padded import PaddedPass
+from serving.engine.proof import own_logits, prove, sample_sequences
 from serving.spec import EngineSpec
 
 _GIB = 2**30
 _CPU_CACHE_GIB = 1.0
 _GPU_FREE_SHARE = 0.8
-# Largest difference of the proof's logits, as a share of the largest logit.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-_PROOF_TOKENS = (13, 7)
+# transformers' plain formula.
+_PLAIN = "eager"
 
 
 class Runner:
@@ -45,14 +49,7 @@ class Runner:
         self.device = _device(spec.device)
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
-        dtype: torch.dtype = getattr(torch, spec.dtype)
-        try:
-            self.model = load_base(spec.base_model, dtype, attn_implementation=NAME)
-        except (AttributeError, KeyError) as error:
-            raise BaseModelError(
-                f"base_model {spec.base_model}: this family does not take an attention function, "
-                f"which paged serving needs ({error})"
-            ) from error
+        self.model, takes_ours = _load(spec)
         self.model.eval().requires_grad_(False).to(self.device)
         self.target: Target = describe(self.model, spec.base_model)
         self.hooks = DeltaHooks(self.model)
@@ -60,10 +57,8 @@ class Runner:
         self.max_context_tokens = _context(self.model, spec)
         _refuse_by_length(self.model, spec, self.max_context_tokens)
         self.page_tokens, self.num_pages = spec.page_tokens, 0
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
-        self._wanted_N: torch.Tensor | None = None
-        self.model.get_output_embeddings().register_forward_pre_hook(self._select_wanted)
+        self.memory = KVMemory((), ())
+        self._pass = self._proved(takes_ours)
 
     @property
     def page_bytes(self) -> int:
@@ -73,97 +68,30 @@ class Runner:
         return token_bytes * target.dtype.itemsize * self.page_tokens
 
     def allocate(self, num_pages: int) -> None:
-        """Make the KV memory, of so many pages, and prove the base on it. Raises BaseModelError."""
+        """Make the KV memory, of so many pages."""
         self.num_pages = num_pages
-        target = self.target
-        shape = (num_pages * self.page_tokens, target.num_kv_heads, target.head_size)
-        options: dict[str, Any] = {"dtype": target.dtype, "device": self.device}
-        self._keys, self._values = (
-            [torch.zeros(shape, **options) for _ in range(target.num_layers)] for _ in range(2)
-        )
-        self._prove()
+        self.memory = make_memory(self.target, num_pages * self.page_tokens)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits of the wanted rows, float32 [N, V]; new keys and values are in their slots."""
-        ids_T = torch.from_numpy(batch.ids).to(self.device)
-        with self.hooks.active(batch.body, batch.head):
-            return self._run(
-                {"input_ids": ids_T[None]},
-                batch.positions,
-                batch.write_slots,
-                batch.rows,
-                batch.wanted,
-            )
+        return self._pass.run(batch, self.memory)
 
     def write_prefix(self, prefix: EmbeddingPrefix | KVPrefix, slots: np.ndarray) -> None:
         """Put an adapter's prefix into its slots: computed by the bare base, or as it is."""
-        if isinstance(prefix, EmbeddingPrefix):
-            count = prefix.embeddings_PH.shape[0]
-            self._run(
-                {"inputs_embeds": prefix.embeddings_PH[None]},
-                np.arange(count),
-                slots,
-                [Row(0, count, slots)],
-                np.array([count - 1]),
-            )
+        if isinstance(prefix, KVPrefix):
+            self.memory.put(prefix, torch.from_numpy(slots).to(self.device))
             return
-        slots_P = torch.from_numpy(slots).to(self.device)
-        for layer in range(self.target.num_layers):
-            self._keys[layer][slots_P] = prefix.keys_LPKD[layer]
-            self._values[layer][slots_P] = prefix.values_LPKD[layer]
-
-    @torch.inference_mode()
-    def _run(
-        self,
-        inputs: dict[str, torch.Tensor],
-        positions: np.ndarray,
-        write_slots: np.ndarray,
-        rows: Sequence[Row],
-        wanted: np.ndarray,
-    ) -> torch.Tensor:
-        positions_T = torch.from_numpy(positions).to(self.device)
-        plan = self._plan(torch.from_numpy(write_slots).to(self.device), rows)
-        self._wanted_N = torch.from_numpy(wanted).to(self.device)
-        try:
-            with attend_by(plan):
-                output = self.model(**inputs, position_ids=positions_T[None], use_cache=False)
-        finally:
-            self._wanted_N = None
-        return output.logits[0].float()
-
-    def _plan(self, write_T: torch.Tensor, rows: Sequence[Row]) -> AttentionPlan:
-        """Rows of one token go together, padded to the longest; longer ones each alone."""
-        plan = AttentionPlan(
-            self._keys,
-            self._values,
-            write_T,
-            self.hooks.queries,
-            [
-                Span(row.start, row.end, torch.from_numpy(row.slots).to(self.device))
-                for row in rows
-                if row.end - row.start > 1
-            ],
+        count = prefix.embeddings_PH.shape[0]
+        step = Batch(
+            ids=np.zeros(count, dtype=np.int64),
+            positions=np.arange(count),
+            write_slots=slots,
+            rows=[Row(0, count, slots)],
+            wanted=np.array([count - 1]),
+            body=(),
+            head=(),
         )
-        single = [row for row in rows if row.end - row.start == 1]
-        if single:
-            lengths = np.array([len(row.slots) for row in single])
-            # With slots of its own: what is masked must still be finite, or 0 x NaN is NaN.
-            padded = np.repeat([row.slots[:1] for row in single], lengths.max(), axis=1)
-            for index, row in enumerate(single):
-                padded[index, : len(row.slots)] = row.slots
-            plan.decode_B = torch.tensor([row.start for row in single], device=self.device)
-            plan.decode_slots_BS = torch.from_numpy(padded).to(self.device)
-            plan.decode_lengths_B = torch.from_numpy(lengths).to(self.device)
-        return plan
-
-    def _select_wanted(
-        self, _: torch.nn.Module, args: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...] | None:
-        """The output embedding sees the wanted rows alone, as [1, N, hidden]."""
-        if self._wanted_N is None:
-            return None
-        hidden = args[0]
-        return (hidden.reshape(1, -1, hidden.shape[-1])[:, self._wanted_N],)
+        self._pass.run(step, self.memory, prefix.embeddings_PH)
 
     def fitting_pages(self, spec: EngineSpec, page_bytes: int) -> int:
         """How many pages of `page_bytes` there is memory for, up to what could ever be used.
@@ -190,74 +118,51 @@ class Runner:
             )
         return pages
 
-    def _prove(self) -> None:
-        """Compare a mixed, paged, chunked pass with the base's own. Raises BaseModelError."""
-        generator = torch.Generator().manual_seed(0)
-        length = min(max(_PROOF_TOKENS), self.max_context_tokens)
-        sequences = [
-            torch.randint(self.vocabulary, (min(tokens, length),), generator=generator)
-            for tokens in _PROOF_TOKENS
-        ]
-        pages = -(-length // self.page_tokens)
-        if pages * len(sequences) > self.num_pages:
-            sequences = sequences[:1]
-        name = f"base_model {self.target.name}: {type(self.model).__name__}"
-        try:
-            with self._own_attention(), torch.inference_mode():
-                reference = [
-                    self.model(input_ids=s[None].to(self.device), use_cache=False).logits[0].float()
-                    for s in sequences
-                ]
-            found = self._proof_logits([s.numpy() for s in sequences], pages)
-        except BaseModelError as error:
-            raise BaseModelError(f"{name}: {error.message}") from error
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BaseModelError(
-                f"{name} cannot be served with paged attention: {reason}"
-            ) from error
-        expected = torch.cat([logits[-1:] for logits in reference])
-        scale = max(1e-6, float(expected.abs().max()))
-        difference = float((found - expected).abs().max()) / scale
-        if not difference < _TOLERANCE[self.target.dtype]:
-            raise BaseModelError(
-                f"{name} is not served yet: with paged attention its logits differ by "
-                f"{difference:.1e} of their size; its attention does not go through "
-                "AttentionInterface, or it keeps state that pages do not hold"
-            )
-
-    def _proof_logits(self, sequences: Sequence[np.ndarray], pages: int) -> torch.Tensor:
-        """The last logits of each sequence, read in two steps, both sequences in each."""
-        slots = [
-            page_slots(range(index * pages, (index + 1) * pages), self.page_tokens)
-            for index in range(len(sequences))
-        ]
-        logits = torch.empty(0)
-        for half in range(2):
-            bounds = [((0, len(s) - 1), (len(s) - 1, len(s)))[half] for s in sequences]
-            offsets = np.cumsum([0] + [end - start for start, end in bounds])
-            ids = [s[a:b] for s, (a, b) in zip(sequences, bounds, strict=True)]
-            with nullcontext() if half else self.hooks.learning(int(offsets[-1])):
-                logits = self._run(
-                    {"input_ids": torch.from_numpy(np.concatenate(ids)).to(self.device)[None]},
-                    np.concatenate([np.arange(a, b) for a, b in bounds]),
-                    np.concatenate([s[a:b] for s, (a, b) in zip(slots, bounds, strict=True)]),
-                    [
-                        Row(int(offsets[i]), int(offsets[i + 1]), slots[i][:end])
-                        for i, (_, end) in enumerate(bounds)
-                    ],
-                    offsets[1:] - 1,
-                )
-        return logits
-
-    @contextmanager
-    def _own_attention(self) -> Generator[None]:
-        """The base with transformers' plain attention, for the proof's reference."""
-        self.model.set_attn_implementation("eager")
-        try:
-            yield
-        finally:
+    def _proved(self, takes_ours: bool) -> FlatPass | PaddedPass:
+        """The way through a step that gives the base's own logits. Raises BaseModelError."""
+        sequences = sample_sequences(self.vocabulary, self.max_context_tokens)
+        logit_rows = LogitRows(self.model)
+        reason = "it takes no attention function"
+        if takes_ours:
+            self.model.set_attn_implementation(_PLAIN)
+            expected = own_logits(self.model, sequences, self.device)
             self.model.set_attn_implementation(NAME)
+            flat = FlatPass(self.model, self.hooks, logit_rows)
+            try:
+                prove(flat, self.hooks, self.target, sequences, expected)
+                return flat
+            except BaseModelError as error:
+                reason = error.message
+            # transformers' own choice for the family
+            self.model.set_attn_implementation(self.model.get_correct_attn_implementation(None))
+        try:
+            self.target = measured(self.model, self.target)
+            expected = own_logits(self.model, sequences, self.device)
+            padded = PaddedPass(self.model, self.hooks, logit_rows)
+            prove(padded, self.hooks, self.target, sequences, expected)
+        except BaseModelError as error:
+            raise BaseModelError(
+                f"base_model {self.target.name}: {type(self.model).__name__} is not served yet: "
+                f"with paged attention, {reason}; padded, through transformers' cache, "
+                f"{error.message}"
+            ) from error
+        self.hooks.has_queries = False
+        return padded
+
+
+def _load(spec: EngineSpec) -> tuple[Any, bool]:
+    """The base, and whether it takes an attention function. Raises BaseModelError."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    # Asked before loading: some families fail at a name that they do not know, others ignore it.
+    takes_ours: bool = type(empty_base(spec.base_model))._can_set_attn_implementation()
+    options = {"attn_implementation": NAME} if takes_ours else {}
+    try:
+        model = load_base(spec.base_model, dtype, **options)
+    except (AttributeError, KeyError) as error:
+        raise BaseModelError(
+            f"base_model {spec.base_model}: this family cannot be loaded for serving ({error})"
+        ) from error
+    return model, takes_ours
 
 
 def _device(asked: str) -> torch.device:
@@ -288,7 +193,7 @@ def _refuse_by_length(model: Any, spec: EngineSpec, context_tokens: int) -> None
 
 
 def _context(model: Any, spec: EngineSpec) -> int:
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest_context(model.config)
     asked = spec.max_context_tokens
     if limit is None and asked is None:
         raise BaseModelError(

@@ -8,14 +8,17 @@ import peft
 import pytest
 import torch
 from adapters import load, make_adapter, randomize, variants_of
+from conftest import CONTEXT
 from safetensors.torch import save_file
 
-from cluster.errors import AdapterError, RequestError
+from cluster.errors import AdapterError, BaseModelError, RequestError
 from serving.adapters import describe, lower
 from serving.engine import Engine, EngineSpec, GenerationRequest, ScoreRequest
 from training import load_adapter
 
-FAMILIES = ["llama", "qwen3", "mistral", "gpt2", "gemma", "opt", "phi", "qwen2_moe"]
+FLAT = ["llama", "qwen3", "mistral", "gpt2", "gemma", "opt", "phi", "qwen2_moe"]
+PADDED = ["bloom", "falcon", "falcon_alibi", "falcon_multi_query", "gptj", "mpt", "gemma2"]
+FAMILIES = [*FLAT, *PADDED]
 PAIRS = [(family, variant) for family in FAMILIES for variant in variants_of(family)]
 TOLERANCE = 1e-4
 NEW_TOKENS = 64
@@ -33,7 +36,9 @@ class Setup:
     def __init__(self, base: Path, folder: Path, variants: Sequence[str]) -> None:
         self.base = base
         self.folders = {v: make_adapter(v, base, folder / v) for v in variants}
-        self.engine = Engine(EngineSpec(base_model=str(base), max_step_tokens=48))
+        # BLOOM's config tells no context.
+        self.spec = EngineSpec(base_model=str(base), max_context_tokens=CONTEXT, max_step_tokens=48)
+        self.engine = Engine(self.spec)
         for variant, path in self.folders.items():
             self.engine.add_adapter(variant, path)
         self._references: dict[str | None, Any] = {}
@@ -117,10 +122,10 @@ def test_greedy_tokens_do_not_depend_on_where_keys_and_values_came_from(setup: S
         before = setup.engine.stats.cached_tokens
         assert [r.token_ids for r in setup.engine.generate(requests)] == expected
         assert setup.engine.stats.cached_tokens == before + found
-    page_bytes = 16 * 2 * sum(keys[0].nbytes for keys in setup.engine.runner._keys)
+    page_bytes = 16 * 2 * sum(keys[0].nbytes for keys in setup.engine.runner.memory.keys)
     tight = Engine(
-        EngineSpec(
-            base_model=str(setup.base), max_step_tokens=11, kv_cache_gib=11.5 * page_bytes / 2**30
+        setup.spec.model_copy(
+            update={"max_step_tokens": 11, "kv_cache_gib": 11.5 * page_bytes / 2**30}
         )
     )
     for variant, path in setup.folders.items():
@@ -273,10 +278,18 @@ def test_a_damaged_sparse_delta_is_refused(
         lower(tmp_path, target)
 
 
-def test_a_family_without_the_attention_interface_is_refused_by_name(
-    bases: Callable[[str], Path],
-) -> None:
-    from cluster.errors import BaseModelError
+def test_a_base_that_keeps_other_state_is_refused_by_name(bases: Callable[[str], Path]) -> None:
+    with pytest.raises(BaseModelError, match=r"RecurrentGemma.* is not served.* of one shape"):
+        Engine(EngineSpec(base_model=str(bases("recurrent_gemma")), max_context_tokens=64))
 
-    with pytest.raises(BaseModelError, match="Bloom"):
-        Engine(EngineSpec(base_model=str(bases("bloom")), max_context_tokens=64))
+
+def test_a_llama_adapter_is_refused_where_queries_are_not_seen(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    at = "base_model.model.model.layers.1.self_attn.adaption_"
+    tensors = {f"{at}prompt": torch.ones(1, 4, 32), f"{at}gate": torch.ones(1)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "ADAPTION_PROMPT"}')
+    engine = Engine(EngineSpec(base_model=str(bases("gemma2"))))
+    with pytest.raises(AdapterError, match="LLaMA-Adapter, which needs each layer's queries"):
+        engine.add_adapter("a", tmp_path)

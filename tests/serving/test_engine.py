@@ -414,7 +414,7 @@ def test_what_an_overflow_left_in_a_page_hurts_nobody(bases: Bases, wild: Path) 
         engine.submit(GenerationRequest(prompt_token_ids=[1] * 20, adapter="wild"))
     while engine.has_work:
         engine.step()
-    assert not all(torch.isfinite(keys).all() for keys in engine.runner._keys)
+    assert not all(torch.isfinite(keys).all() for keys in engine.runner.memory.keys)
     assert [result.token_ids for result in engine.generate(requests)] == expected
 
 

@@ -1,0 +1,86 @@
+"""A step as one flat sequence: all rows end to end, attention by a plan over paged slots.
+
+    T tokens of the step    N rows with logits    V vocabulary    P prefix tokens
+
+Nothing is padded but the slots of rows that decode. For every base whose attention goes through
+transformers' AttentionInterface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from serving.adapters import DeltaHooks
+from serving.engine.attention import AttentionPlan, Span, attend_by
+from serving.engine.batch import Batch, Row
+from serving.engine.kv_memory import KVMemory
+from serving.engine.logit_rows import LogitRows
+
+
+class FlatPass:
+    """One base model's way through a step. Used by one thread."""
+
+    # In which dimension modules show a step's rows: wherever the tokens are.
+    rows_dim: int | None = None
+
+    def __init__(self, model: Any, hooks: DeltaHooks, logit_rows: LogitRows) -> None:
+        self._model, self._hooks, self._logit_rows = model, hooks, logit_rows
+        self._device: torch.device = model.get_input_embeddings().weight.device
+
+    def num_rows(self, step: Batch) -> int:
+        """What modules count."""
+        return len(step.positions)
+
+    @torch.inference_mode()
+    def run(
+        self, step: Batch, memory: KVMemory, embeddings_PH: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits of the wanted rows, float32 [N, V]; new keys and values are in their slots.
+
+        Args:
+            embeddings_PH: In place of the tokens' own.
+        """
+        inputs = {"input_ids": self._tensor(step.ids)[None]}
+        if embeddings_PH is not None:
+            inputs = {"inputs_embeds": embeddings_PH[None]}
+        with (
+            self._hooks.active(step.body, step.head),
+            self._logit_rows.wanted(self._tensor(step.wanted)),
+            attend_by(self._plan(self._tensor(step.write_slots), step.rows, memory)),
+        ):
+            output = self._model(
+                **inputs, position_ids=self._tensor(step.positions)[None], use_cache=False
+            )
+        return output.logits[0].float()
+
+    def _plan(self, write_T: torch.Tensor, rows: Sequence[Row], memory: KVMemory) -> AttentionPlan:
+        """Rows of one token go together, padded to the longest; longer ones each alone."""
+        plan = AttentionPlan(
+            memory.keys,
+            memory.values,
+            write_T,
+            self._hooks.queries,
+            [
+                Span(row.start, row.end, self._tensor(row.slots))
+                for row in rows
+                if row.end - row.start > 1
+            ],
+        )
+        single = [row for row in rows if row.end - row.start == 1]
+        if single:
+            lengths = np.array([len(row.slots) for row in single])
+            # With slots of its own: what is masked must still be finite, or 0 x NaN is NaN.
+            padded = np.repeat([row.slots[:1] for row in single], lengths.max(), axis=1)
+            for index, row in enumerate(single):
+                padded[index, : len(row.slots)] = row.slots
+            plan.decode_B = torch.tensor([row.start for row in single], device=self._device)
+            plan.decode_slots_BS = self._tensor(padded)
+            plan.decode_lengths_B = self._tensor(lengths)
+        return plan
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)

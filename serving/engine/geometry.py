@@ -1,0 +1,47 @@
+"""What a base's cache holds, measured: configs name heads in many ways and some count others than
+those that are cached.
+
+    K key/value heads    D head size
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from cluster.errors import BaseModelError
+from serving.adapters import Target
+
+
+@torch.inference_mode()
+def measured(model: Any, target: Target) -> Target:
+    """`target` with the layers, heads and sizes that `model` keeps keys and values of.
+
+    Raises:
+        BaseModelError: they are not the same in all layers, or something else is kept.
+    """
+    layers = [DynamicLayer() for _ in range(target.num_layers)]
+    ids = torch.zeros(1, 2, dtype=torch.long, device=target.device)
+    try:
+        model(input_ids=ids, past_key_values=Cache(layers=list(layers)), use_cache=True)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BaseModelError(reason) from error
+    shapes = {_shape(layer) for layer in layers}
+    shape = shapes.pop()
+    if shapes or shape is None:
+        raise BaseModelError("its layers do not all keep keys and values of one shape")
+    _, heads, _, size = shape
+    return replace(target, num_kv_heads=heads, head_size=size)
+
+
+def _shape(layer: DynamicLayer) -> torch.Size | None:
+    """[1, K, tokens, D] of both keys and values; None if they differ or are not there."""
+    keys, values = layer.keys, layer.values
+    if keys is None or values is None or keys.shape != values.shape:
+        return None
+    return keys.shape

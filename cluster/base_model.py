@@ -6,17 +6,41 @@ Imports torch and transformers only when a function needs them.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import BaseModelError
+from cluster.quantization import QuantizationSpec, saved_quantization
 
 if TYPE_CHECKING:
     import torch
 
+# PEFT and transformers import bitsandbytes, which on some CPUs warns that a kernel to be downloaded
+# is missing; it is not used (see cluster.quantized_linear).
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 def check_base_folder(path: str, *, with_tokenizer: bool) -> None:
     """Raise BaseModelError unless `path` is a whole base-model folder; loads nothing."""
+    folder = Path(path)
+    quantization_of(path)
+    if not any(folder.glob("*.safetensors")):
+        raise BaseModelError(f"base_model {path}: has no .safetensors weights; pickles are refused")
+    if with_tokenizer and not any(folder.glob("tokenizer*")):
+        raise BaseModelError(
+            f"base_model {path}: has no tokenizer files; save the tokenizer into the folder too"
+        )
+
+
+def quantization_of(path: str, asked: QuantizationSpec | None = None) -> QuantizationSpec | None:
+    """How the base in the folder at `path` is kept when it is loaded: as it was saved quantised,
+    else as `asked`; None for plainly.
+
+    Raises:
+        BaseModelError: the folder has no sound config.json, is of another library's quantisation,
+            or was saved otherwise than asked.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise BaseModelError(f"base_model {path}: is not a folder; download the model first")
@@ -29,12 +53,13 @@ def check_base_folder(path: str, *, with_tokenizer: bool) -> None:
         ) from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise BaseModelError(f"base_model {path}: config.json names no model_type")
-    if not any(folder.glob("*.safetensors")):
-        raise BaseModelError(f"base_model {path}: has no .safetensors weights; pickles are refused")
-    if with_tokenizer and not any(folder.glob("tokenizer*")):
+    saved = saved_quantization(path, config)
+    if saved is not None and asked is not None and str(saved) != str(asked):
         raise BaseModelError(
-            f"base_model {path}: has no tokenizer files; save the tokenizer into the folder too"
+            f"base_model {path}: was saved quantised to {saved}, so quantization cannot be "
+            f"{asked}; leave quantization out, or name the plain base"
         )
+    return saved or asked
 
 
 def context_tokens(path: str) -> int | None:
@@ -80,22 +105,58 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def load_base(path: str, dtype: torch.dtype, **options: Any) -> Any:
-    """The causal LM with its weights, on CPU. Raises BaseModelError.
+def load_base(
+    path: str,
+    dtype: torch.dtype,
+    quantization: QuantizationSpec | None = None,
+    device: torch.device | None = None,
+    **options: Any,
+) -> Any:
+    """The causal LM with its weights. Raises BaseModelError.
 
     Args:
+        quantization: Of its linear modules; a folder that was saved quantised stays as it is.
+        device: Where it will be, CPU if not given. Only a quantised one is put there at once.
         options: Further ones of `from_pretrained`, such as `attn_implementation`.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_base_folder(path, with_tokenizer=False)
+    found = quantization_of(path, quantization)
+    if found is not None:
+        # A folder that was saved quantised tells how itself.
+        own = quantization_of(path) is not None
+        options |= _quantized_options(None if own else found, device)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, local_files_only=True, use_safetensors=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"base_model {path}: cannot be loaded: {error}") from error
+    if found is not None:
+        from cluster.quantized_linear import settle
+
+        settle(model)
+    return model
+
+
+def _quantized_options(
+    quantization: QuantizationSpec | None, device: torch.device | None
+) -> dict[str, Any]:
+    """What `from_pretrained` needs for it; None where the folder tells how."""
+    from transformers import BitsAndBytesConfig
+
+    options: dict[str, Any] = {"device_map": {"": "cpu" if device is None else str(device)}}
+    if quantization is not None and quantization.bits == 8:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif quantization is not None:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.quant_type or "nf4",
+            bnb_4bit_use_double_quant=quantization.double_quant is not False,
+        )
+    return options
 
 
 def empty_base(path: str) -> Any:

@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from cluster.quantization import QuantizationSpec
 from cluster.spec import Name, Spec, StoreUri
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -29,6 +30,11 @@ class EngineSpec(Spec):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Of weights, activations and KV pages."
+    )
+    quantization: QuantizationSpec | None = Field(
+        None,
+        description="Keep the base's linear modules in 4 or 8 bits; not those of small_bases. A "
+        "folder that was saved quantised is served as it is.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="`auto` takes a GPU if the replica has one."

@@ -20,6 +20,8 @@ from training.evaluation import Evaluator
 from training.loop import Place, precision
 from training.methods import METHODS, trainable_parameters
 from training.methods.course import Course
+from training.methods.layernorm import norm_modules
+from training.methods.placement import check_saved_modules
 from training.rows import TokenRows
 from training.spec import TrainingSpec
 from training.step import Batch, LossModel, collate
@@ -80,7 +82,12 @@ def assemble(
     torch.manual_seed(spec.seed)
     dtype = torch.float32 if spec.precision == "fp32" else torch.bfloat16
     method = METHODS[spec.method.kind]
-    base = load_base(spec.trained_base, dtype)
+    base = load_base(spec.trained_base, dtype, spec.quantization, place.device)
+    if spec.quantization is not None:
+        check_saved_modules(base, spec.method)
+        # As QLoRA does: norms cost nothing, and what they scale is rounded once less.
+        for norm in norm_modules(base).values():
+            norm.float()
     model = method.attach(base, spec.method, spec.base_model)
     model.to(place.device).train()
     loss_model = LossModel(

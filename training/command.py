@@ -164,6 +164,7 @@ def plan(spec: TrainingSpec) -> Plan:
     from training.data import tokenize
     from training.loop import count_steps
     from training.methods import METHODS, count_parameters
+    from training.methods.placement import check_saved_modules
 
     rows, validation = stream_rows(spec.data.train).num_rows, spec.data.validation
     tokenizer = load_tokenizer(spec.base_model)
@@ -175,6 +176,8 @@ def plan(spec: TrainingSpec) -> Plan:
         elif validation is not None:
             rows -= max(1, int(validation * rows))
     base = empty_base(spec.trained_base)
+    if spec.quantization is not None:
+        check_saved_modules(base, spec.method)
     model = METHODS[spec.method.kind].attach(base, spec.method, spec.base_model)
     trained, total = count_parameters(model)
     steps = count_steps(spec, rows)
@@ -183,11 +186,13 @@ def plan(spec: TrainingSpec) -> Plan:
 
 
 def resolved(spec: TrainingSpec) -> TrainingSpec:
-    """The spec as the job runs it, in another folder: local paths absolute, `max_length` known.
+    """The spec as the job runs it, in another folder: local paths absolute, `max_length` and the
+    quantisation of the base known.
 
     Raises:
         BaseModelError: the base's folder is not whole.
-        SpecError: the longest row, with its virtual tokens, exceeds the base's context.
+        SpecError: the base was saved quantised, which does not fit the method or ZeRO stage; the
+            longest row, with its virtual tokens, exceeds the base's context.
     """
     from cluster.base_model import check_base_folder, context_tokens
     from cluster.errors import SpecError
@@ -196,6 +201,7 @@ def resolved(spec: TrainingSpec) -> TrainingSpec:
     base = absolute_path(spec.base_model)
     check_base_folder(base, with_tokenizer=True)
     spec, virtual = _with_method(spec)
+    spec = _with_quantization(spec)
     contexts = [context_tokens(path) for path in {base, spec.trained_base}]
     context = min((tokens for tokens in contexts if tokens is not None), default=None)
     asked = spec.data.max_length
@@ -223,6 +229,19 @@ def resolved(spec: TrainingSpec) -> TrainingSpec:
             "gradient_accumulation_steps": None,
         }
     )
+
+
+def _with_quantization(spec: TrainingSpec) -> TrainingSpec:
+    """`spec` with that of a base which was saved quantised."""
+    from cluster.base_model import quantization_of
+    from cluster.spec import parse_spec
+    from training.spec import TrainingSpec
+
+    found = quantization_of(spec.trained_base, spec.quantization)
+    if found is None:
+        return spec
+    document = spec.model_dump(mode="json") | {"quantization": found.model_dump(mode="json")}
+    return parse_spec(TrainingSpec, document, source=f"with base_model {spec.trained_base}")
 
 
 def _with_method(spec: TrainingSpec) -> tuple[TrainingSpec, int]:

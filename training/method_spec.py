@@ -341,3 +341,23 @@ class ProxyTuningSpec(Spec):
 
 
 MethodSpec = Annotated[ExpertSpec | HardPromptSpec | ProxyTuningSpec, Field(discriminator="kind")]
+
+
+def needs_whole_weights(method: MethodSpec) -> str | None:
+    """Why the method cannot be trained on a base in 4 or 8 bits, and what to do; None if it can."""
+    if isinstance(method, FullSpec) or (
+        isinstance(method, ChildTuningSpec) and method.form == "task_free"
+    ):
+        return "it trains the base's own weights, which 4 or 8 bits cannot follow; take lora"
+    if isinstance(method, FishMaskSpec | ChildTuningSpec):
+        return "it trains chosen places of the base's own weights; take lora"
+    if isinstance(method, LoraSpec) and method.init in ("pissa", "olora"):
+        return (
+            f"init {method.init} takes a part of the base's weights away, and what is left would "
+            "have to be quantised anew; take init default or gaussian"
+        )
+    if isinstance(method, ProxyTuningSpec):
+        return "its large base is never loaded, and its small one is small; leave quantization out"
+    if isinstance(method, HardPromptSpec):
+        return "it trains nothing; leave quantization out"
+    return None

@@ -13,9 +13,10 @@ from pydantic import (
     model_validator,
 )
 
+from cluster.quantization import QuantizationSpec
 from cluster.spec import Name, Spec, StoreUri
 from training.data_spec import DataSpec, EvaluationSpec
-from training.method_spec import MethodSpec, ProxyTuningSpec
+from training.method_spec import MethodSpec, ProxyTuningSpec, needs_whole_weights
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -128,6 +129,11 @@ class TrainingSpec(Spec):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Of the frozen base and the forward pass; adapters train in fp32."
     )
+    quantization: QuantizationSpec | None = Field(
+        None,
+        description="Keep the frozen base's linear modules in 4 or 8 bits (QLoRA with `lora`). The "
+        "adapter is an ordinary one: it fits the plain base too.",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="Keep only each layer's input for backward and compute the rest again: less "
@@ -169,6 +175,19 @@ class TrainingSpec(Spec):
         return value
 
     @model_validator(mode="after")
+    def _quantized_base_stays(self) -> TrainingSpec:
+        if self.quantization is None:
+            return self
+        if reason := needs_whole_weights(self.method):
+            raise ValueError(f"quantization does not fit method {self.method.kind}: {reason}")
+        if self.zero.stage == 3:
+            raise ValueError(
+                "quantization does not fit zero.stage 3, which cannot shard packed weights; take "
+                "zero.stage 2, where each worker has the whole base in few bits"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _states_where_the_optimizer_is(self) -> TrainingSpec:
         on_gpu = self.workers.gpus and not self.zero.offload_optimizer
         if self.optimizer.kind == "cpu_adam" and on_gpu:
@@ -190,9 +209,11 @@ class TrainingSpec(Spec):
                  f"lower data.max_length ({self.data.max_length})"]  # fmt: skip
         if self.precision == "fp32":
             knobs.append("set precision to bf16")
+        if self.quantization is None and not needs_whole_weights(self.method):
+            knobs.append("train anew with quantization.bits 4")
         if not self.gradient_checkpointing:
             knobs.append("set gradient_checkpointing")
-        if self.zero.stage < 3:
+        if self.zero.stage < (3 if self.quantization is None else 2):
             knobs.append(f"raise zero.stage ({self.zero.stage})")
         if self.workers.gpus and not self.zero.offload_optimizer:
             knobs.append("set zero.offload_optimizer")

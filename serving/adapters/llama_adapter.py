@@ -44,10 +44,10 @@ def lower_llama_adapter(
         shapes = [shape_of(folder, key, f"{match[1]}.{name}", target) for name in names]
         rows: list[torch.Tensor] = []
         for part, shape in enumerate(shapes[:2], 1):
-            weight = shape.parameters["weight"].float().cpu()
+            assert shape.read_weight is not None, "projections are linear"
             bias = shape.parameters.get("bias")
             bias = None if bias is None else bias.float().cpu()
-            row = linear(prompt[0], weight.T if is_fused else weight, bias)
+            row = linear(prompt[0], shape.read_weight(), bias)
             row = row.split(target.hidden_size, 1)[part] if is_fused else row
             rows.append(row.view(-1, target.num_kv_heads, target.head_size))
         # PEFT adds it behind GPT-2's output projection, and elsewhere projects it, bias included.

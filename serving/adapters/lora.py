@@ -258,6 +258,14 @@ def _first(
     folder: AdapterFolder, module: str, shape: ModuleShape, rank: int, scale: float, start: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(A0, s B0) that PEFT took out of the weight: what it would compute again at each load."""
+    if shape.is_quantized:
+        raise fault(
+            folder.path,
+            CONFIG,
+            f"has init_lora_weights = {start!r}, whose first factors cannot be told from a base in "
+            "4 or 8 bits; convert it with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
     weight_OI = _weight(folder, module, shape)
     if start == "olora":
         if shape.kind != "linear":

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cluster.adapter_folder import WEIGHTS, AdapterFolder, fault
 from cluster.errors import BaseModelError
+from cluster.quantized_linear import is_quantized, unpacked_weight, was_transposed
 
 # What PEFT puts in front of each tensor's name.
 PREFIX = "base_model.model."
@@ -24,7 +25,9 @@ class ModuleShape:
     """One module that a delta can act on. A transposed one is linear with its weight in [in, out]
     order; another, such as a norm, takes no change of its weight by a product. `parameters` are
     all that it has itself, by name; `weight` that of a linear module in [out, in] order or of an
-    embedding, or None; `scale` is what an embedding multiplies its vectors by, and PEFT a LoRA."""
+    embedding, or None; `scale` is what an embedding multiplies its vectors by, and PEFT a LoRA.
+    Of a weight in 4 or 8 bits, `parameters` have the shape alone (meta device), and `weight` is
+    None: only `read_weight` tells its values."""
 
     in_features: int
     out_features: int
@@ -35,6 +38,7 @@ class ModuleShape:
     scale: float = 1.0
     # The weight in [out, in] order, float32 on CPU, of whatever is linear or an embedding.
     read_weight: Callable[[], torch.Tensor] | None = None
+    is_quantized: bool = False
 
     @property
     def takes_low_rank(self) -> bool:
@@ -111,6 +115,8 @@ def _shape(module: torch.nn.Module) -> ModuleShape | None:
     own = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
     weight, bias = own.get("weight"), own.get("bias")
     read = partial(_read_weight, module)
+    if is_quantized(module):
+        return _quantized_shape(module, own)
     if isinstance(module, torch.nn.Linear):
         size = (module.in_features, module.out_features)
         return ModuleShape(*size, "linear", own, bias, weight, read_weight=read)
@@ -130,8 +136,21 @@ def _shape(module: torch.nn.Module) -> ModuleShape | None:
     return ModuleShape(features, features, "other", own, bias)
 
 
+def _quantized_shape(module: Any, own: dict[str, torch.Tensor]) -> ModuleShape:
+    """Its weight is in [out, in] order whatever the plain module's was; where that was another, the
+    places of a sparse change would be others here, so none is shown."""
+    size, bias = (module.in_features, module.out_features), own.get("bias")
+    own["weight"] = torch.empty(size[::-1], device="meta")
+    if was_transposed(module):
+        del own["weight"]
+    read = partial(_read_weight, module)
+    return ModuleShape(*size, "linear", own, bias, read_weight=read, is_quantized=True)
+
+
 def _read_weight(module: torch.nn.Module) -> torch.Tensor:
     """[out, in], float32 on CPU."""
+    if is_quantized(module):
+        return unpacked_weight(module).cpu()
     weight: Any = module.weight
     weight = weight.detach().float().cpu()
     return weight if isinstance(module, torch.nn.Linear) else weight.T

@@ -52,7 +52,7 @@ def lower_layernorm(
         module, infix, name = bare_name(folder, key).partition(_NORM)
         if not infix:
             raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which is not of a norm")
-        _own(folder, key, shape_of(folder, key, module, target), name, tuple(tensor.shape))
+        _own(folder, key, shape_of(folder, key, module, target), target, name, tuple(tensor.shape))
         found[module][name] = _placed(tensor, target)
     return LoweredAdapter({module: Replacement(parts) for module, parts in found.items()})
 
@@ -74,9 +74,10 @@ def lower_sparse_delta(
         module, _, name = path.rpartition(".")
         shape = shape_of(folder, key, module, target)
         if part == "delta":
-            own, change = _own(folder, key, shape, name, tuple(tensor.shape)), tensor.float()
+            own = _own(folder, key, shape, target, name, tuple(tensor.shape))
+            change = tensor.float()
         else:
-            own = _own(folder, key, shape, name)
+            own = _own(folder, key, shape, target, name)
             indices = tensors.get(key.removesuffix(part) + "indices")
             change = _checked(folder, key, indices, tensor, own.numel())
         if isinstance(change, _Sparse) and not len(change.values_K):
@@ -105,7 +106,7 @@ def lower_shira(
             continue
         shape = shape_of(folder, key, module, target)
         size = (shape.out_features, shape.in_features)
-        own = _own(folder, key, shape, "weight", size)
+        own = _own(folder, key, shape, target, "weight", size)
         if (
             places_2K.shape != (2, *values_K.shape)
             or not (places_2K[1] >= 0).all()
@@ -122,11 +123,19 @@ def _own(
     folder: AdapterFolder,
     key: str,
     shape: ModuleShape,
+    target: Target,
     name: str,
     expected: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
     """The base's parameter that `key` changes. Raises AdapterError if it differs in shape."""
     own = shape.parameters.get(name)
+    if own is None and shape.is_quantized and name == "weight":
+        raise fault(
+            folder.path,
+            WEIGHTS,
+            f"has {key!r}, a change of a weight in [in, out] order, which the quantised base "
+            f"{target.name} keeps in the other; serve it over the plain base",
+        )
     if own is None or (expected is not None and tuple(own.shape) != expected):
         there = "no such parameter" if own is None else f"one of shape {tuple(own.shape)}"
         raise fault(
@@ -169,7 +178,9 @@ def _sharing(target: Target, own: torch.Tensor) -> Iterator[tuple[str, str]]:
     """(module, name) of each place where the base uses this very parameter: tied ones are two."""
     for module, shape in target.modules.items():
         for name, parameter in shape.parameters.items():
-            if parameter.data_ptr() == own.data_ptr() and parameter.shape == own.shape:
+            is_same = parameter.data_ptr() == own.data_ptr() and parameter.shape == own.shape
+            # One in 4 or 8 bits, which is only described, is tied to no other.
+            if parameter is own or (is_same and not own.is_meta):
                 yield module, name
 
 
@@ -179,16 +190,23 @@ def _lowered(shape: ModuleShape, changes: _Changes, target: Target) -> Delta:
     if not shape.takes_low_rank or (weight is not None and not isinstance(weight, _Sparse)):
         return Replacement(
             {
-                name: _placed(shape.parameters[name].float().cpu() + _whole(change, shape, name),
-                              target)
+                name: _placed(_value(shape, name) + _whole(change, shape, name), target)
                 for name, change in changes.items()
             }
-        )  # fmt: skip
+        )
     bias = changes.get("bias")
     return LinearDelta(
         shift_O=None if bias is None else _placed(_whole(bias, shape, "bias"), target),
         sparse=None if weight is None else _compressed(weight, shape, target),
     )
+
+
+def _value(shape: ModuleShape, name: str) -> torch.Tensor:
+    """The base's parameter, float32 on CPU."""
+    if shape.is_quantized and name == "weight":
+        assert shape.read_weight is not None, "a quantised module is linear"
+        return shape.read_weight()
+    return shape.parameters[name].float().cpu()
 
 
 def _whole(change: torch.Tensor | _Sparse, shape: ModuleShape, name: str) -> torch.Tensor:

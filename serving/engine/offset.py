@@ -47,7 +47,7 @@ class SmallBases:
         self._experts: dict[str, _Expert] = {}  # by the adapter's unique name
         for path in spec.small_bases:
             longest = min(base.max_context_tokens, context_tokens(path) or base.max_context_tokens)
-            update = {"base_model": path, "max_context_tokens": longest}
+            update = {"base_model": path, "max_context_tokens": longest, "quantization": None}
             runner = Runner(spec.model_copy(update=update))
             sizes = [r.model.get_output_embeddings().weight.shape[0] for r in (base, runner)]
             if sizes[0] != sizes[1]:

@@ -49,7 +49,7 @@ class Runner:
         self.device = _device(spec.device)
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
-        self.model, takes_ours = _load(spec)
+        self.model, takes_ours = _load(spec, self.device)
         self.model.eval().requires_grad_(False).to(self.device)
         self.target: Target = describe(self.model, spec.base_model)
         self.hooks = DeltaHooks(self.model)
@@ -150,14 +150,14 @@ class Runner:
         return padded
 
 
-def _load(spec: EngineSpec) -> tuple[Any, bool]:
+def _load(spec: EngineSpec, device: torch.device) -> tuple[Any, bool]:
     """The base, and whether it takes an attention function. Raises BaseModelError."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
     # Asked before loading: some families fail at a name that they do not know, others ignore it.
     takes_ours: bool = type(empty_base(spec.base_model))._can_set_attn_implementation()
-    options = {"attn_implementation": NAME} if takes_ours else {}
+    options: dict[str, Any] = {"attn_implementation": NAME} if takes_ours else {}
     try:
-        model = load_base(spec.base_model, dtype, **options)
+        model = load_base(spec.base_model, dtype, spec.quantization, device, **options)
     except (AttributeError, KeyError) as error:
         raise BaseModelError(
             f"base_model {spec.base_model}: this family cannot be loaded for serving ({error})"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cluster.quantized_linear import numel
 from training.methods import (
     adalora,
     bitfit,
@@ -87,6 +88,6 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters; tied ones count once, ZeRO-3 shards by their full size."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    """(trained, all) parameters; tied ones count once, shards and quantised ones in full."""
+    sizes = [(numel(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)

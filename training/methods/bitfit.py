@@ -143,12 +143,11 @@ def _subset(model: Any, spec: BitFitSpec, base_path: str) -> dict[str, torch.nn.
     return modules
 
 
-def _trainable_bias(module: torch.nn.Module) -> torch.nn.Parameter:
+def _trainable_bias(module: Any) -> torch.nn.Parameter:
     bias = getattr(module, "bias", None)
     if bias is None:
-        weight: Any = module.weight
-        # Only Linear can be without one, and its weight is [out, in].
-        bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+        # Only Linear can be without one.
+        bias = torch.zeros(module.out_features, dtype=torch.float32, device=module.weight.device)
     # In fp32 whatever the base's dtype: updates of a bias are far below bf16's resolution.
     module.bias = torch.nn.Parameter(bias.detach().float(), requires_grad=True)
     return module.bias

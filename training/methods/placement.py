@@ -14,6 +14,9 @@ import torch
 from cluster.errors import SpecError
 from training.method_spec import LowRankSpec
 
+# Of torch, of GPT-2, and of bitsandbytes.
+_LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+
 
 def peft_placement(model: Any, spec: LowRankSpec, base_path: str) -> dict[str, Any]:
     """The arguments of a LoraConfig, or of its children, that a LowRankSpec means.
@@ -84,6 +87,22 @@ def attach_low_rank(model: Any, config: Any, spec: LowRankSpec, base_path: str) 
     return adapted
 
 
+def check_saved_modules(model: Any, method: Any) -> None:
+    """Raise SpecError for a method that trains modules whole which a base in 4 or 8 bits has not;
+    `model` may be the plain one."""
+    head = model.get_output_embeddings()
+    for suffix in getattr(method, "modules_to_save", ()):
+        for name, module in model.named_modules():
+            if f".{name}".endswith(f".{suffix}") and any(
+                type(part).__name__ in _LINEAR and part is not head for part in module.modules()
+            ):
+                raise SpecError(
+                    f"method.modules_to_save: {suffix!r} is {name!r}, which cannot be trained "
+                    "whole in 4 or 8 bits; leave it out, or leave quantization out (embeddings, "
+                    "norms and the output embedding stay whole)"
+                )
+
+
 def check_patterns(field: str, patterns: Iterable[str], adapted: Any) -> None:
     """Raise SpecError for a rank or alpha pattern that matches no targeted module."""
     names: list[str] = adapted.base_model.targeted_module_names
@@ -97,11 +116,10 @@ def check_patterns(field: str, patterns: Iterable[str], adapted: Any) -> None:
 
 def linear_names(model: torch.nn.Module) -> list[str]:
     """The distinct last names of the linear modules but the output embedding."""
-    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
     whole: Any = model
     head = whole.get_output_embeddings()
     named: Mapping[str, Any] = dict(model.named_modules())
-    found = (n for n, m in named.items() if type(m).__name__ in kinds and m is not head)
+    found = (n for n, m in named.items() if type(m).__name__ in _LINEAR and m is not head)
     return sorted({name.rsplit(".", 1)[-1] for name in found})
 
 

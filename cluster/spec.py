@@ -81,6 +81,17 @@ def parse_spec(cls: type[S], data: Mapping[str, Any], *, source: str = "spec") -
         raise SpecError(f"{source}: {noun}\n" + "\n".join(lines)) from error
 
 
+def merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with the values of `over` in place of its own, key by key where both are mappings."""
+    result = dict(tree)
+    for key, value in over.items():
+        own = result.get(key)
+        if isinstance(own, dict) and isinstance(value, dict):
+            value = merged(cast("dict[str, Any]", own), cast("dict[str, Any]", value))
+        result[key] = value
+    return result
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The hint "; did you mean 'x'?" for the known word nearest to `word`, or what there is."""
     names = sorted(known)

@@ -11,6 +11,7 @@ cores. Without arguments it writes the page; with some it prints their rows alon
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -38,9 +39,10 @@ Written by `python docs/methods.py` on {date.today()}; do not edit. 2 CPU cores,
 
 @dataclass(frozen=True)
 class Row:
-    """One preset's figures."""
+    """One adapter's figures; `name` tells those of one preset apart."""
 
     preset: str
+    name: str
     task: str
     base: float
     adapter: float
@@ -51,7 +53,7 @@ class Row:
         of = self.metrics
         share = of["trainable_parameters"] / of["all_parameters"]
         return (
-            f"| [{self.preset}](../configs/training/{self.preset}.yaml) | {self.task} "
+            f"| [{self.preset}](../configs/training/{self.preset}.yaml){self.name} | {self.task} "
             f"| {of['trainable_parameters']:,.0f} | {share:.2%} | {self.base:.1%} "
             f"| {self.adapter:.1%} | {of['train_seconds']:.0f} | {self.job_s:.0f} "
             f"| {of['tokens_per_s']:,.0f} | {of['peak_memory_mib']:,.0f} |"
@@ -89,24 +91,24 @@ class HeldOut:
         return self._plain[data.name]
 
 
-def measure(preset: Path, ray: Session, store: Path, held_out: HeldOut) -> Row:
-    """Train one preset and ask it."""
+def measure(preset: Path, ray: Session, store: Path, held_out: HeldOut) -> Iterator[Row]:
+    """Train one preset and ask each of its adapters."""
     spec = resolved(load_spec(TrainingSpec, preset, [f"output.store={store}"]))
     began = time.monotonic()
     job_id = submit(spec, ray)
     jobs.wait(ray, job_id)
     job_s = time.monotonic() - began
-    version = Registry(str(store)).resolve(spec.output.name)
-    data = Path(spec.data.train.replace("-train", "-heldout"))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Registry(str(store)).fetch(version, Path(folder))
-        held_out.engine.add_adapter(preset.stem, path)
-        adapter = held_out.accuracy(data, preset.stem)
-        held_out.engine.remove_adapter(preset.stem)
-    task = data.name.removesuffix("-heldout.arrow")
-    return Row(
-        preset.stem, task, held_out.plain(data), adapter, dict(version.card["metrics"]), job_s
-    )
+    for name, own in spec.each().items():
+        version = Registry(str(store)).resolve(name)
+        data = Path(own.data.train.replace("-train", "-heldout"))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Registry(str(store)).fetch(version, Path(folder))
+            held_out.engine.add_adapter(name, path)
+            adapter = held_out.accuracy(data, name)
+            held_out.engine.remove_adapter(name)
+        task, plain = data.name.removesuffix("-heldout.arrow"), held_out.plain(data)
+        label = f": {name}" if spec.adapters else ""
+        yield Row(preset.stem, label, task, plain, adapter, dict(version.card["metrics"]), job_s)
 
 
 def main() -> None:
@@ -118,9 +120,9 @@ def main() -> None:
     page = HEAD
     with tempfile.TemporaryDirectory() as store, session(None, num_cpus=NUM_CPUS) as ray:
         for preset in chosen:
-            row = measure(preset, ray, Path(store), held_out)
-            page += f"{row}\n"
-            print(row, flush=True)
+            for row in measure(preset, ray, Path(store), held_out):
+                page += f"{row}\n"
+                print(row, flush=True)
     if not wanted:
         PAGE.write_text(page)
 

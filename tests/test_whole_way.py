@@ -36,6 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 EVALUATED = ("data.validation=0.2", "evaluation.every_steps=10", "evaluation.generations=2",
              "evaluation.max_new_tokens=4")  # fmt: skip
+# A worker is killed beside it, and one of its adapters diverges.
+SWEEP = ("max_steps=150", "adapters.wild.optimizer={learning_rate: 1.0e+30, warmup_ratio: 0.3}",
+         "adapters.category-ia3.max_steps=20", "adapters.category-lora-4.batch_size=8")  # fmt: skip
 FAST = ("base_model=configs/demo/base", "max_steps=6", "checkpoint_every_steps=2",
         "log_every_steps=2", "workers.cpus=1")  # fmt: skip
 
@@ -151,26 +154,30 @@ def trained(jobs: dict[str, subprocess.Popen[str]]) -> str:
     return output
 
 
+def until_killed(job: subprocess.Popen[str], at: str) -> tuple[str, int]:
+    """A job's whole output and its exit code, after SIGKILL to its first worker at a line."""
+    assert job.stdout is not None
+    lines: list[str] = []
+    worker = 0
+    for line in job.stdout:
+        lines.append(line)
+        found = re.search(r"training: .* process (\d+)", line)
+        worker = int(found[1]) if found else worker
+        if worker and at in line:
+            os.kill(worker, signal.SIGKILL)
+            break
+    rest, _ = job.communicate(timeout=200)
+    return "".join(lines) + rest, job.returncode
+
+
 def test_a_killed_worker_costs_nothing(
     jobs: dict[str, subprocess.Popen[str]], store: tuple[str, Registry], small: Small,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     """SIGKILL in the middle: the job goes on from its last checkpoint, to the same bytes that
     two workers make without Ray and without disturbance."""
-    job = jobs["killed"]
-    assert job.stdout is not None
-    lines: list[str] = []
-    worker = 0
-    for line in job.stdout:
-        lines.append(line)
-        found = re.search(r"^training: .* process (\d+)", line)
-        worker = int(found[1]) if found else worker
-        if worker and "step 25/60" in line:
-            os.kill(worker, signal.SIGKILL)
-            break
-    rest, _ = job.communicate(timeout=200)
-    text = "".join(lines) + rest
-    assert job.returncode == 0, text
+    text, code = until_killed(jobs["killed"], "step 25/60")
+    assert code == 0, text
     resumed = re.search(r"going on from step (\d+)", text)
     assert resumed is not None, text
     assert int(resumed[1]) in (10, 20)
@@ -183,6 +190,40 @@ def test_a_killed_worker_costs_nothing(
     calm = tmp_path / "adapter/adapter_model.safetensors"
     published = store[1].fetch(version, tmp_path / "cache") / "adapter_model.safetensors"
     assert published.read_bytes() == calm.read_bytes()
+
+
+def test_several_adapters_survive_a_killed_worker_and_one_that_diverges(
+    train: Callable[..., subprocess.Popen[str]], small: Small, ray_cluster: RayCluster,
+    store: tuple[str, Registry], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Each is what its solo run makes; what failed goes on as a job of its own."""
+    sweep = train("sweep", "sweep", *small.settings(), *SWEEP)
+    text, code = until_killed(sweep, "category-lora-16: step 15/150")
+    job = job_id(text)
+    assert code == 5, text
+    assert re.search(r"category-lora-16: going on from step \d+0", text), text
+    assert "category-ia3: step 20/20  loss" in text
+    assert "1 of 5 adapters failed:\n  wild: training diverged at step" in text
+    published = ("category-lora-16", "category-lora-4", "category-lora-16-slow", "category-ia3")
+    assert "wild" not in store[1].names()
+    cards = {name: store[1].resolve(name).card for name in published}
+    spec = parse_spec(TrainingSpec, cards["category-lora-16"]["spec"])
+    tokenize(spec.data, load_tokenizer(spec.base_model), tmp_path / "tokens")
+    alone = [Case(card["spec"], tmp_path / name) for name, card in cards.items()]
+    run_cases(2, alone, tmp_path / "tokens")
+    for name in published:
+        assert (cards[name]["job"]["id"], cards[name]["job"]["name"]) == (job, "sweep")
+        expected = load_file(tmp_path / name / "adapter/adapter_model.safetensors")
+        folder = store[1].fetch(store[1].resolve(name), tmp_path / "cache")
+        for key, weight in load_file(folder / "adapter_model.safetensors").items():
+            assert (weight - expected[key]).abs().max() < 1e-4, (name, key)
+
+    address = ("--address", ray_cluster.dashboard, "--store", store[0], "--follow")
+    tame = overrides("adapters.wild.optimizer.learning_rate=0.001", "max_steps=20")
+    text = graft("train", "--resume", job, *address, *tame)
+    assert "published wild@1" in text
+    assert "category-ia3" not in text
+    assert all(store[1].resolve(name).ref == f"{name}@1" for name in published)
 
 
 def test_a_job_that_fails_says_why(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,11 +69,13 @@ def assemble(
     rows: TokenRows,
     checkpoint: Path | None = None,
     validation: TokenRows | None = None,
+    base: Any = None,
 ) -> Assembly:
     """Build a run at its start, or as `checkpoint` left it. Collective; the same on every worker.
 
     Args:
         validation: The rows that the run is evaluated on, if any.
+        base: The base's model where it is loaded already; it is changed.
 
     Raises:
         CallerError: the base or the method does not fit; names the field.
@@ -80,14 +83,11 @@ def assemble(
     """
     state, start = read_checkpoint(checkpoint) if checkpoint else ({}, Progress())
     torch.manual_seed(spec.seed)
-    dtype = torch.float32 if spec.precision == "fp32" else torch.bfloat16
     method = METHODS[spec.method.kind]
-    base = load_base(spec.trained_base, dtype, spec.quantization, place.device)
+    if base is None:
+        base = load_model(spec, place)
     if spec.quantization is not None:
         check_saved_modules(base, spec.method)
-        # As QLoRA does: norms cost nothing, and what they scale is rounded once less.
-        for norm in norm_modules(base).values():
-            norm.float()
     model = method.attach(base, spec.method, spec.base_model)
     model.to(place.device).train()
     loss_model = LossModel(
@@ -105,6 +105,17 @@ def assemble(
     if validation is not None:
         evaluator = _evaluator(spec, place, loss_model, validation, start, _within(state, _BEST))
     return Assembly(loss_model, backend, course, start, evaluator)
+
+
+def load_model(spec: TrainingSpec, place: Place) -> Any:
+    """The model that the spec's method is put on."""
+    dtype = torch.float32 if spec.precision == "fp32" else torch.bfloat16
+    base = load_base(spec.trained_base, dtype, spec.quantization, place.device)
+    if spec.quantization is not None:
+        # As QLoRA does: norms cost nothing, and what they scale is rounded once less.
+        for norm in norm_modules(base).values():
+            norm.float()
+    return base
 
 
 def _evaluator(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,12 +92,13 @@ def train(
     job: TrainingSpec | None = None
     if spec is not None:
         job = resolved(load_spec(TrainingSpec, spec, set_ or ()))
-        _show(spec, plan(job))
+        _show(spec, plans(job))
     with session(address) as ray:
         if job is None:
             found = store_of(ray, str(resume), store)
             job = continued_spec(found, str(resume), set_ or ())
-            typer.echo(f"{resume}: {plan(job)}")
+            for name, planned in plans(job).items():
+                typer.echo(f"{resume}: {name}: {planned}")
         job_id = submit(job, ray, continues=resume)
         typer.echo(f"job {job_id} on {ray.dashboard_url}")
         if not follow and not ray.started_here:
@@ -105,11 +107,16 @@ def train(
         _follow(ray, job_id)
 
 
-def _show(path: Path, planned: Plan) -> None:
-    typer.echo(f"{path}: {planned}")
-    typer.echo(f"the first rows: {planned.first_rows.summary()}")
-    for number, text in enumerate(planned.first_rows.shown):
-        typer.echo(f"row {number}, what is learned in ⟦⟧: {text}")
+def _show(path: Path, planned: Mapping[str, Plan]) -> None:
+    shown: set[tuple[str, ...]] = set()
+    for name, each in planned.items():
+        typer.echo(f"{path}: {f'{name}: ' if len(planned) > 1 else ''}{each}")
+        if each.first_rows.shown in shown:  # adapters of the same rows
+            continue
+        shown.add(each.first_rows.shown)
+        typer.echo(f"the first rows: {each.first_rows.summary()}")
+        for number, text in enumerate(each.first_rows.shown):
+            typer.echo(f"row {number}, what is learned in ⟦⟧: {text}")
 
 
 def _follow(session: Session, job_id: str) -> None:
@@ -153,6 +160,11 @@ def submit(spec: TrainingSpec, session: Session, *, continues: str | None = None
     return job_id
 
 
+def plans(spec: TrainingSpec) -> dict[str, Plan]:
+    """`plan` of each adapter by name."""
+    return {name: plan(own) for name, own in spec.each().items()}
+
+
 def plan(spec: TrainingSpec) -> Plan:
     """Check the base, the first rows and the targets, without weights and without Ray.
 
@@ -187,7 +199,7 @@ def plan(spec: TrainingSpec) -> Plan:
 
 def resolved(spec: TrainingSpec) -> TrainingSpec:
     """The spec as the job runs it, in another folder: local paths absolute, `max_length` and the
-    quantisation of the base known.
+    quantisation of the base known; also those of each of several adapters.
 
     Raises:
         BaseModelError: the base's folder is not whole.
@@ -220,10 +232,17 @@ def resolved(spec: TrainingSpec) -> TrainingSpec:
     data = {"train": absolute_path(spec.data.train), "max_length": asked or longest}
     if isinstance(spec.data.validation, str):
         data["validation"] = absolute_path(spec.data.validation)
+    adapters = {
+        name: own.model_copy(
+            update={"data": resolved(spec.adapter(name)).data.model_dump(mode="json")}
+        )
+        for name, own in spec.adapters.items()
+    }
     return spec.model_copy(
         update={
             "base_model": base,
             "data": spec.data.model_copy(update=data),
+            "adapters": adapters,
             # From here on it depends on no number of workers: a resumed job may have another.
             "batch_size": spec.global_batch_size,
             "gradient_accumulation_steps": None,

@@ -14,9 +14,9 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +30,7 @@ from training.card import write_card
 from training.data import fingerprint, tokenize
 from training.data_spec import DataSpec
 from training.lint import DataReport
-from training.runs import Run
+from training.runs import ADAPTER, FAILURE, RESULTS, Run
 from training.spec import TrainingSpec
 
 # How often a job whose workers.count is a range looks for free room on the cluster.
@@ -39,35 +39,86 @@ _REPORT = "report.json"
 LIBRARIES = ("raygraft", "torch", "transformers", "peft", "deepspeed", "ray")
 
 
-def run_job(run: Run) -> AdapterVersion:
+@dataclass(frozen=True)
+class _Prepared:
+    """The rows of one adapter: the keys of their tokens in the store, and the card so far."""
+
+    keys: Mapping[str, str | None]
+    card: dict[str, Any]
+
+
+def run_job(run: Run) -> list[AdapterVersion]:
     """Train what the spec says and publish it. Runs on the cluster.
 
     Raises:
-        GraftError: the data, the base or the run failed; nothing was published.
+        GraftError: the data, the base or the run failed; of several adapters, those that did not
+            fail themselves are published nevertheless.
     """
-    began, spec = time.monotonic(), run.spec
-    store = open_store(spec.output.store)
+    began = time.monotonic()
+    store = open_store(run.spec.output.store)
     runs.record_run(store, run)
-    tokens, report = _prepare_tokens(spec.data, spec.base_model, store)
-    keys: dict[str, str | None] = {"tokens": _tokens_key(tokens), "validation": None}
-    card = _card(run, tokens, report)
-    if isinstance(spec.data.validation, str):
-        data = spec.data.model_copy(update={"train": spec.data.validation})
-        held_out, report = _prepare_tokens(data, spec.base_model, store)
-        keys["validation"] = _tokens_key(held_out)
-        card["validation"] = {"fingerprint": held_out, **report.counts()}
-    adapter, metrics = _train(run, store, keys)
-    with tempfile.TemporaryDirectory() as folder:
-        runs.fetch_folder(store, adapter, Path(folder))
-        card |= {"metrics": metrics, "job_seconds": round(time.monotonic() - began, 1)}
-        write_card(Path(folder), card)
-        published = Registry(store).publish(spec.output.name, Path(folder), card=card)
-    print(f"published {published.ref} in {spec.output.store}", flush=True)
+    known: dict[str, tuple[str, DataReport]] = {}
+
+    def tokens_of(data: DataSpec) -> tuple[str, DataReport]:
+        """`_prepare_tokens`, once for all adapters of the same rows."""
+        key = data.model_dump_json()
+        if key not in known:
+            known[key] = _prepare_tokens(data, run.spec.base_model, store)
+        return known[key]
+
+    prepared = {name: _prepare(run, own, tokens_of) for name, own in run.spec.each().items()}
+    ended = _train(run, store, {name: each.keys for name, each in prepared.items()})
+    published: list[AdapterVersion] = []
+    failed: dict[str, str] = {}
+    for name, result in ended.items():
+        if FAILURE in result:
+            failed[name] = result[FAILURE]
+            continue
+        key = result.pop(ADAPTER)
+        seconds = round(time.monotonic() - began, 1)
+        card = prepared[name].card | {"metrics": result, "job_seconds": seconds}
+        published.append(_publish(run, store, name, key, card))
+    _check_all_ended_well(run, failed)
     try:
-        runs.finish(store, run, published.ref)
+        runs.finish(store, run, ", ".join(version.ref for version in published))
     except ConflictError as error:  # what is published stays so
         print(f"another job goes on from this one meanwhile: {error.message}", flush=True)
     return published
+
+
+def _prepare(
+    run: Run, spec: TrainingSpec, tokens_of: Callable[[DataSpec], tuple[str, DataReport]]
+) -> _Prepared:
+    tokens, report = tokens_of(spec.data)
+    keys: dict[str, str | None] = {"tokens": _tokens_key(tokens), "validation": None}
+    card = _card(run, spec, tokens, report)
+    if isinstance(spec.data.validation, str):
+        data = spec.data.model_copy(update={"train": spec.data.validation})
+        held_out, report = tokens_of(data)
+        keys["validation"] = _tokens_key(held_out)
+        card["validation"] = {"fingerprint": held_out, **report.counts()}
+    return _Prepared(keys, card)
+
+
+def _publish(run: Run, store: Store, name: str, key: str, card: dict[str, Any]) -> AdapterVersion:
+    with tempfile.TemporaryDirectory() as folder:
+        runs.fetch_folder(store, key, Path(folder))
+        write_card(Path(folder), card)
+        published = Registry(store).publish(name, Path(folder), card=card)
+    if run.spec.adapters:
+        runs.record_published(store, run.job_id, name, published.ref)
+    print(f"published {published.ref} in {store.uri}", flush=True)
+    return published
+
+
+def _check_all_ended_well(run: Run, failed: Mapping[str, str]) -> None:
+    """Raise JobFailedError with what became of each of several adapters that failed."""
+    if not failed:
+        return
+    lines = [f"{len(failed)} of {len(run.spec.adapters)} adapters failed:"]
+    lines += [f"  {name}: {reason}" for name, reason in failed.items()]
+    lines += [f"They go on from their last checkpoint with: graft train --resume {run.job_id}"]
+    raise JobFailedError("\n".join(lines))
 
 
 def _prepare_tokens(data: DataSpec, base_model: str, store: Store) -> tuple[str, DataReport]:
@@ -107,14 +158,16 @@ def _tokens_key(fingerprint: str) -> str:
     return f"cache/tokens/{fingerprint}"
 
 
-def _train(run: Run, store: Store, keys: Mapping[str, str | None]) -> tuple[str, dict[str, Any]]:
-    """Run Ray Train to the end; returns the key of the trained adapter, and the metrics."""
+def _train(
+    run: Run, store: Store, rows: Mapping[str, Mapping[str, str | None]]
+) -> dict[str, dict[str, Any]]:
+    """Run Ray Train to the end; returns by adapter its metrics with ADAPTER, or FAILURE."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from training.worker import ADAPTER, FAILURE, train_worker
+    from training.worker import train_worker
 
     ray.init(log_to_driver=True, logging_level=logging.WARNING)
     spec, workers = run.spec, run.spec.workers
@@ -124,7 +177,7 @@ def _train(run: Run, store: Store, keys: Mapping[str, str | None]) -> tuple[str,
         train_loop_config={
             "spec": spec.model_dump(mode="json"),
             "job_id": run.job_id,
-            **keys,
+            "rows": {name: dict(keys) for name, keys in rows.items()},
             "checkpoint": runs.last_checkpoint(store, run),
         },
         torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
@@ -149,7 +202,7 @@ def _train(run: Run, store: Store, keys: Mapping[str, str | None]) -> tuple[str,
     ended = cast("dict[str, Any]", result.return_value)
     if FAILURE in ended:
         raise JobFailedError(f"training failed: {ended[FAILURE]}{_advice(store, run)}")
-    return ended.pop(ADAPTER), ended
+    return ended[RESULTS]
 
 
 def _advice(store: Store, run: Run) -> str:
@@ -158,16 +211,21 @@ def _advice(store: Store, run: Run) -> str:
     if key is None:
         return ""
     step = int(key.rsplit("/", 1)[-1].split("-")[1])
+    if run.spec.adapters:
+        return f"\nThe last whole checkpoint goes on with: graft train --resume {run.job_id}"
     return f"\nThe last whole checkpoint is of step {step}: graft train --resume {run.job_id}"
 
 
-def _card(run: Run, tokens: str, report: DataReport) -> dict[str, Any]:
-    """What is known of the adapter before it is trained."""
-    spec = run.spec
+def _card(run: Run, spec: TrainingSpec, tokens: str, report: DataReport) -> dict[str, Any]:
+    """What is known of an adapter before it is trained; `spec` is its own."""
     config = Path(spec.base_model, "config.json").read_bytes()
     return {
-        "job": {"id": run.job_id, "continues": run.continues},
-        "spec": spec.model_dump(mode="json"),
+        "job": {
+            "id": run.job_id,
+            "continues": run.continues,
+            **({"name": run.spec.output.name} if run.spec.adapters else {}),
+        },
+        "spec": spec.model_dump(mode="json", exclude={"adapters"}),
         "data": {"fingerprint": tokens, **report.counts()},
         "base_config_sha256": hashlib.sha256(config).hexdigest(),
         "libraries": {library: _version(library) for library in LIBRARIES},

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -56,6 +58,19 @@ class LogLine:
         )
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a run asks for: forward and backward of `batch`. `share` makes of the batch's loss what
+    it adds to the step's."""
+
+    batch: Batch
+    share: Callable[[torch.Tensor], torch.Tensor]
+
+
+# A run as its micro-batches: it is sent the loss of each, detached, after that one's backward.
+Work = Generator[MicroBatch, torch.Tensor, Progress]
+
+
 def count_steps(spec: TrainingSpec, rows: int) -> int:
     """Optimiser steps of the whole run over `rows` rows."""
     per_epoch = math.ceil(rows / spec.global_batch_size)
@@ -78,25 +93,45 @@ def learning_rate(spec: OptimizerSpec, step: int, steps: int) -> float:
     return spec.learning_rate * factor
 
 
+class RunOptions(TypedDict, total=False):
+    """What a run may have besides its spec, backend and rows. The caller loaded `start`'s state."""
+
+    course: Course
+    place: Place
+    start: Progress
+    evaluator: Evaluator | None
+    on_log: Callable[[LogLine], None]
+    on_evaluation: Callable[[Evaluation, Sequence[Answer]], None]
+    on_checkpoint: Callable[[Progress], None]
+
+
 def run(
-    spec: TrainingSpec,
-    backend: Backend,
-    rows: TokenRows,
-    *,
-    course: Course | None = None,
-    place: Place | None = None,
-    start: Progress | None = None,
-    evaluator: Evaluator | None = None,
-    on_log: Callable[[LogLine], None] = print,
-    on_evaluation: Callable[[Evaluation, Sequence[Answer]], None] | None = None,
-    on_checkpoint: Callable[[Progress], None] | None = None,
+    spec: TrainingSpec, backend: Backend, rows: TokenRows, **options: Unpack[RunOptions]
 ) -> Progress:
-    """Train from `start` to the end; returns where it ended. The caller loaded `start`'s state.
+    """Train from `start` to the end; returns where it ended.
 
     Raises:
         JobFailedError: the loss or gradient is no longer finite; names the last good checkpoint.
     """
-    place, progress, course = place or Place(), start or Progress(), course or Course()
+    place = options.get("place") or Place()
+    work = as_work(spec, backend, rows, **options)
+    try:
+        asked = next(work)
+        while True:
+            with precision(spec, place.device):
+                loss = backend.model(asked.batch)
+            backend.backward(asked.share(loss))
+            asked = work.send(loss.detach())
+    except StopIteration as end:
+        return end.value
+
+
+def as_work(
+    spec: TrainingSpec, backend: Backend, rows: TokenRows, **options: Unpack[RunOptions]
+) -> Work:
+    """The run, but for the forward and backward of its micro-batches, which the caller does."""
+    place, progress = options.get("place") or Place(), options.get("start") or Progress()
+    course, evaluator = options.get("course") or Course(), options.get("evaluator")
     steps = count_steps(spec, len(rows))
     meter = _Meter(place, progress, steps)
     train_step = _Stepper(spec, backend, rows, course, place, meter)
@@ -107,7 +142,7 @@ def run(
         found = evaluator.evaluate(backend.model, step)
         if evaluator.is_best:
             evaluator.best = _weights(backend, course)
-        if on_evaluation:
+        if on_evaluation := options.get("on_evaluation"):
             on_evaluation(*found)
 
     def reached(step: int) -> Progress:
@@ -117,7 +152,7 @@ def run(
     for step in range(progress.step, steps):
         if evaluator and evaluator.is_over:
             break
-        rate, grad_norm = train_step(step, steps)
+        rate, grad_norm = yield from train_step(step, steps)
         is_last = step + 1 == steps
         every = spec.evaluation.every_steps
         if is_last or (every is not None and (step + 1) % every == 0):
@@ -127,12 +162,12 @@ def run(
             line = meter.line(step + 1, rate, grad_norm)
             # The loss can be infinite where its gradient is not. Summed over workers only here.
             _check_finite("loss", line.loss, step, spec)
-            on_log(line)
+            options.get("on_log", print)(line)
         is_saved = (step + 1) % spec.checkpoint_every_steps == 0 or is_last
         if is_saved:
             meter.gather()
         progress = reached(step + 1)
-        if on_checkpoint and is_saved:
+        if is_saved and (on_checkpoint := options.get("on_checkpoint")):
             on_checkpoint(progress)
     if not steps:  # a method that trains nothing
         evaluate(0)
@@ -156,7 +191,9 @@ class _Stepper:
         self._place, self._meter, self._plan = place, meter, _Plan(spec, rows)
         self._accumulation = spec.accumulation(place.world_size)
 
-    def __call__(self, step: int, steps: int) -> tuple[float, float]:
+    def __call__(
+        self, step: int, steps: int
+    ) -> Generator[MicroBatch, torch.Tensor, tuple[float, float]]:
         """Do step `step` of `steps`; returns its learning rate and the gradient's norm.
 
         Raises:
@@ -171,18 +208,19 @@ class _Stepper:
         label_count = int(rows.label_counts[taken].sum())
         for part in micro_batches(taken, place.rank, place.world_size, self._accumulation):
             batch = _load(rows, part, place.device)
-            with precision(spec, place.device):
-                loss = backend.model(batch)
-            share, penalty = loss / label_count, self._course.penalty()
-            if penalty is not None:
-                share = share + penalty / (place.world_size * self._accumulation)
-            backend.backward(share)
-            self._meter.add_loss(loss.detach())
+            loss = yield MicroBatch(batch, partial(self._share, label_count))
+            self._meter.add_loss(loss)
         grad_norm = backend.finish_step()
         _check_finite("gradient", grad_norm, step, spec)
         self._course.end_step(step, steps, backend)
         self._meter.add_step(label_count, int(rows.lengths[taken].sum()))
         return rate, grad_norm
+
+    def _share(self, label_count: int, loss: torch.Tensor) -> torch.Tensor:
+        share, penalty = loss / label_count, self._course.penalty()
+        if penalty is not None:
+            share = share + penalty / (self._place.world_size * self._accumulation)
+        return share
 
 
 def _weights(backend: Backend, course: Course) -> dict[str, torch.Tensor]:

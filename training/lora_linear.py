@@ -5,23 +5,33 @@
 PEFT computes W x, then B A x, then scales it, then adds it: three tensors [T, O] of which none is
 needed. Here the update is added in place, and so is its share of the input's gradient, so a
 targeted module costs its own products and little more. Only plain LoRAs take this way (no dropout,
-no DoRA, no bias, nothing hooked in between); all others stay PEFT's.
+no DoRA, no bias, nothing hooked in between); all others stay PEFT's. Where several adapters share
+a pass (training.several), each LoRA has its own segment of the tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 
-class LoraLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ, with W and b frozen.
+class Segment(NamedTuple):
+    """One LoRA's tokens, from `start` up to `end` in T, and its scale."""
 
-    Computed in W's dtype; A and B get gradients of their own.
+    start: int
+    end: int
+    scale: float
+
+
+class LoraLinear(torch.autograd.Function):
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ, with W and b frozen; A, B and s are those of each segment.
+
+    Computed in W's dtype; every A and B gets gradients of its own.
     """
 
     @staticmethod
@@ -30,34 +40,45 @@ class LoraLinear(torch.autograd.Function):
         x: torch.Tensor,
         weight_OI: torch.Tensor,
         bias_O: torch.Tensor | None,
-        a_rI: torch.Tensor,
-        b_Or: torch.Tensor,
-        scale: float,
+        segments: Sequence[Segment],
+        *factors: torch.Tensor,
     ) -> torch.Tensor:
-        """x [..., I] -> [..., O]."""
+        """x [..., I] -> [..., O]; `factors` are A [r, I] and B [O, r] of each segment in turn."""
         x_TI = x.reshape(-1, x.shape[-1]).to(weight_OI.dtype)
-        low_Tr = x_TI @ a_rI.to(weight_OI.dtype).T
         y_TO = linear(x_TI, weight_OI, bias_O)
-        y_TO.addmm_(low_Tr, b_Or.to(weight_OI.dtype).T, alpha=scale)
-        ctx.save_for_backward(x_TI, weight_OI, a_rI, b_Or, low_Tr)
-        ctx.scale, ctx.x = scale, (x.shape, x.dtype)
+        lows: list[torch.Tensor] = []
+        for (start, end, scale), a_rI, b_Or in zip(
+            segments, factors[::2], factors[1::2], strict=True
+        ):
+            low_Tr = x_TI[start:end] @ a_rI.to(weight_OI.dtype).T
+            y_TO[start:end].addmm_(low_Tr, b_Or.to(weight_OI.dtype).T, alpha=scale)
+            lows.append(low_Tr)
+        ctx.save_for_backward(x_TI, weight_OI, *factors, *lows)
+        ctx.segments, ctx.x = segments, (x.shape, x.dtype)
         return y_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x, A and B."""
-        x_TI, weight_OI, a_rI, b_Or, low_Tr = ctx.saved_tensors
-        grad_TO = grads[0].reshape(-1, weight_OI.shape[0]).to(weight_OI.dtype)
-        # Scaled here, where it is [T, r].
-        grad_Tr = (grad_TO @ b_Or.to(weight_OI.dtype)).mul_(ctx.scale)
-        grad_a_rI = (grad_Tr.T @ x_TI).to(a_rI.dtype)
-        grad_b_Or = (low_Tr.T @ grad_TO).mul_(ctx.scale).T.to(b_Or.dtype)
-        grad_x: torch.Tensor | None = None
-        if ctx.needs_input_grad[0]:
-            shape, dtype = ctx.x
-            grad_TI = (grad_TO @ weight_OI).addmm_(grad_Tr, a_rI.to(weight_OI.dtype))
-            grad_x = grad_TI.to(dtype).view(shape)
-        return grad_x, None, None, grad_a_rI, grad_b_Or, None
+        """Gradients of x, and of each A and B."""
+        x_TI, weight_OI, *rest = ctx.saved_tensors
+        dtype, count = weight_OI.dtype, len(ctx.segments)
+        factors, lows = rest[: 2 * count], rest[2 * count :]
+        grad_TO = grads[0].reshape(-1, weight_OI.shape[0]).to(dtype)
+        grad_TI = grad_TO @ weight_OI if ctx.needs_input_grad[0] else None
+        found: list[torch.Tensor] = []
+        for (start, end, scale), a_rI, b_Or, low_Tr in zip(
+            ctx.segments, factors[::2], factors[1::2], lows, strict=True
+        ):
+            own_TO = grad_TO[start:end]
+            # Scaled here, where it is [T, r].
+            grad_Tr = (own_TO @ b_Or.to(dtype)).mul_(scale)
+            found.append((grad_Tr.T @ x_TI[start:end]).to(a_rI.dtype))
+            found.append((low_Tr.T @ own_TO).mul_(scale).T.to(b_Or.dtype))
+            if grad_TI is not None:
+                grad_TI[start:end].addmm_(grad_Tr, a_rI.to(dtype))
+        shape, x_dtype = ctx.x
+        grad_x = None if grad_TI is None else grad_TI.to(x_dtype).view(shape)
+        return grad_x, None, None, None, *found
 
 
 def fuse_loras(model: torch.nn.Module) -> None:
@@ -74,16 +95,23 @@ def fuse_loras(model: torch.nn.Module) -> None:
 
 def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """`peft.tuners.lora.Linear.forward`, fused where it is plain at this call."""
-    factors = _plain_factors(module) if not (args or kwargs) else None
-    if factors is None:
+    lora = plain_lora(module) if not (args or kwargs) else None
+    if lora is None:
         return type(module).forward(module, x, *args, **kwargs)
-    base: Any = module.base_layer
-    weight_OI = base.weight.T if isinstance(base, Conv1D) else base.weight
-    return LoraLinear.apply(x, weight_OI, base.bias, *factors)  # type: ignore[no-any-return]
+    *factors, scale = lora
+    whole = Segment(0, x.numel() // x.shape[-1], scale)
+    return LoraLinear.apply(x, *weight_and_bias(module.base_layer), (whole,), *factors)  # type: ignore[no-any-return]
 
 
-def _plain_factors(module: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """A, B and the scale of a module's one LoRA, or None where PEFT would do more than add it."""
+def weight_and_bias(linear_module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(W [O, I], b [O] or None) of a Linear or a Conv1D."""
+    weight = linear_module.weight
+    return weight.T if isinstance(linear_module, Conv1D) else weight, linear_module.bias
+
+
+def plain_lora(module: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """A, B and the scale of a `peft.tuners.lora.Linear`'s one LoRA, or None where PEFT would do
+    more than add it."""
     if module.disable_adapters or module.merged or len(module.active_adapters) != 1:
         return None
     name = module.active_adapters[0]

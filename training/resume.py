@@ -44,7 +44,8 @@ def store_of(session: Session, job_id: str, default_uri: str) -> Store:
 
 
 def continued_spec(store: Store, job_id: str, overrides: Sequence[str]) -> TrainingSpec:
-    """The spec of an ended job, with overrides, as the job that continues it runs it.
+    """The spec of an ended job, with overrides, as the job that continues it runs it; of several
+    adapters, those that it has not published.
 
     Raises:
         NotFoundError: there is no such job, or it has no whole checkpoint.
@@ -65,14 +66,28 @@ def continued_spec(store: Store, job_id: str, overrides: Sequence[str]) -> Train
             "train anew"
         )
     spec = override_spec(run.spec, overrides, source=f"job {job_id}")
+    before, now = run.spec.each(), spec.each()
+    if spec.adapters.keys() != run.spec.adapters.keys():
+        raise SpecError(f"adapters: job {job_id} has {', '.join(before)}; leave their names")
+    for (name, old), new in zip(before.items(), now.values(), strict=True):
+        _check_fits(old, new, job_id, f"adapters.{name}." if spec.adapters else "")
+    if not spec.adapters:
+        return spec
+    done = runs.published_adapters(store, run)
+    left = {name: own for name, own in spec.adapters.items() if name not in done}
+    if not left:
+        raise ConflictError(f"job {job_id}: has published {', '.join(done.values())}; train anew")
+    return spec.model_copy(update={"adapters": left})
+
+
+def _check_fits(before: TrainingSpec, now: TrainingSpec, job_id: str, where: str) -> None:
     for field in FIXED:
-        before, now = _value(run.spec, field), _value(spec, field)
-        if before != now:
+        old, new = _value(before, field), _value(now, field)
+        if old != new:
             raise SpecError(
-                f"{field}: {now!r} instead of {before!r} would not fit the checkpoint of job "
+                f"{where}{field}: {new!r} instead of {old!r} would not fit the checkpoint of job "
                 f"{job_id}; leave it, or train anew"
             )
-    return spec
 
 
 def _value(spec: TrainingSpec, path: str) -> Any:

@@ -2,12 +2,14 @@
 
     runs/JOB/job.json              the resolved spec, and the job that this one continues
     runs/JOB/step-00000020-1f3a/   a checkpoint; its progress.json comes last and makes it whole
-    runs/JOB/adapter-1f3a/         the trained adapter, until it is published
+    runs/JOB/adapter-1f3a/         a trained adapter, until it is published
+    runs/JOB/published/NAME        the version of one of several adapters
     runs/JOB/failure.json          why no restart can mend it, where one worker alone knows
     runs/JOB/outcome.json          the version it published, or the job that continued it
 
-Every write is create-only, so of two that would continue a job one is refused. (Ray Train keeps
-records of its own beside these.) Knows files; no Ray.
+A checkpoint of several adapters has a folder for each of those that saved a state. Every write is
+create-only, so of two that would continue a job one is refused. (Ray Train keeps records of its own
+beside these.) Knows files; no Ray.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from cluster.store import Store
 from training.checkpoint import PROGRESS
 from training.spec import TrainingSpec
 
-_CHECKPOINT = re.compile(r"step-\d{8}-[0-9a-f]+")
+# What a worker hands to the job: FAILURE, why no restart can mend it, or RESULTS, by adapter its
+# metrics with ADAPTER, the key of its folder in the store, or a FAILURE of its own.
+RESULTS, ADAPTER, FAILURE = "results", "adapter", "failure"
+_CHECKPOINT = re.compile(rf"(runs/[^/]+/step-\d{{8}}-[0-9a-f]+)/{PROGRESS}")
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,8 @@ def check_open(store: Store, job_id: str) -> None:
 def last_checkpoint(store: Store, run: Run) -> str | None:
     """The key of the newest whole checkpoint of the job, or of the one that it continues."""
     for link in lineage(store, run):
-        whole = [
-            key.rsplit("/", 1)[0]
-            for key in store.list(f"runs/{link.job_id}")
-            if key.endswith(f"/{PROGRESS}") and _CHECKPOINT.fullmatch(key.split("/")[-2])
-        ]
-        if whole:
+        found = map(_CHECKPOINT.fullmatch, store.list(f"runs/{link.job_id}"))
+        if whole := [match[1] for match in found if match]:
             return max(whole)
     return None
 
@@ -110,15 +111,29 @@ def lineage(store: Store, run: Run) -> Iterator[Run]:
 def upload_folder(store: Store, key: str, folder: Path) -> None:
     """Copy the files of `folder` under `key`, progress.json last. Where it ended before, it may
     be called again."""
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name == PROGRESS, path.name)):
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    for name in sorted(files, key=lambda name: (name == Path(PROGRESS), name)):
         with suppress(ConflictError):  # it is there, and files are there whole or not at all
-            store.create_file(f"{key}/{path.name}", path)
+            store.create_file(f"{key}/{name.as_posix()}", folder / name)
 
 
 def fetch_folder(store: Store, key: str, to: Path) -> None:
-    """Copy what is directly under `key` into the folder `to`, which exists."""
+    """Copy what is under `key` into the folder `to`."""
     for file in store.list(key):
-        store.download(file, to / file.rsplit("/", 1)[-1])
+        target = to / file.removeprefix(f"{key}/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        store.download(file, target)
+
+
+def record_published(store: Store, job_id: str, name: str, published: str) -> None:
+    """Note the version of one of several adapters, which a job that continues this one leaves."""
+    store.create(f"runs/{job_id}/published/{name}", published.encode())
+
+
+def published_adapters(store: Store, run: Run) -> dict[str, str]:
+    """What `record_published` noted of the job, and of those that it continues, by name."""
+    keys = [k for link in lineage(store, run) for k in store.list(f"runs/{link.job_id}/published")]
+    return {key.rsplit("/", 1)[-1]: store.read(key).decode() for key in keys}
 
 
 def record_failure(store: Store, job_id: str, message: str) -> None:

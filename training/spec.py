@@ -9,12 +9,14 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from cluster.errors import SpecError
 from cluster.quantization import QuantizationSpec
-from cluster.spec import Name, Spec, StoreUri
+from cluster.spec import Name, Spec, StoreUri, merged, parse_spec
 from training.data_spec import DataSpec, EvaluationSpec
 from training.method_spec import MethodSpec, ProxyTuningSpec, needs_whole_weights
 
@@ -95,6 +97,34 @@ class WorkersSpec(Spec):
         return self.count if isinstance(self.count, int) else self.count[1]
 
 
+# Methods that change what frozen modules give, token by token, and leave the base as it is.
+LINEAR_DELTAS = ("lora", "adalora", "dylora", "ia3", "bitfit", "layernorm")
+
+
+class AdapterSpec(Spec):
+    """One of several adapters: what is other than in the rest of the spec. Sections are merged key
+    by key; a `method` of another `kind` replaces the whole section."""
+
+    method: dict[str, Any] = Field(default_factory=dict, description="Keys of `method`.")
+    data: dict[str, Any] = Field(default_factory=dict, description="Keys of `data`.")
+    optimizer: dict[str, Any] = Field(default_factory=dict, description="Keys of `optimizer`.")
+    evaluation: dict[str, Any] = Field(default_factory=dict, description="Keys of `evaluation`.")
+    epochs: PositiveFloat | None = Field(None, description="As outside if not given.")
+    max_steps: PositiveInt | None = Field(None, description="As outside if not given.")
+    batch_size: PositiveInt | None = Field(None, description="As outside if not given.")
+    seed: int | None = Field(None, ge=0, lt=2**31, description="As outside if not given.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_alone(cls, value: Any) -> Any:
+        keys = set(value) if isinstance(value, dict) else set[str]()  # type: ignore[reportUnknown]
+        for key in sorted(keys & set(TrainingSpec.model_fields) - set(cls.model_fields)):
+            raise ValueError(
+                f"{key} is the same for all adapters of a run; set it outside of `adapters`"
+            )
+        return value or {}
+
+
 class TrainingSpec(Spec):
     """One training job: base model, method, data, output."""
 
@@ -151,6 +181,34 @@ class TrainingSpec(Spec):
     )
     checkpoints_kept: PositiveInt = Field(2, description="Older ones are deleted.")
     log_every_steps: PositiveInt = Field(10, description="Optimiser steps between log lines.")
+    adapters: dict[Name, AdapterSpec] = Field(
+        default_factory=dict,
+        description="Several adapters in one run, by the name that each is published under: one "
+        "forward and backward of the base for all, each with the result that it has alone. "
+        "`output.name` is then the job's. Needs `zero.stage` 0 and methods that are linear deltas: "
+        + ", ".join(f"`{kind}`" for kind in LINEAR_DELTAS)
+        + ".",
+    )
+
+    @field_validator("adapters")
+    @classmethod
+    def _each_fits(
+        cls, adapters: dict[str, AdapterSpec], info: ValidationInfo
+    ) -> dict[str, AdapterSpec]:
+        if not adapters or set(cls.model_fields) - set(info.data) != {"adapters"}:
+            return adapters  # the rest has faults of its own
+        stage = info.data["zero"].stage
+        faults = [f"share a pass at zero.stage 0 alone; set it so (it is {stage})"] if stage else []
+        rest = cls.model_construct(**info.data, adapters=adapters)
+        for name in adapters:
+            try:
+                fault = _no_linear_delta(rest.adapter(name).method)
+                faults += [f"{name}.{fault}"] if fault else []
+            except SpecError as error:
+                faults += [f"{name}.{line.strip()}" for line in error.message.splitlines()[1:]]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return adapters
 
     @model_validator(mode="after")
     def _validated(self) -> TrainingSpec:
@@ -197,6 +255,26 @@ class TrainingSpec(Spec):
             )
         return self
 
+    def each(self) -> dict[str, TrainingSpec]:
+        """By adapter, the spec of the job that would train it alone; this one without several."""
+        if not self.adapters:
+            return {self.output.name: self}
+        return {name: self.adapter(name) for name in self.adapters}
+
+    def adapter(self, name: str) -> TrainingSpec:
+        """The spec of the job that would train one of `adapters` alone.
+
+        Raises:
+            SpecError: there is none; lists every fault.
+        """
+        own = self.adapters[name].model_dump(mode="json", exclude_defaults=True)
+        tree = self.model_dump(mode="json", exclude={"adapters"})
+        if "batch_size" in own:
+            del tree["gradient_accumulation_steps"]
+        if own.get("method", {}).get("kind", self.method.kind) != self.method.kind:
+            del tree["method"]
+        return parse_spec(TrainingSpec, merged(tree, {**own, "output": {"name": name}}))
+
     @property
     def global_batch_size(self) -> int:
         """Rows of one optimiser step over all workers; the same for any number of them."""
@@ -207,6 +285,8 @@ class TrainingSpec(Spec):
         """What to change where a worker's memory does not suffice, with today's values."""
         knobs = [f"lower micro_batch_size ({self.micro_batch_size}; the batch stays as it is)",
                  f"lower data.max_length ({self.data.max_length})"]  # fmt: skip
+        if self.adapters:
+            knobs.append(f"train fewer adapters at once ({len(self.adapters)})")
         if self.precision == "fp32":
             knobs.append("set precision to bf16")
         if self.quantization is None and not needs_whole_weights(self.method):
@@ -229,3 +309,19 @@ class TrainingSpec(Spec):
         """The folder of the model that a run loads: `base_model`, or the small one of a proxy."""
         method = self.method
         return method.small_base if isinstance(method, ProxyTuningSpec) else self.base_model
+
+
+def _no_linear_delta(method: MethodSpec) -> str | None:
+    """Why adapters of this method cannot share a pass, if so."""
+    if method.kind not in LINEAR_DELTAS:
+        return (
+            f"method.kind: {method.kind} is no linear delta, so it cannot share a pass; train it "
+            f"alone, or take one of {', '.join(LINEAR_DELTAS)}"
+        )
+    start = getattr(method, "init", "default")
+    if start in ("pissa", "olora"):
+        return (
+            f"method.init: {start} takes a part of the base's weights away, which the others need; "
+            "train it alone, or take default or gaussian"
+        )
+    return None

@@ -107,9 +107,22 @@ class LossModel(torch.nn.Module):
         """
         if isinstance(asked, Continuation):
             return self._next_logits(asked)
-        batch = asked
-        targets_N = batch.targets_T[batch.targets_T != IGNORE]
-        hidden_NH, logits_NV = self._run_packed(batch) if self.is_packed else self._run(batch)
+        return self.loss(*self.outputs(asked), asked.targets_T[asked.targets_T != IGNORE])
+
+    @property
+    def base(self) -> Any:
+        """The transformers model, with the method's modules in it."""
+        return self._base
+
+    def outputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden [N, H], logits [N, V]) at label positions; the logits are of no use where
+        `has_plain_head`."""
+        return self._run_packed(batch) if self.is_packed else self._run(batch)
+
+    def loss(
+        self, hidden_NH: torch.Tensor, logits_NV: torch.Tensor, targets_N: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum of the negative log-likelihoods, of `outputs`."""
         if not self.has_plain_head:
             return cross_entropy(logits_NV.float(), targets_N, reduction="sum")
         head = self._base.get_output_embeddings()

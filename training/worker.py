@@ -6,9 +6,10 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -23,26 +24,23 @@ from cluster.store import Store, open_store
 from training import runs
 from training.assembly import Assembly, assemble
 from training.checkpoint import Progress, write_checkpoint
-from training.evaluation import Answer, Evaluation
-from training.loop import LogLine, Place, count_steps, run
+from training.loop import Place, RunOptions, as_work, count_steps, run
 from training.methods import METHODS, count_parameters
 from training.rows import TokenRows, split
+from training.runs import ADAPTER, FAILURE, RESULTS
+from training.several import Rows, Runner, Saved, assemble_several, run_several
 from training.spec import TrainingSpec
 
 if TYPE_CHECKING:
     import ray.train
 
-FAILURE = "failure"  # the key by which a run ends that no restart can mend
-ADAPTER = "adapter"  # the key of the trained adapter's folder in the store
-
 
 def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What every worker runs; Ray Train hands on what the first returns: the run's metrics with
-    ADAPTER, or FAILURE.
+    """What every worker runs; Ray Train hands on what the first returns: RESULTS or FAILURE.
 
     Args:
-        config: The spec, the job's id, the key of the tokenised rows and that of the checkpoint
-            to start from, or None; `validation` is the key of rows to evaluate on, or None.
+        config: The spec, the job's id, the key of the checkpoint to start from or None, and by
+            adapter `rows`: the keys of its `tokens` and of its `validation` rows, or None.
     """
     spec = parse_spec(TrainingSpec, config["spec"])
     store = open_store(spec.output.store)
@@ -78,52 +76,145 @@ def _train(spec: TrainingSpec, store: Store, config: Mapping[str, Any]) -> dict[
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), _device(spec))
     torch.set_num_threads(max(1, int(spec.workers.cpus)))
-    rows, validation = _open_rows(store, config["tokens"]), None
-    if config["validation"] is not None:
-        validation = _open_rows(store, config["validation"])
+    train = _train_several if spec.adapters else _train_one
+    return {RESULTS: train(spec, store, config, place)}
+
+
+def _train_one(
+    spec: TrainingSpec, store: Store, config: Mapping[str, Any], place: Place
+) -> dict[str, dict[str, Any]]:
+    ((name, keys),) = config["rows"].items()
+    with _checkpoint(store, config) as folder:
+        rows = _rows(spec, partial(_open_rows, store), keys, folder)
+        made = assemble(spec, place, rows.training, folder, rows.validation)
+    adapter = _Adapter(spec, made, rows, place)
+    adapter.announce()
+    reporter = _Reporter(store, config["job_id"], place)
+
+    def on_checkpoint(progress: Progress) -> None:
+        state = made.full_state()  # collective
+        reporter.report(
+            progress.step,
+            _metrics(made, progress),
+            lambda folder: write_checkpoint(folder, state, progress),
+        )
+
+    end = run(spec, made.backend, rows.training, **adapter.options(on_checkpoint))
+    return {name: adapter.result(end, store, config["job_id"])}
+
+
+def _train_several(
+    spec: TrainingSpec, store: Store, config: Mapping[str, Any], place: Place
+) -> dict[str, dict[str, Any]]:
+    specs = spec.each()
+    with _checkpoint(store, config) as folder:
+        opened = cache(partial(_open_rows, store))  # adapters may have the same
+        rows = {
+            name: _rows(own, opened, config["rows"][name], folder and folder / name)
+            for name, own in specs.items()
+        }
+        several = assemble_several(specs, place, rows)
+    adapters = {
+        name: _Adapter(specs[name], made, rows[name], place, f"{name}: ")
+        for name, made in several.runs.items()
+    }
+    saved = Saved()
+    runners: dict[str, Runner] = {}
+    for name, adapter in adapters.items():
+        adapter.announce()
+        if adapter.made.start.step:  # it may have ended, and save nothing more
+            saved.keep(name, adapter.made, adapter.made.start)
+        options = adapter.options(partial(saved.keep, name, adapter.made))
+        work = as_work(specs[name], adapter.made.backend, rows[name].training, **options)
+        runners[name] = Runner(work, several.draws[name])
+    saved.is_new = False
+    reporter = _Reporter(store, config["job_id"], place)
+
+    def after_round() -> None:
+        if saved.is_new:
+            reporter.report(saved.steps, {"steps": saved.steps}, saved.write)
+            saved.is_new = False
+
+    run_several(spec, several.shared, runners, place, after_round)
+    return {
+        name: {FAILURE: runner.failure}
+        if runner.end is None
+        else adapters[name].result(runner.end, store, config["job_id"])
+        for name, runner in runners.items()
+    }
+
+
+def _rows(
+    spec: TrainingSpec,
+    opened: Callable[[str], TokenRows],
+    keys: Mapping[str, str | None],
+    checkpoint: Path | None,
+) -> Rows:
+    """One adapter's rows by their keys, and its checkpoint if that folder is there."""
+    rows, validation = opened(str(keys["tokens"])), None
+    if keys["validation"] is not None:
+        validation = opened(keys["validation"])
     elif isinstance(spec.data.validation, float):
         rows, validation = split(rows, spec.data.validation, spec.seed)
-    with _checkpoint(store, config) as folder:
-        made = assemble(spec, place, rows, folder, validation)
-    if place.rank == 0:
-        _announce(spec, made, place, count_steps(spec, len(rows)))
-        if validation is not None:
-            seen = int(np.isin(validation.hashes, rows.hashes).sum())
-            print(
+    return Rows(rows, validation, checkpoint if checkpoint and checkpoint.exists() else None)
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """One adapter's run on this worker. `label` begins its lines in the log."""
+
+    spec: TrainingSpec
+    made: Assembly
+    rows: Rows
+    place: Place
+    label: str = ""
+
+    def announce(self) -> None:
+        """Tell what begins."""
+        spec, start, place = self.spec, self.made.start.step, self.place
+        trained, total = count_parameters(self.made.backend.adapted)
+        verb = f"going on from step {start}" if start else "training"
+        self.tell(
+            f"{verb}: {spec.method.kind}, {trained:,} of {total:,} parameters "
+            f"({trained / total:.3%}), {count_steps(spec, len(self.rows.training))} steps of "
+            f"{spec.global_batch_size} rows, {place.world_size} workers, ZeRO stage "
+            f"{spec.zero.stage}, process {os.getpid()}"
+        )
+        if (validation := self.rows.validation) is not None:
+            seen = int(np.isin(validation.hashes, self.rows.training.hashes).sum())
+            self.tell(
                 f"validation: {len(validation):,} rows"
-                + (f", {seen:,} of which are training rows too" if seen else ""),
-                flush=True,
+                + (f", {seen:,} of which are training rows too" if seen else "")
             )
-    reporter = _Reporter(store, config["job_id"], made, place)
 
-    def on_log(line: LogLine) -> None:
-        if place.rank == 0:
-            print(line, flush=True)
+    def options(self, on_checkpoint: Callable[[Progress], None]) -> RunOptions:
+        """What the loop needs."""
+        shown = self.spec.evaluation.shown
+        return {
+            "course": self.made.course,
+            "place": self.place,
+            "start": self.made.start,
+            "evaluator": self.made.evaluator,
+            "on_log": self.tell,
+            "on_evaluation": lambda found, answers: self.tell(found, *answers[:shown]),
+            "on_checkpoint": on_checkpoint,
+        }
 
-    def on_evaluation(found: Evaluation, answers: Sequence[Answer]) -> None:
-        if place.rank == 0:
-            print(found, *answers[: spec.evaluation.shown], sep="\n", flush=True)
+    def result(self, end: Progress, store: Store, job_id: str) -> dict[str, Any]:
+        """Upload the adapter; returns its metrics with ADAPTER. Collective."""
+        metrics, backend = _metrics(self.made, end), self.made.backend
+        self.made.take_best(end.step)
+        key = f"runs/{job_id}/adapter-{uuid4().hex[:8]}"
+        with backend.whole_parameters(), tempfile.TemporaryDirectory() as folder:
+            if self.place.rank == 0:
+                METHODS[self.spec.method.kind].save(backend.adapted, Path(folder))
+                runs.upload_folder(store, key, Path(folder))
+        return {ADAPTER: key, **metrics}
 
-    end = run(
-        spec,
-        made.backend,
-        rows,
-        course=made.course,
-        place=place,
-        start=made.start,
-        evaluator=made.evaluator,
-        on_log=on_log,
-        on_evaluation=on_evaluation,
-        on_checkpoint=reporter.report,
-    )
-    metrics = _metrics(made, end)
-    made.take_best(end.step)
-    key = f"runs/{config['job_id']}/adapter-{uuid4().hex[:8]}"
-    with made.backend.whole_parameters(), tempfile.TemporaryDirectory() as name:
-        if place.rank == 0:
-            METHODS[spec.method.kind].save(made.backend.adapted, Path(name))
-            runs.upload_folder(store, key, Path(name))
-    return {ADAPTER: key, **metrics}
+    def tell(self, *lines: object) -> None:
+        """Print to the job's log, once for all workers."""
+        if self.place.rank == 0:
+            print(*(f"{self.label}{line}" for line in lines), sep="\n", flush=True)
 
 
 def _device(spec: TrainingSpec) -> torch.device:
@@ -161,17 +252,6 @@ def _checkpoint(store: Store, config: Mapping[str, Any]) -> Generator[Path | Non
         yield Path(name)
 
 
-def _announce(spec: TrainingSpec, made: Assembly, place: Place, steps: int) -> None:
-    trained, total = count_parameters(made.backend.adapted)
-    verb = f"going on from step {made.start.step}" if made.start.step else "training"
-    print(
-        f"{verb}: {spec.method.kind}, {trained:,} of {total:,} parameters "
-        f"({trained / total:.3%}), {steps} steps of {spec.global_batch_size} rows, "
-        f"{place.world_size} workers, ZeRO stage {spec.zero.stage}, process {os.getpid()}",
-        flush=True,
-    )
-
-
 class _Reporter:
     """Hands checkpoints to Ray Train, which uploads them beside the training.
 
@@ -179,16 +259,16 @@ class _Reporter:
     Train's own is a plain copy, of which a half looks like a whole.
     """
 
-    def __init__(self, store: Store, job_id: str, made: Assembly, place: Place) -> None:
-        self._store, self._job_id, self._made, self._place = store, job_id, made, place
+    def __init__(self, store: Store, job_id: str, place: Place) -> None:
+        self._store, self._job_id, self._place = store, job_id, place
         self._uploaded = threading.Event()
         self._uploaded.set()
 
-    def report(self, progress: Progress) -> None:
-        """Collective. Waits for the last checkpoint's upload, not for this one's."""
+    def report(self, step: int, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
+        """Collective; the first worker writes. Waits for the last checkpoint's upload, not for
+        this one's."""
         import ray.train
 
-        state, metrics = self._made.full_state(), _metrics(self._made, progress)
         if self._place.rank != 0:
             ray.train.report(metrics, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
             return
@@ -196,11 +276,11 @@ class _Reporter:
         self._uploaded.clear()
         # Ray Train deletes the folder when its upload has ended.
         folder = Path(tempfile.mkdtemp(prefix="graft-checkpoint-"))
-        write_checkpoint(folder, state, progress)
+        write(folder)
         ray.train.report(
             metrics,
             ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=runs.checkpoint_name(progress.step),
+            checkpoint_dir_name=runs.checkpoint_name(step),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=self._upload,
         )

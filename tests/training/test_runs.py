@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,10 @@ from training.runs import (
     fetch_folder,
     finish,
     last_checkpoint,
+    published_adapters,
     read_failure,
     record_failure,
+    record_published,
     record_run,
     upload_folder,
 )
@@ -137,6 +140,46 @@ def test_what_cannot_be_continued_is_refused_by_name(spec: TrainingSpec, tmp_pat
     for override, message in refused:
         with pytest.raises(SpecError, match=message):
             continued_spec(store, "job", [override])
+
+
+def test_of_several_adapters_those_go_on_that_are_not_published(
+    spec: TrainingSpec, tmp_path: Path
+) -> None:
+    adapters: dict[str, Any] = {"a": {}, "b": {"method": {"r": 4}}, "c": {"seed": 7}}
+    change: dict[str, Any] = {"zero": {"stage": 0}, "adapters": adapters}
+    several = parse_spec(TrainingSpec, spec.model_dump(mode="json") | change)
+    store = open_store(several.output.store)
+    record_run(store, Run("job", several))
+    for name, step in (("a", 5), ("b", 3)):
+        write_checkpoint(tmp_path / "one" / name, STATE, Progress(step=step))
+    key = f"runs/job/{checkpoint_name(8)}"
+    upload_folder(store, key, tmp_path / "one")
+    # What makes it whole is its own progress, not that of a part.
+    with pytest.raises(NotFoundError, match="before its first checkpoint"):
+        continued_spec(store, "job", ())
+    (tmp_path / "one" / "progress.json").write_text("{}")
+    upload_folder(store, key, tmp_path / "one")
+    fetch_folder(store, key, tmp_path / "fetched")
+    assert read_checkpoint(tmp_path / "fetched" / "b")[1].step == 3
+    assert list(continued_spec(store, "job", ()).adapters) == ["a", "b", "c"]
+
+    record_published(store, "job", "a", "a@1")
+    record_published(store, "job", "c", "c@4")
+    left = continued_spec(store, "job", ["adapters.b.optimizer.learning_rate=0.001"])
+    assert list(left.each()) == ["b"]
+    assert left.each()["b"].optimizer.learning_rate == 0.001
+    for override, message in (
+        ("adapters.b.method.r=8", r"adapters\.b\.method: .* would not fit the checkpoint"),
+        ("adapters.b.seed=8", r"adapters\.b\.seed: 8 instead of 0"),
+        ("adapters.new={seed: 1}", "adapters: job job has a, b, c; leave their names"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            continued_spec(store, "job", [override])
+    record_run(store, Run("next", left, "job"))
+    record_published(store, "next", "b", "b@1")
+    assert published_adapters(store, Run("next", left, "job")).keys() == {"a", "b", "c"}
+    with pytest.raises(ConflictError, match=r"has published .*b@1"):
+        continued_spec(store, "next", ())
 
 
 def test_a_failure_that_one_worker_knows_is_told_to_all(spec: TrainingSpec) -> None:

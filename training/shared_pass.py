@@ -13,7 +13,7 @@ models and batches; no optimisers, no data.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from cluster.errors import BaseModelError, SpecError
+from cluster.quantized_linear import is_quantized
 from training.lora_linear import LoraLinear, Segment, plain_lora, weight_and_bias
 from training.rows import IGNORE
 from training.step import Batch, LossModel, collate
@@ -139,9 +140,17 @@ class SharedPass:
             }
             if any(_is_changed(each, module) for each in own.values()):
                 joined = f"{name}."  # what is inside is the adapters' own
-                module.forward = partial(self._forward, module, own)
+                module.forward = partial(self._forward, module, own, module.forward)
 
-    def _forward(self, module: Any, own: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _forward(
+        self,
+        module: Any,
+        own: Mapping[str, Any],
+        unchanged: Callable[[torch.Tensor], torch.Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`module`'s forward, which was `unchanged`, with what the adapters have in its place."""
         if len(args) != 1 or kwargs:
             raise BaseModelError(
                 f"{type(module).__name__} gets more than its tokens, which cannot be parted"
@@ -149,8 +158,9 @@ class SharedPass:
         x: torch.Tensor = args[0]
         dim = self._token_dim(module, x)
         is_flat = dim == x.ndim - 2 and x.numel() == x.shape[dim] * x.shape[-1]
-        if type(module) in (torch.nn.Linear, Conv1D) and is_flat:
-            return self._linear(module, own, x, dim)
+        is_linear = type(module) in (torch.nn.Linear, Conv1D) or is_quantized(module)
+        if is_linear and is_flat:
+            return self._linear(module, own, unchanged, x, dim)
         outputs: list[torch.Tensor] = []
         for part, own_x in zip(self._parts, self._split(x, dim), strict=True):
             with self._drawn(part.name, own[part.name]):
@@ -158,7 +168,12 @@ class SharedPass:
         return torch.cat(outputs, dim)
 
     def _linear(
-        self, module: Any, own: Mapping[str, Any], x: torch.Tensor, dim: int
+        self,
+        module: Any,
+        own: Mapping[str, Any],
+        unchanged: Callable[[torch.Tensor], torch.Tensor],
+        x: torch.Tensor,
+        dim: int,
     ) -> torch.Tensor:
         """W x + b once, with each adapter's change of it. x [1, T, I] or [T, I]."""
         x = self._scaled(own, x, dim)
@@ -175,7 +190,7 @@ class SharedPass:
         if segments:
             y: Any = LoraLinear.apply(x, *weight_and_bias(module), tuple(segments), *factors)
         else:
-            y = type(module).forward(module, x)
+            y = unchanged(x)
         if not others:
             return y
         # Unsafe where y itself is read afterwards, which it is not: PEFT may add to parts in place.
@@ -320,8 +335,11 @@ def _changed(own: Any, module: Any, x: torch.Tensor, y: torch.Tensor) -> torch.T
     def product(*_: Any, **__: Any) -> torch.Tensor:
         return y
 
+    before = vars(layer).get("forward")  # a quantised module has one of its own
     layer.forward = product
     try:
         return own(x)
     finally:
         del layer.forward
+        if before is not None:
+            layer.forward = before

@@ -223,6 +223,15 @@ def test_gradient_checkpointing_and_bf16(
         assert max(away) < 0.1 * largest
 
 
+def test_over_a_quantised_base(bases: Callable[[str], Path], tokens: Path, tmp_path: Path) -> None:
+    more = {"quantization": {"bits": 4}}
+    some = cases(bases("llama"), tmp_path / "both", FEW, **more)
+    run_together(Together(some), tokens, Place())
+    for name, case in some.items():
+        run_case(Case(case.spec, tmp_path / "alone" / name), tokens, Place())
+        assert difference(weights_of(tmp_path / "alone" / name), weights_of(case.folder)) < 1e-4
+
+
 @pytest.fixture
 def odd_base(tmp_path: Path) -> Callable[[Any], Path]:
     """Makes a base of a config."""

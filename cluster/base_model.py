@@ -81,21 +81,39 @@ def longest_context(config: Any) -> int | None:
     return getattr(text, "max_seq_len", None) if found is None else found
 
 
+def is_encoder_decoder(path: str) -> bool:
+    """Whether the base at `path` is one; False where its config does not load, which loading the
+    base then tells."""
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return False
+    return bool(config.is_encoder_decoder)
+
+
 def load_tokenizer(path: str) -> Any:
     """The base's tokenizer. Raises BaseModelError."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # tokenizers raises plain Exceptions for a damaged file
         raise BaseModelError(
             f"base_model {path}: its tokenizer does not load ({error}); save it there anew"
         ) from error
+    # An encoder reads a whole text, its end with it.
+    tokenizer.closes_prompts = is_encoder_decoder(path)
+    return tokenizer
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a prompt: with the tokenizer's opening tokens, without a closing one."""
+    """The ids of a prompt: with the tokenizer's opening tokens, without a closing one unless an
+    encoder reads it."""
     ids: list[int] = list(tokenizer(text)["input_ids"])
+    if getattr(tokenizer, "closes_prompts", False):
+        return ids
     if (
         len(ids) > 1
         and ids[-1] == tokenizer.eos_token_id
@@ -110,17 +128,19 @@ def load_base(
     dtype: torch.dtype,
     quantization: QuantizationSpec | None = None,
     device: torch.device | None = None,
+    task: str = "causal_lm",
     **options: Any,
 ) -> Any:
-    """The causal LM with its weights. Raises BaseModelError.
+    """The model with its weights. Raises BaseModelError.
 
     Args:
         quantization: Of its linear modules; a folder that was saved quantised stays as it is.
         device: Where it will be, CPU if not given. Only a quantised one is put there at once.
+        task: "causal_lm", or "seq_2_seq_lm" for an encoder-decoder.
         options: Further ones of `from_pretrained`, such as `attn_implementation`.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     check_base_folder(path, with_tokenizer=False)
     found = quantization_of(path, quantization)
@@ -128,8 +148,9 @@ def load_base(
         # A folder that was saved quantised tells how itself.
         own = quantization_of(path) is not None
         options |= _quantized_options(None if own else found, device)
+    auto: Any = AutoModelForSeq2SeqLM if task == "seq_2_seq_lm" else AutoModelForCausalLM
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = auto.from_pretrained(
             path, dtype=dtype, local_files_only=True, use_safetensors=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

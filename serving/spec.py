@@ -22,7 +22,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class EngineSpec(Spec):
     """One engine: a base model, its KV pages, the limits of a step."""
 
-    base_model: str = Field(description="Folder of a transformers causal LM, seen by every node.")
+    base_model: str = Field(
+        description="Folder of a transformers causal LM or encoder-decoder, seen by every node."
+    )
     small_bases: tuple[str, ...] = Field(
         (),
         description="Folders of the small bases that proxy-tuned adapters may name. Each is loaded "

@@ -1,6 +1,7 @@
 """Adapter folders of every method with weights that matter, as training would leave them."""
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,21 @@ from training.methods import METHODS, trainable_parameters
 
 
 def load(base: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    auto: Any = transformers.AutoModelForCausalLM
+    if transformers.AutoConfig.from_pretrained(base).is_encoder_decoder:
+        auto = transformers.AutoModelForSeq2SeqLM
+    return auto.from_pretrained(base, dtype=torch.float32)
 
 
 def _peft(config: peft.PeftConfig) -> Callable[[Path], Any]:
-    # A copy: PEFT writes what it learns of the base into the config.
-    return lambda base: peft.get_peft_model(load(base), copy.deepcopy(config))
+    def attach(base: Path) -> Any:
+        model = load(base)
+        own = copy.deepcopy(config)  # PEFT writes what it learns of the base into it
+        if model.config.is_encoder_decoder:
+            own.task_type = "SEQ_2_SEQ_LM"
+        return peft.get_peft_model(model, own)
+
+    return attach
 
 
 def _own(**method: Any) -> Callable[[Path], Any]:
@@ -88,8 +98,8 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
         peft.IA3Config(
             **_CAUSAL,
             target_modules=r".*\.(k_proj|v_proj|down_proj|c_attn|query_key_value|mlp\.c_proj|fc2"
-            r"|dense_4h_to_h)",
-            feedforward_modules=r".*\.(down_proj|mlp\.c_proj|fc2|dense_4h_to_h)",
+            r"|dense_4h_to_h|k|v|wo)",
+            feedforward_modules=r".*\.(down_proj|mlp\.c_proj|fc2|dense_4h_to_h|wo)",
         )
     ),
     "bitfit": _own(kind="bitfit"),
@@ -125,10 +135,10 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
 
 # Variants that differ little between families: on these alone.
 _FAMILIES: Mapping[str, set[str]] = {
-    "dora": {"llama", "gpt2", "opt", "bloom"},
+    "dora": {"llama", "gpt2", "opt", "bloom", "t5"},
     "pissa": {"llama", "gpt2"},
     "saved_modules": {"llama", "gemma"},
-    "adalora": {"llama", "gpt2"},
+    "adalora": {"llama", "gpt2", "t5"},
     "dylora": {"llama", "gpt2"},
 }
 # Families that differ from others in how they attend alone: with these variants alone.
@@ -139,6 +149,20 @@ _VARIANTS: Mapping[str, tuple[str, ...]] = {
     "gptj": ("lora", "bitfit", "prompt_tuning", "prefix_tuning"),
     "mpt": ("lora", "layernorm", "prompt_tuning"),
     "gemma2": ("lora", "layernorm", "prompt_tuning", "prefix_tuning"),
+    "t5": (
+        "lora",
+        "lora_patterns",
+        "dora",
+        "adalora",
+        "ia3",
+        "layernorm",
+        "prompt_tuning",
+        "p_tuning",
+        "prefix_tuning",
+        "prefix_projection",
+    ),
+    "mt5": ("lora", "prompt_tuning", "prefix_tuning"),
+    "bart": ("lora", "ia3", "bitfit", "layernorm", "prompt_tuning", "prefix_tuning"),
 }
 
 
@@ -152,13 +176,17 @@ def make_adapter(variant: str, base: Path, folder: Path, seed: int = 1) -> Path:
     """The folder of an adapter whose every trained weight is random."""
     torch.manual_seed(seed)
     model = VARIANTS[variant](base)
-    randomize(model)
+    # T5's attention divides by nothing, so that what is large gets beyond float32's 1e-4.
+    randomize(model, 0.1 if "t5" in load(base).config.model_type else 0.3)
     METHODS[getattr(model, "method_kind", "lora")].save(model, folder)
+    if load(base).config.is_encoder_decoder:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": "SEQ_2_SEQ_LM"}))
     return folder
 
 
-def randomize(model: Any) -> None:
+def randomize(model: Any, size: float = 0.3) -> None:
     """Move every trained weight away from where the method starts."""
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
+            parameter.add_(torch.randn_like(parameter) * size)

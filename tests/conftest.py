@@ -40,6 +40,14 @@ _FALCON = {
     "num_attention_heads": 4,
     "max_position_embeddings": CONTEXT,
 }
+_T5 = {
+    **_COMMON,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_heads": 4,
+    "decoder_start_token_id": 256,
+}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**_LLAMA_LIKE),
     "qwen3": lambda: transformers.Qwen3Config(**_LLAMA_LIKE, head_dim=16, tie_word_embeddings=True),
@@ -78,6 +86,21 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **_COMMON, d_model=32, n_layers=2, n_heads=4, max_seq_len=CONTEXT
     ),
     "gemma2": lambda: transformers.Gemma2Config(**_LLAMA_LIKE, head_dim=16, sliding_window=9),
+    "t5": lambda: transformers.T5Config(**_T5, num_layers=2, tie_word_embeddings=False),
+    "mt5": lambda: transformers.MT5Config(**_T5, num_layers=2, feed_forward_proj="gated-gelu"),
+    "bart": lambda: transformers.BartConfig(
+        **_COMMON,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=CONTEXT,
+        decoder_start_token_id=256,
+        forced_eos_token_id=None,
+    ),
     "recurrent_gemma": lambda: transformers.RecurrentGemmaConfig(
         **_COMMON,
         hidden_size=32,
@@ -123,11 +146,17 @@ def byte_tokenizer(opening: str | None = None) -> Any:
 def make_base(family: str, folder: Path, seed: int = 0) -> Path:
     """A base of that family with random weights large enough that tokens differ."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]())
+    config = CONFIGS[family]()
+    auto: Any = transformers.AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        auto = transformers.AutoModelForSeq2SeqLM
+    model = auto.from_config(config)
+    # T5's own weights are that large, and its attention divides by nothing.
+    scale = 1 if "t5" in family else 6
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(6)
+                parameter.mul_(scale)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.generation_config.eos_token_id = 256

@@ -59,6 +59,11 @@ class DeltaHooks:
         self._is_tuple: dict[str, bool] = {}  # a router's, say; replaced parameters alone fit it
         self.has_queries = True  # whether passes note them
 
+    def forget(self) -> None:
+        """Take back what was learned."""
+        self._rows_dim.clear()
+        self._is_tuple.clear()
+
     @contextmanager
     def learning(self, num_rows: int, dim: int | None = None) -> Generator[None]:
         """The scope of one forward pass of `num_rows` rows that shows where each module has
@@ -75,8 +80,6 @@ class DeltaHooks:
 
             return note
 
-        self._rows_dim.clear()
-        self._is_tuple.clear()
         handles = [m.register_forward_hook(look(n)) for n, m in self._modules.items() if n]
         try:
             yield
@@ -218,7 +221,8 @@ class DeltaHooks:
                 own = ([rows.of(a) for a in args], {k: rows.of(v) for k, v in options.items()})
                 replayed = _run_with(module, delta.parameters, *own)
                 for part, new in zip(_parts(output), _parts(replayed), strict=True):
-                    rows.of(part).copy_(new)
+                    own_part = rows.of(part)
+                    own_part.copy_(new.reshape(own_part.shape))
 
         return apply
 

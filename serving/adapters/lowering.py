@@ -77,7 +77,7 @@ def lower(
         raise fault(folder.path, WEIGHTS, f"has tensor {wrong!r} that is not floating point")
 
     def lower_on(part: AdapterFolder, base: Target) -> LoweredAdapter:
-        return _lowering_of(part)(part, tensors, base)
+        return _lowering_of(part, base)(part, tensors, base)
 
     if folder.method == PROXY:
         lowered = lower_proxy(folder, small_bases or {}, lower_on)
@@ -86,7 +86,7 @@ def lower(
     return replace(lowered, content=_content(folder, tensors))
 
 
-def _lowering_of(folder: AdapterFolder) -> Lower:
+def _lowering_of(folder: AdapterFolder, target: Target) -> Lower:
     known = LOWER.get(folder.method)
     if known is None:
         raise fault(
@@ -95,13 +95,13 @@ def _lowering_of(folder: AdapterFolder) -> Lower:
             f"has peft_type {folder.method[:60]!r}, which is not served yet; "
             f"served are {', '.join(sorted([*LOWER, PROXY]))}",
         )
-    task = folder.config.get("task_type") or "CAUSAL_LM"
-    if task != "CAUSAL_LM":
+    task = folder.config.get("task_type") or target.task_type
+    if task != target.task_type:
         raise fault(
             folder.path,
             CONFIG,
-            f"has task_type {str(task)[:60]!r}; adapters of causal language models alone are "
-            "served, load others with training.load_adapter",
+            f"has task_type {str(task)[:60]!r}; on the base {target.name} those of task_type "
+            f"{target.task_type!r} alone are served, load others with training.load_adapter",
         )
     return known
 

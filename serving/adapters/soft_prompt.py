@@ -33,26 +33,56 @@ _TRAINED_WITH = {
 def lower_prompt_tuning(
     folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
 ) -> LoweredAdapter:
-    """A prompt-tuning or P-tuning folder as an embedding prefix. Raises AdapterError."""
-    embeddings_PH = _read(folder, tensors, target.hidden_size, target)
-    return LoweredAdapter(prefix=EmbeddingPrefix(embeddings_PH))
+    """A prompt-tuning or P-tuning folder as an embedding prefix. Raises AdapterError.
+
+    PEFT keeps one prompt for each of an encoder-decoder's stacks, and puts the first in front of
+    the encoder's input; the other is not used.
+    """
+    stacks = _stacks(folder, target)
+    embeddings_PH = _read(folder, tensors, stacks, target.hidden_size, target)
+    return LoweredAdapter(prefix=EmbeddingPrefix(embeddings_PH[: len(embeddings_PH) // stacks]))
 
 
 def lower_prefix_tuning(
     folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
 ) -> LoweredAdapter:
-    """A prefix-tuning folder as a KV prefix. Raises AdapterError."""
+    """A prefix-tuning folder as a KV prefix, of the decoder's self-attention. Raises
+    AdapterError.
+
+    For an encoder-decoder PEFT repeats the layers' pairs and deals them out by four, two for
+    self-attention and two for a cross-attention that it then leaves out: layer i gets pair 2 i.
+    """
     layers, heads, size = target.num_layers, target.num_kv_heads, target.head_size
-    flat = _read(folder, tensors, layers * 2 * heads * size, target)
+    stacks = _stacks(folder, target)
+    flat = _read(folder, tensors, 1, layers * 2 * heads * size, target)
     pairs_L2PKD = flat.view(-1, layers, 2, heads, size).permute(1, 2, 0, 3, 4)
+    pairs_L2PKD = pairs_L2PKD[[stacks * layer % layers for layer in range(layers)]]
     keys_LPKD, values_LPKD = pairs_L2PKD.unbind(1)
     return LoweredAdapter(prefix=KVPrefix(keys_LPKD.contiguous(), values_LPKD.contiguous()))
 
 
+def _stacks(folder: AdapterFolder, target: Target) -> int:
+    """How many stacks PEFT made it for. Raises AdapterError."""
+    found = folder.config.get("num_transformer_submodules")
+    wanted = 2 if target.is_seq2seq else 1
+    if found not in (None, wanted):
+        raise fault(
+            folder.path,
+            CONFIG,
+            f"has num_transformer_submodules = {str(found)[:20]}, where the base {target.name} "
+            f"has {wanted}; train it on this base",
+        )
+    return wanted
+
+
 def _read(
-    folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], width: int, target: Target
+    folder: AdapterFolder,
+    tensors: Mapping[str, torch.Tensor],
+    times: int,
+    width: int,
+    target: Target,
 ) -> torch.Tensor:
-    """The one tensor [P, width], in the engine's dtype on its device."""
+    """The one tensor [times P, width], in the engine's dtype on its device."""
     refuse_unread(folder, _READ, _TRAINED_WITH)
     if target.refuses_prefix is not None:
         raise fault(
@@ -61,19 +91,18 @@ def _read(
             f"is a prefix, and the base {target.name} has {target.refuses_prefix}, with which "
             "prefixes are not served; train a LoRA or BitFit instead",
         )
-    if folder.config.get("num_transformer_submodules") not in (None, 1):
-        raise fault(folder.path, CONFIG, "is of an encoder-decoder; decoders alone are served")
     if set(tensors) != {_KEY}:
         raise fault(folder.path, WEIGHTS, f"must hold {_KEY!r} alone; it has {sorted(tensors)[:5]}")
     tokens = number(
         folder, folder.config.get("num_virtual_tokens"), "num_virtual_tokens", whole=True
     )
     tensor = tensors[_KEY]
-    if tuple(tensor.shape) != (tokens, width):
+    if tuple(tensor.shape) != (times * tokens, width):
         raise fault(
             folder.path,
             WEIGHTS,
             f"has {_KEY!r} with shape {tuple(tensor.shape)}, where the base {target.name} needs "
-            f"{(tokens, width)}; the adapter was made for another base ({folder.base_model})",
+            f"{(times * tokens, width)}; the adapter was made for another base "
+            f"({folder.base_model})",
         )
     return tensor.to(target.device, target.dtype)

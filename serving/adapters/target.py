@@ -59,10 +59,17 @@ class Target:
     device: torch.device
     dtype: torch.dtype
     refuses_prefix: str | None  # why a prefix would be computed wrongly here
+    is_seq2seq: bool = False
+
+    @property
+    def task_type(self) -> str:
+        """What PEFT calls the task of its adapters."""
+        return "SEQ_2_SEQ_LM" if self.is_seq2seq else "CAUSAL_LM"
 
 
 def describe(model: Any, name: str) -> Target:
-    """The target that `model`, a transformers causal LM, is.
+    """The target that `model`, a transformers causal LM or encoder-decoder, is. Layers and heads
+    are a decoder's.
 
     Raises:
         BaseModelError: it has no attention of one geometry.
@@ -81,14 +88,20 @@ def describe(model: Any, name: str) -> Target:
     return Target(
         name=name,
         modules={n: shape for n, m in model.named_modules() if (shape := _shape(m)) is not None},
-        num_layers=config.num_hidden_layers,
+        num_layers=_decoder_layers(config),
         num_kv_heads=kv_heads,
         head_size=size,
         hidden_size=config.hidden_size,
         device=weight.device,
         dtype=weight.dtype,
         refuses_prefix=next((k for k in _NO_PREFIX if getattr(config, k, None)), None),
+        is_seq2seq=bool(config.is_encoder_decoder),
     )
+
+
+def _decoder_layers(config: Any) -> int:
+    names = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+    return next(getattr(config, name) for name in names if getattr(config, name, None))
 
 
 def bare_name(folder: AdapterFolder, key: str) -> str:

@@ -17,7 +17,8 @@ from serving.engine.sequence import Chunk, Sequence
 class Answer:
     """The state of a request. `sequence` is the scheduler's; its tokens grow here.
 
-    `end_tokens` end the answer and are no part of its text; `max_tokens` is resolved.
+    `end_tokens` end the answer and are no part of its text; `max_tokens` is resolved;
+    `prompt_tokens` are those of the sequence in front of the answer.
     """
 
     request: GenerationRequest
@@ -29,6 +30,11 @@ class Answer:
     detokenizer: Detokenizer | None
     grammar: Grammar | None
     _prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens of the prompt, whoever reads them."""
+        return len(self.sequence.source) or self.prompt_tokens
 
     @property
     def sampling(self) -> Sampling:

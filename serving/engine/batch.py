@@ -1,7 +1,7 @@
 """One step's chunks as flat arrays: tokens, positions, slots, and which adapter's rows are where.
 
 A slot is one token's place in the KV memory: page * page_tokens + offset. Positions count from
-the adapter's prefix on. NumPy only; the runner makes tensors of it.
+the adapter's prefix on. NumPy arrays; the runner makes tensors of them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
+import torch
 
 from serving.adapters import Delta, LoweredAdapter, Segment
 from serving.engine.sequence import Chunk
@@ -31,12 +32,24 @@ class LoadedAdapter:
 @dataclass(frozen=True)
 class Row:
     """One chunk in the flat step: tokens `start` to `end`, the slots of its whole context, and what
-    its adapter changes."""
+    its adapter changes. The first `source_tokens` slots are what a decoder has of its encoder."""
 
     start: int
     end: int
     slots: np.ndarray
     deltas: Mapping[str, Delta] = field(default_factory=dict[str, Delta])
+    source_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an encoder reads: token ids, behind the adapter's vectors if it has some, and the slots
+    of all of these."""
+
+    ids: np.ndarray
+    slots: np.ndarray
+    deltas: Mapping[str, Delta]
+    embeddings_PH: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +82,11 @@ def build(
         first = sequence.prefix_tokens + chunk.start
         last = first + chunk.count
         ids += sequence.tokens[chunk.start : chunk.start + chunk.count]
-        positions.append(np.arange(first, last))
+        positions.append(np.arange(first, last) - sequence.source_tokens)
         writes.append(slots[first:last])
         name = sequence.adapter
         deltas = adapters[name].lowered.deltas if name else nothing
-        rows.append(Row(begin, len(ids), slots[:last], deltas))
+        rows.append(Row(begin, len(ids), slots[:last], deltas, sequence.source_tokens))
         wanted += (begin + offset for offset in chunk.wanted)
     names = [chunk.sequence.adapter for chunk in chunks]
     spans = [(row.start, row.end) for row in rows]

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from cluster.errors import ConflictError, EngineError
-from serving.adapters import LoweredAdapter, lower
+from serving.adapters import EmbeddingPrefix, KVPrefix, LoweredAdapter, lower
 from serving.engine.answer import Answer
 from serving.engine.bank import AdapterBank
-from serving.engine.batch import LoadedAdapter, build, context_slots
+from serving.engine.batch import LoadedAdapter, Source, build, context_slots
 from serving.engine.intake import Intake
 from serving.engine.offset import SmallBases
 from serving.engine.pages import PagePool
@@ -33,8 +33,10 @@ from serving.engine.request import (
 from serving.engine.runner import Runner
 from serving.engine.sampler import Sampled, sample
 from serving.engine.scheduler import Scheduler
-from serving.engine.sequence import Chunk
+from serving.engine.sequence import Chunk, Sequence
 from serving.spec import EngineSpec
+
+_NOTHING = LoweredAdapter()
 
 
 @dataclass(frozen=True)
@@ -219,10 +221,11 @@ class Engine:
         finally:
             for answer in answers:
                 self.cancel(answer.sequence.id)
-        return [result_of(outputs[answer.sequence.id], answer.prompt_tokens) for answer in answers]
+        return [result_of(outputs[a.sequence.id], a.read_tokens) for a in answers]
 
     def score(self, requests: Many[ScoreRequest]) -> list[torch.Tensor]:
-        """Logits after every token of each request: float32 [tokens, vocabulary], on CPU.
+        """Logits after every token of each request: float32 [tokens, vocabulary], on CPU. Of an
+        encoder-decoder, after every token that its decoder begins with and of the answer.
 
         Raises:
             RequestError: one of them asks the impossible.
@@ -234,10 +237,10 @@ class Engine:
                 prompt_token_ids=request.token_ids,
                 adapter=request.adapter,
                 adapter_rank=request.adapter_rank,
-                max_tokens=0,
+                max_tokens=len(request.answer_token_ids),
                 prompt_logprobs=0,
             )
-            answer = self._prepare(asked, f"score-{number}")
+            answer = self._prepare(asked, f"score-{number}", request.answer_token_ids)
             self._start(answer)
             parts: list[torch.Tensor] = []
             try:
@@ -258,12 +261,14 @@ class Engine:
         unknown = {s.adapter for s in self._scheduler if s.adapter} - set(self._bank.held)
         assert not unknown, f"requests use adapters that are gone: {unknown}"
 
-    def _prepare(self, request: GenerationRequest, request_id: str) -> Answer:
+    def _prepare(
+        self, request: GenerationRequest, request_id: str, scored: Many[int] | None = None
+    ) -> Answer:
         request.check()
         adapter: LoadedAdapter | None = None
         if request.adapter is not None:
             adapter = self._bank.get(request.adapter, request.adapter_rank)
-        return self._intake.open(request, request_id, adapter)
+        return self._intake.open(request, request_id, adapter, scored)
 
     def _start(self, answer: Answer) -> None:
         if answer.sequence.id in self._answers:
@@ -293,18 +298,34 @@ class Engine:
 
     def _forward(self, chunks: list[Chunk]) -> torch.Tensor:
         """Logits of the rows that chunks want, behind the prefixes that are not there yet."""
-        for sequence in (chunk.sequence for chunk in chunks):
-            if sequence.prefix_tokens and not sequence.has_prefix:
-                slots = context_slots(sequence, self.spec.page_tokens)[: sequence.prefix_tokens]
-                prefix = self._bank.held[sequence.adapter].lowered.prefix
-                if prefix is None:
-                    self._small_bases.write_prefix(sequence.adapter, slots)
-                else:
-                    self.runner.write_prefix(prefix, slots)
+        fresh = [c.sequence for c in chunks if c.sequence.prefix_tokens]
+        self._write_prefixes([sequence for sequence in fresh if not sequence.has_prefix])
         own = self._small_bases.without_prefixes(chunks)
         logits_NV = self.runner.forward(build(own, self._bank.held, self.spec.page_tokens))
         self._small_bases.add(logits_NV, chunks)
         return logits_NV
+
+    def _write_prefixes(self, fresh: Many[Sequence]) -> None:
+        """Fill the slots in front of sequences, which are sorted by adapter: what an encoder reads,
+        then what belongs to the adapter."""
+        sources: list[Source] = []
+        for sequence in fresh:
+            slots = context_slots(sequence, self.spec.page_tokens)[: sequence.prefix_tokens]
+            lowered = self._bank.held[sequence.adapter].lowered if sequence.adapter else _NOTHING
+            prefix = lowered.prefix
+            if sequence.source:
+                vectors = prefix.embeddings_PH if isinstance(prefix, EmbeddingPrefix) else None
+                slots, rest = np.split(slots, [sequence.source_tokens])
+                ids = np.array(sequence.source, dtype=np.int64)
+                sources.append(Source(ids, slots, lowered.deltas, vectors))
+                if isinstance(prefix, KVPrefix):
+                    self.runner.write_prefix(prefix, rest)
+            elif prefix is None:
+                self._small_bases.write_prefix(sequence.adapter, slots)
+            else:
+                self.runner.write_prefix(prefix, slots)
+        if sources:
+            self.runner.encode(sources)
 
     def _sample(self, chunks: list[Chunk], logits_NV: torch.Tensor) -> dict[str, Sampled | None]:
         """What follows each sequence that has been read to its end; prompts' own logits go to the

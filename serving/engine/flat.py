@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.errors import BaseModelError
 from serving.adapters import DeltaHooks
 from serving.engine.attention import AttentionPlan, Span, attend_by
-from serving.engine.batch import Batch, Row
+from serving.engine.batch import Batch, Row, Source
 from serving.engine.kv_memory import KVMemory
 from serving.engine.logit_rows import LogitRows
 
@@ -34,6 +35,10 @@ class FlatPass:
     def num_rows(self, step: Batch) -> int:
         """What modules count."""
         return len(step.positions)
+
+    def encode(self, sources: Sequence[Source], memory: KVMemory) -> None:
+        """Not for a decoder alone."""
+        raise BaseModelError("an encoder-decoder is not run flat")
 
     @torch.inference_mode()
     def run(

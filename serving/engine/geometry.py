@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from cluster.errors import BaseModelError
@@ -24,10 +24,16 @@ def measured(model: Any, target: Target) -> Target:
     Raises:
         BaseModelError: they are not the same in all layers, or something else is kept.
     """
-    layers = [DynamicLayer() for _ in range(target.num_layers)]
+    own, cross = ([DynamicLayer() for _ in range(target.num_layers)] for _ in range(2))
     ids = torch.zeros(1, 2, dtype=torch.long, device=target.device)
+    cache = Cache(layers=list(own))
+    inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache}
+    if target.is_seq2seq:
+        inputs["decoder_input_ids"] = ids
+        inputs["past_key_values"] = EncoderDecoderCache(cache, Cache(layers=list(cross)))
+    layers = [*own, *cross] if target.is_seq2seq else own
     try:
-        model(input_ids=ids, past_key_values=Cache(layers=list(layers)), use_cache=True)
+        model(**inputs, use_cache=True)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BaseModelError(reason) from error

@@ -6,16 +6,18 @@ What any engine would refuse is `GenerationRequest.check`; here is what this bas
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
 
 from cluster.base_model import encode_prompt, load_tokenizer
 from cluster.errors import ContextLengthError, RequestError
+from serving.adapters import EmbeddingPrefix, LoweredAdapter
 from serving.engine.answer import Answer
 from serving.engine.batch import LoadedAdapter
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.grammar import Grammar, Grammars
-from serving.engine.pages import root_key
+from serving.engine.pages import next_key, root_key
 from serving.engine.ranges import check_token_ids
 from serving.engine.request import GenerationRequest
 from serving.engine.runner import Runner
@@ -34,16 +36,30 @@ class Intake:
         self._vocabulary = runner.vocabulary
         self._context = runner.max_context_tokens
         self._end_tokens = _end_tokens(runner.model, self.tokenizer)
+        self._is_seq2seq, self._start_ids = runner.target.is_seq2seq, runner.start_ids
         self._grammars = Grammars(self.tokenizer, self._vocabulary, self._end_tokens)
 
     def open(
-        self, request: GenerationRequest, request_id: str, adapter: LoadedAdapter | None
+        self,
+        request: GenerationRequest,
+        request_id: str,
+        adapter: LoadedAdapter | None,
+        scored: Many[int] | None = None,
     ) -> Answer:
         """The answer to `request`, which is checked already, with nothing said yet.
+
+        Args:
+            scored: Logits are wanted behind every token, these behind the prompt included.
 
         Raises:
             RequestError: it asks the impossible.
         """
+        if self._is_seq2seq and scored is None and request.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs (and echo with logprobs) are not defined for this base: its "
+                "encoder reads the prompt, and nothing predicts it; leave them out",
+                param="prompt_logprobs",
+            )
         ids, param = self._prompt_ids(request)
         # The length goes first: it bounds what the rest costs.
         max_tokens = self._room(request, len(ids), adapter.taken_tokens if adapter else 0)
@@ -52,35 +68,60 @@ class Intake:
         check_token_ids(request.stop_token_ids, self._vocabulary, "stop_token_ids")
         if request.stop and self.tokenizer is None:
             raise RequestError("stop needs a tokenizer, and the base has none", param="stop")
-        prefix = adapter.lowered.prefix_tokens if adapter else 0
-        generated = self._generated(request, max_tokens)
-        detokenizer = Detokenizer(self.tokenizer, ids, request.stop) if self.tokenizer else None
+        generated = [*self._generated(request, max_tokens), *(scored or ())]
+        check_token_ids(scored or (), self._vocabulary, "answer_token_ids")
+        before = self._start_ids if self._is_seq2seq else [int(token) for token in ids]
+        detokenizer = Detokenizer(self.tokenizer, before, request.stop) if self.tokenizer else None
         if detokenizer:
             for token in generated:
                 detokenizer.add(token)  # its text was given out with it
-        identity = adapter.identity if adapter else ""
-        is_scored = request.prompt_logprobs is not None and not generated
+        is_scored = request.prompt_logprobs is not None and (not generated or scored is not None)
         grammar = self._grammar(request, generated)
         ends = frozenset() if request.ignore_eos and not grammar else self._end_tokens
+        sequence = self._sequence(request, request_id, adapter, ids if self._is_seq2seq else ())
+        sequence.tokens = [*before, *generated]
+        sequence.scored_tokens = len(before) + len(scored or ()) if is_scored else 0
         return Answer(
             request,
-            Sequence(
-                request_id,
-                [*map(int, ids), *generated],
-                adapter=adapter.name if adapter else "",
-                tenant=request.cache_salt,
-                prefix_tokens=prefix,
-                prefix_key=root_key("prefix", identity),
-                root=root_key("tokens", request.cache_salt, identity) if self._is_caching else None,
-                scored_tokens=len(ids) if is_scored else 0,
-            ),
-            prompt_tokens=len(ids),
+            sequence,
+            prompt_tokens=len(before),
             max_tokens=max_tokens,
             seed=secrets.randbits(63) if request.seed is None else request.seed,
             end_tokens=ends | frozenset(request.stop_token_ids),
             detokenizer=detokenizer,
             grammar=grammar,
         )
+
+    def _sequence(
+        self,
+        request: GenerationRequest,
+        request_id: str,
+        adapter: LoadedAdapter | None,
+        source: Many[int],
+    ) -> Sequence:
+        """A sequence of no tokens yet, with what stands in front of them: the adapter's prefix, and
+        what an encoder reads."""
+        lowered = adapter.lowered if adapter else LoweredAdapter()
+        identity = adapter.identity if adapter else ""
+        shared = root_key("tokens", request.cache_salt, identity) if self._is_caching else None
+        sequence = Sequence(
+            request_id,
+            [],
+            adapter=adapter.name if adapter else "",
+            tenant=request.cache_salt,
+            prefix_tokens=lowered.prefix_tokens + len(source),
+            prefix_key=root_key("prefix", identity),
+            root=shared,
+        )
+        if source:
+            # Decoders of one source share what they have of it, and their first tokens.
+            sequence.source = tuple(int(token) for token in source)
+            vectors = isinstance(lowered.prefix, EmbeddingPrefix)
+            sequence.source_tokens = len(source) + (lowered.prefix_tokens if vectors else 0)
+            own = root_key("alone", secrets.token_hex())
+            sequence.prefix_key = next_key(shared or own, sequence.source)
+            sequence.root = shared and next_key(sequence.prefix_key, ())
+        return sequence
 
     def _prompt_ids(self, request: GenerationRequest) -> tuple[list[int], str]:
         """The prompt, and the field that it was given in."""
@@ -118,10 +159,12 @@ class Intake:
 
     def _room(self, request: GenerationRequest, prompt_tokens: int, taken_tokens: int) -> int:
         """How many tokens it may generate. Raises ContextLengthError."""
+        taken_tokens += len(self._start_ids)
         room = self._context - taken_tokens - prompt_tokens
         wanted = max(1, room) if request.max_tokens is None else request.max_tokens
         if wanted > room:
-            beside = f" + {taken_tokens} that the adapter takes" if taken_tokens else ""
+            who = "adapter and decoder take" if self._is_seq2seq else "the adapter takes"
+            beside = f" + {taken_tokens} that {who}" if taken_tokens else ""
             is_full = prompt_tokens + taken_tokens >= self._context
             raise ContextLengthError(
                 f"the prompt has {prompt_tokens} tokens{beside} and max_tokens is {wanted}, over "

@@ -45,6 +45,11 @@ class SmallBases:
         self._base = base
         self._runners: dict[str, Runner] = {}
         self._experts: dict[str, _Expert] = {}  # by the adapter's unique name
+        if spec.small_bases and base.target.is_seq2seq:
+            raise BaseModelError(
+                f"engine.small_bases: {spec.base_model} is an encoder-decoder, and proxy-tuning is "
+                "for decoders alone; leave small_bases out"
+            )
         for path in spec.small_bases:
             longest = min(base.max_context_tokens, context_tokens(path) or base.max_context_tokens)
             update = {"base_model": path, "max_context_tokens": longest, "quantization": None}

@@ -8,15 +8,15 @@ The base builds masks, alibi, rotary and relative positions itself. Rows are pad
 that the newest token of each stands in the last column: what a family counts by columns (alibi,
 relative positions) then agrees for all of them, and the mask hides the rest. Keys and values lie in
 the same paged slots as everywhere: the cache that the base sees writes a layer's new ones to their
-slots and gives back the rows' whole context.
+slots and gives back the rows' whole context. Of an encoder-decoder these rows are the decoder's.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,9 @@ import torch
 from transformers import Cache
 
 from serving.adapters import Delta, DeltaHooks, Segment
-from serving.engine.batch import Batch, Row
+from serving.engine.batch import Batch, Row, Source
+from serving.engine.columns import bucket, segments, side_by_side
+from serving.engine.encoder import Encoder
 from serving.engine.kv_memory import KVMemory
 from serving.engine.logit_rows import LogitRows
 from serving.engine.paged_cache import PagedLayer
@@ -54,10 +56,16 @@ class PaddedPass:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         pad: int | None = model.config.get_text_config().pad_token_id
         self._pad = 0 if pad is None else pad
+        self._encoder = Encoder(model, hooks) if model.config.is_encoder_decoder else None
 
     def num_rows(self, step: Batch) -> int:
         """What modules count."""
         return len(step.rows)
+
+    def encode(self, sources: Sequence[Source], memory: KVMemory) -> None:
+        """Read what an encoder-decoder's rows are about; see Encoder."""
+        assert self._encoder is not None, "a decoder alone has no sources"
+        self._encoder.read(sources, memory)
 
     @torch.inference_mode()
     def run(
@@ -84,28 +92,33 @@ class PaddedPass:
             own = slice(width - (row.end - row.start), None)
             ids_BL[index, own] = step.ids[row.start : row.end]
             positions_BL[index, own] = step.positions[row.start : row.end]
-        slots_BS, mask_BS = _padded([row.slots for row in rows])
+        slots_BS, mask_BS = side_by_side(
+            [row.slots[row.source_tokens :] for row in rows], on_left=True
+        )
         lengths = np.array([row.end - row.start for row in rows])
         is_new_BL = self._tensor(np.arange(width) >= width - lengths[:, None])
         writes = np.concatenate([step.write_slots[row.start : row.end] for row in rows])
+        write_T, slots = self._tensor(writes), self._tensor(slots_BS)
         layers: list[Any] = [
-            PagedLayer(keys, values, is_new_BL, self._tensor(writes), self._tensor(slots_BS))
+            PagedLayer(keys, values, is_new_BL, write_T, slots)
             for keys, values in zip(memory.keys, memory.values, strict=True)
         ]
-        inputs: dict[str, Any] = {
-            "input_ids": self._tensor(ids_BL),
-            "attention_mask": self._tensor(mask_BS),
-            "past_key_values": Cache(layers=layers),
-        }
-        if embeddings_PH is not None:
-            del inputs["input_ids"]
+        cache, positions = Cache(layers=layers), self._tensor(positions_BL)
+        inputs: dict[str, Any] = {"past_key_values": cache}
+        name = "" if self._encoder is None else "decoder_"
+        inputs[f"{name}attention_mask"] = self._tensor(mask_BS)
+        if embeddings_PH is None:
+            inputs[f"{name}input_ids"] = self._tensor(ids_BL)
+        else:
             inputs["inputs_embeds"] = embeddings_PH[None]
         if self._takes_positions:
-            inputs["position_ids"] = self._tensor(positions_BL)
-        with (
-            self._hooks.active(group.body, group.head),
-            self._logit_rows.wanted(self._tensor(group.wanted_N)),
-        ):
+            inputs["position_ids"] = positions
+        with ExitStack() as scope:
+            scope.enter_context(self._hooks.active(group.body, group.head))
+            scope.enter_context(self._logit_rows.wanted(self._tensor(group.wanted_N)))
+            if self._encoder is not None:
+                seen = self._encoder.seen_by(rows, memory, cache, positions)
+                inputs |= scope.enter_context(seen)
             return self._model(**inputs, use_cache=True).logits[0].float()
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
@@ -115,9 +128,9 @@ class PaddedPass:
 def _groups(step: Batch) -> Generator[_Group]:
     """The step's rows in batches of nearly the same length, so that less than half of a batch is
     padding; rows of one token are one of them. Their order, by adapter, stays."""
-    buckets = [_bucket(row.end - row.start) for row in step.rows]
-    for bucket in sorted(set(buckets)):
-        rows = [row for row, own in zip(step.rows, buckets, strict=True) if own == bucket]
+    buckets = [bucket(row.end - row.start) for row in step.rows]
+    for kind in sorted(set(buckets)):
+        rows = [row for row, own in zip(step.rows, buckets, strict=True) if own == kind]
         width = max(row.end - row.start for row in rows)
         places: list[int] = []
         wanted: list[int] = []
@@ -131,36 +144,8 @@ def _groups(step: Batch) -> Generator[_Group]:
         yield _Group(
             rows,
             width,
-            _segments([row.deltas for row in rows]),
-            _segments(owners),
+            segments([row.deltas for row in rows]),
+            segments(owners),
             np.array(wanted, dtype=np.int64),
             np.array(places, dtype=np.int64),
         )
-
-
-def _bucket(tokens: int) -> int:
-    """1, 2, 3 to 4, 5 to 8 tokens, and so on."""
-    return (tokens - 1).bit_length()
-
-
-def _segments(owners: Sequence[Mapping[str, Delta]]) -> list[Segment]:
-    """The contiguous rows of each adapter that has deltas."""
-    found: list[Segment] = []
-    for _, group in groupby(enumerate(owners), key=lambda pair: id(pair[1])):
-        places = list(group)
-        if places[0][1]:
-            found.append(Segment(places[0][0], places[-1][0] + 1, places[0][1]))
-    return found
-
-
-def _padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Slots of rows side by side, and a mask of which are theirs. What is masked is a slot of
-    their own, since 0 x NaN of another's is NaN."""
-    width = max(len(row) for row in rows)
-    slots = np.repeat([row[:1] for row in rows], width, axis=1)
-    mask = np.zeros_like(slots)
-    for index, row in enumerate(rows):
-        own = slice(width - len(row), None)
-        slots[index, own] = row
-        mask[index, own] = 1
-    return slots, mask

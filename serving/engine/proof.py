@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from cluster.errors import BaseModelError
 from serving.adapters import DeltaHooks, Target
-from serving.engine.batch import Batch, Row
+from serving.engine.batch import Batch, Row, Source
 from serving.engine.kv_memory import KVMemory, make_memory
 
 # Largest difference of logits, as a share of the largest logit.
@@ -38,30 +39,48 @@ class ForwardPass(Protocol):
         """Logits of the wanted rows, float32 [N, V]."""
         ...
 
+    def encode(self, sources: Sequence[Source], memory: KVMemory) -> None:
+        """Put sources into their slots."""
+        ...
 
-def sample_sequences(vocabulary: int, context_tokens: int) -> list[torch.Tensor]:
-    """Random tokens, the same at each start; of different lengths where the context allows it."""
-    generator = torch.Generator().manual_seed(0)
+
+@dataclass(frozen=True)
+class Sample:
+    """Random tokens, and for an encoder-decoder others that its encoder reads, else none."""
+
+    ids: np.ndarray
+    source: np.ndarray
+
+
+def samples(target: Target, vocabulary: int, context_tokens: int) -> list[Sample]:
+    """The same at each start; of different lengths where the context allows it."""
+    generator = np.random.default_rng(0)
     lengths = [min(length, context_tokens) for length in _LENGTHS]
-    return [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]
+    sources = [*lengths[1:], lengths[0]] if target.is_seq2seq else [0] * len(lengths)
+    return [
+        Sample(generator.integers(vocabulary, size=own), generator.integers(vocabulary, size=other))
+        for own, other in zip(lengths, sources, strict=True)
+    ]
 
 
 @torch.inference_mode()
-def own_logits(model: Any, sequences: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Each sequence's last logits by the model as it is, float32 [sequences, V]."""
-    return torch.cat(
-        [
-            model(input_ids=ids[None].to(device), use_cache=False).logits[0, -1:].float()
-            for ids in sequences
-        ]
-    )
+def own_logits(model: Any, sequences: Sequence[Sample], device: torch.device) -> torch.Tensor:
+    """Each sample's last logits by the model as it is, float32 [samples, V]."""
+    found: list[torch.Tensor] = []
+    for sample in sequences:
+        ids, source = (torch.from_numpy(a)[None].to(device) for a in (sample.ids, sample.source))
+        inputs = {"input_ids": ids}
+        if len(sample.source):
+            inputs = {"input_ids": source, "decoder_input_ids": ids}
+        found.append(model(**inputs, use_cache=False).logits[0, -1:].float())
+    return torch.cat(found)
 
 
 def prove(
     forward: ForwardPass,
     hooks: DeltaHooks,
     target: Target,
-    sequences: Sequence[torch.Tensor],
+    sequences: Sequence[Sample],
     expected: torch.Tensor,
 ) -> None:
     """Run `sequences` through `forward` in three steps, on memory of its own; the hooks learn where
@@ -71,7 +90,7 @@ def prove(
         BaseModelError: the last logits are not `expected`, or there are none.
     """
     try:
-        found = _last_logits(forward, hooks, target, [s.numpy() for s in sequences])
+        found = _last_logits(forward, hooks, target, sequences)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
         raise BaseModelError((str(error).splitlines() or [type(error).__name__])[0]) from error
     scale = max(1e-6, float(expected.abs().max()))
@@ -81,15 +100,21 @@ def prove(
 
 
 def _last_logits(
-    forward: ForwardPass, hooks: DeltaHooks, target: Target, sequences: Sequence[np.ndarray]
+    forward: ForwardPass, hooks: DeltaHooks, target: Target, sequences: Sequence[Sample]
 ) -> torch.Tensor:
-    """The logits behind each sequence, all sequences in each step."""
-    longest = max(len(ids) for ids in sequences)
-    memory = make_memory(target, longest * len(sequences))
+    """The logits behind each sample, all samples in each step."""
+    hooks.forget()
+    lengths = [len(sample.source) + len(sample.ids) for sample in sequences]
+    memory = make_memory(target, sum(lengths))
     # Slots in no order, as pages come.
-    slots = np.random.default_rng(0).permutation(longest * len(sequences))
-    own = [slots[index * longest :][: len(ids)] for index, ids in enumerate(sequences)]
-    cuts = [(0, (len(ids) - 1) * 2 // 3, len(ids) - 1, len(ids)) for ids in sequences]
+    slots = np.random.default_rng(0).permutation(sum(lengths))
+    own = np.split(slots, np.cumsum(lengths)[:-1])
+    if target.is_seq2seq:
+        with hooks.learning(len(sequences), forward.rows_dim):
+            parts = zip(sequences, own, strict=True)
+            forward.encode([Source(s.source, at[: len(s.source)], {}) for s, at in parts], memory)
+    counts = [len(sample.ids) for sample in sequences]
+    cuts = [(0, (count - 1) * 2 // 3, count - 1, count) for count in counts]
     logits = torch.empty(0)
     for part in range(3):
         bounds = [(cut[part], cut[part + 1]) for cut in cuts]
@@ -104,20 +129,21 @@ def _last_logits(
 
 
 def _step(
-    sequences: Sequence[np.ndarray],
+    sequences: Sequence[Sample],
     slots: Sequence[np.ndarray],
     bounds: Sequence[tuple[int, int]],
 ) -> Batch:
-    """Tokens `bounds` of each sequence as one step, logits behind each sequence's last."""
+    """Tokens `bounds` of each sample as one step, logits behind each one's last."""
     ends = np.cumsum([end - start for start, end in bounds])
-    rows = [
-        Row(int(last) - (end - start), int(last), own[:end])
-        for last, own, (start, end) in zip(ends, slots, bounds, strict=True)
-    ]
+    rows: list[Row] = []
+    for sample, last, own, (start, end) in zip(sequences, ends, slots, bounds, strict=True):
+        before = len(sample.source)
+        context = own[: before + end]
+        rows.append(Row(int(last) - (end - start), int(last), context, source_tokens=before))
     return Batch(
-        ids=np.concatenate([s[a:b] for s, (a, b) in zip(sequences, bounds, strict=True)]),
+        ids=np.concatenate([s.ids[a:b] for s, (a, b) in zip(sequences, bounds, strict=True)]),
         positions=np.concatenate([np.arange(a, b) for a, b in bounds]),
-        write_slots=np.concatenate([s[a:b] for s, (a, b) in zip(slots, bounds, strict=True)]),
+        write_slots=np.concatenate([row.slots[row.start - row.end :] for row in rows]),
         rows=rows,
         wanted=ends - 1,
         body=(),

@@ -85,7 +85,8 @@ class GenerationRequest:
         top_k: Only so many of the most probable tokens are; None for all.
         min_p: Only tokens at least this share as probable as the most probable one are.
         repetition_penalty: Divides the logit of a token that occurs in prompt or answer if it is
-            above 0, else multiplies it (transformers' definition).
+            above 0, else multiplies it (transformers' definition; of an encoder-decoder, the
+            answer alone counts).
         presence_penalty: Taken from the logit of a token that occurs in the answer (OpenAI's).
         frequency_penalty: Taken from it once for each time that it occurs.
         logit_bias: Added to the logits of these token ids.
@@ -100,7 +101,8 @@ class GenerationRequest:
             and between tenants.
         logprobs: Tell each token's log probability by the bare logits, and so many of the most
             probable tokens beside it.
-        prompt_logprobs: The same for the prompt's tokens but the first.
+        prompt_logprobs: The same for the prompt's tokens but the first. Not of an encoder-decoder,
+            which reads its prompt and predicts none of it.
         generated_token_ids: The answer's first tokens, given out before on another replica. The
             answer goes on behind them, and its outputs with it; `max_tokens`, positions and `stop`
             count them. Exact with a `seed`.
@@ -163,11 +165,17 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Tokens whose logits are wanted, under an adapter or the base alone."""
+    """Tokens whose logits are wanted, under an adapter or the base alone.
+
+    Attributes:
+        token_ids: The prompt; of an encoder-decoder, what its encoder reads.
+        answer_token_ids: What follows it; of an encoder-decoder, what its decoder does.
+    """
 
     token_ids: Sequence[int]
     adapter: str | None = None
     adapter_rank: int | None = None
+    answer_token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

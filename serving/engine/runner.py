@@ -11,23 +11,24 @@ of them can run is refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from cluster.base_model import empty_base, load_base, longest_context
+from cluster.base_model import empty_base, is_encoder_decoder, load_base, longest_context
 from cluster.errors import BaseModelError
 from cluster.memory import keep_freed_memory
 from serving.adapters import DeltaHooks, EmbeddingPrefix, KVPrefix, Target, describe
 from serving.engine.attention import NAME
-from serving.engine.batch import Batch, Row
+from serving.engine.batch import Batch, Row, Source
 from serving.engine.flat import FlatPass
 from serving.engine.geometry import measured
 from serving.engine.kv_memory import KVMemory, make_memory
 from serving.engine.logit_rows import LogitRows
 from serving.engine.padded import PaddedPass
-from serving.engine.proof import own_logits, prove, sample_sequences
+from serving.engine.proof import own_logits, prove, samples
 from serving.spec import EngineSpec
 
 _GIB = 2**30
@@ -71,6 +72,19 @@ class Runner:
         """Make the KV memory, of so many pages."""
         self.num_pages = num_pages
         self.memory = make_memory(self.target, num_pages * self.page_tokens)
+
+    @property
+    def start_ids(self) -> list[int]:
+        """What an encoder-decoder's decoder begins with; nothing for a decoder alone."""
+        if not self.target.is_seq2seq:
+            return []
+        first = self.model.config.decoder_start_token_id
+        forced = getattr(self.model.generation_config, "forced_bos_token_id", None)
+        return [int(first)] if forced is None else [int(first), int(forced)]
+
+    def encode(self, sources: Sequence[Source]) -> None:
+        """Read an encoder-decoder's sources, sorted by adapter, into their slots."""
+        self._pass.encode(sources, self.memory)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits of the wanted rows, float32 [N, V]; new keys and values are in their slots."""
@@ -120,7 +134,7 @@ class Runner:
 
     def _proved(self, takes_ours: bool) -> FlatPass | PaddedPass:
         """The way through a step that gives the base's own logits. Raises BaseModelError."""
-        sequences = sample_sequences(self.vocabulary, self.max_context_tokens)
+        sequences = samples(self.target, self.vocabulary, self.max_context_tokens)
         logit_rows = LogitRows(self.model)
         reason = "it takes no attention function"
         if takes_ours:
@@ -153,11 +167,21 @@ class Runner:
 def _load(spec: EngineSpec, device: torch.device) -> tuple[Any, bool]:
     """The base, and whether it takes an attention function. Raises BaseModelError."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
+    kept = (spec.quantization, device)
+    if is_encoder_decoder(spec.base_model):
+        model = load_base(spec.base_model, dtype, *kept, task="seq_2_seq_lm")
+        if any(p.is_floating_point() and p.dtype != dtype for p in model.parameters()):
+            # T5's wo, which overflows in float16; adapters have the engine's dtype.
+            raise BaseModelError(
+                f"base_model {spec.base_model}: transformers keeps a part of it in float32 where "
+                f"{spec.dtype} is asked for; set engine.dtype to bfloat16 or float32"
+            )
+        return model, False
     # Asked before loading: some families fail at a name that they do not know, others ignore it.
     takes_ours: bool = type(empty_base(spec.base_model))._can_set_attn_implementation()
     options: dict[str, Any] = {"attn_implementation": NAME} if takes_ours else {}
     try:
-        model = load_base(spec.base_model, dtype, spec.quantization, device, **options)
+        model = load_base(spec.base_model, dtype, *kept, **options)
     except (AttributeError, KeyError) as error:
         raise BaseModelError(
             f"base_model {spec.base_model}: this family cannot be loaded for serving ({error})"

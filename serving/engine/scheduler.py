@@ -49,7 +49,7 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step's chunks, sorted by adapter; pages for all of them are taken."""
         self._admit()
-        turn = {s: (s.num_left > 1, self.waiting.served(s)) for s in self.running}
+        turn = {s: (s.is_reading, self.waiting.served(s)) for s in self.running}
         chunks: dict[Sequence, Chunk] = {}
         budget = self.max_step_tokens
         # Prompts keep a quarter, or those that generate could lock them out.
@@ -62,15 +62,16 @@ class Scheduler:
                 victim = self._newest_of_most(self.running)
                 assert victim is not None
                 lost = chunks.pop(victim, None)
-                budget += lost.count if lost else 0
+                budget += lost.cost if lost else 0
                 self.preempt(victim)
                 if victim is sequence:
                     break
             else:
-                chunks[sequence] = Chunk(sequence, sequence.num_computed, count)
-                budget -= count
+                chunks[sequence] = chunk = Chunk(sequence, sequence.num_computed, count)
+                # An encoder's source is read as a whole: the last of a step may exceed the budget.
+                budget -= chunk.cost
         for chunk in chunks.values():
-            self.waiting.charge(chunk.sequence, chunk.count)
+            self.waiting.charge(chunk.sequence, chunk.cost)
         return sorted(chunks.values(), key=lambda chunk: chunk.sequence.adapter)
 
     def advance(self, chunk: Chunk) -> None:
@@ -142,7 +143,7 @@ class Scheduler:
         if keys:
             sequence.has_prefix = True
             sequence.num_computed = (len(keys) - prefix) * self.page_tokens
-            self.cached_tokens += sequence.num_computed
+            self.cached_tokens += sequence.source_tokens + sequence.num_computed
         self.waiting.take(sequence)
         self.running[sequence] = None
         return True

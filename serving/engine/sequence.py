@@ -9,12 +9,16 @@ from serving.engine.pages import next_key
 
 @dataclass(eq=False)
 class Sequence:
-    """A request's tokens: the prompt and what was generated.
+    """A request's tokens: the prompt and what was generated. Of an encoder-decoder, what its
+    decoder reads and generates; the prompt is the encoder's `source`.
 
     Attributes:
+        source: The token ids that an encoder reads.
+        source_tokens: Of `prefix_tokens`, the first so many are for what the decoder has of them,
+            and of the adapter's vectors in front of them.
         adapter: Groups the rows of a step; with `tenant`, what requests are fair to each other by.
-        prefix_tokens: Positions in front of the tokens that belong to the adapter. They fill the
-            first `prefix_pages`, which all requests of one `prefix_key` share.
+        prefix_tokens: Positions in front of the tokens that belong to the adapter or the source.
+            They fill the first `prefix_pages`, which all requests of one `prefix_key` share.
         prefix_key: What the prefix is.
         root: What tokens' pages are shared by: same root, same keys and values. None: not at all.
         scored_tokens: Logits are wanted behind each of so many first tokens, not only behind the
@@ -32,6 +36,8 @@ class Sequence:
     prefix_key: bytes = b""
     root: bytes | None = None
     scored_tokens: int = 0
+    source: tuple[int, ...] = ()
+    source_tokens: int = 0
     pages: list[int] = field(default_factory=list[int])
     num_computed: int = 0
     has_prefix: bool = False
@@ -42,6 +48,16 @@ class Sequence:
     def num_left(self) -> int:
         """Tokens whose keys and values are still to be computed."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def unread_source(self) -> int:
+        """Tokens that an encoder reads before the next step: all or none, since each sees all."""
+        return 0 if self.has_prefix else self.source_tokens
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether it reads its prompt, or has lost what it had computed."""
+        return self.num_left > 1 or self.unread_source > 0
 
     def prefix_pages(self, page_tokens: int) -> int:
         """Pages of the adapter's prefix."""
@@ -70,6 +86,11 @@ class Chunk:
     sequence: Sequence
     start: int
     count: int
+
+    @property
+    def cost(self) -> int:
+        """Tokens that a step computes for it."""
+        return self.count + self.sequence.unread_source
 
     @property
     def is_sampled(self) -> bool:

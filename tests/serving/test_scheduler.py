@@ -212,3 +212,26 @@ def test_those_that_begin_alike_wait_for_the_first_and_share() -> None:
     assert started == {"0": 0, "1": 12, "2": 12, "3": 12, "other tenant": 0, "other adapter": 0,
                        "scored": 0}  # fmt: skip
     assert scheduler.cached_tokens == 36
+
+
+def test_a_source_is_read_as_a_whole_and_counts_against_the_step() -> None:
+    scheduler = Scheduler(PagePool(64), page_tokens=PAGE, max_running=8, max_step_tokens=8)
+    for name, length in (("a", 6), ("b", 20), ("c", 5)):
+        sequence = make(name, [9], tenant=name, prefix=length)
+        sequence.source, sequence.source_tokens = (7,) * length, length
+        sequence.prefix_key = next_key(root_key(name), sequence.source)
+        scheduler.add(sequence)
+    # Of 8 tokens `a` takes 7 and `b` 21; then both generate, and `c` fits beside them.
+    steps = [[(c.sequence.id, c.cost) for c in scheduler.schedule()]]
+    for sequence in list(scheduler.running):
+        if sequence.id in "ab":
+            scheduler.advance(Chunk(sequence, 0, 1))
+            sequence.tokens.append(1)
+    steps.append([(c.sequence.id, c.cost) for c in scheduler.schedule()])
+    assert [sorted(step) for step in steps] == [
+        [("a", 7), ("b", 21)],
+        [("a", 1), ("b", 1), ("c", 6)],
+    ]
+    scheduler.preempt(next(s for s in scheduler.running if s.id == "a"))
+    again = next(c for c in scheduler.schedule() if c.sequence.id == "a")
+    assert again.cost == again.count, "its source lies in pages that nobody took"

@@ -297,6 +297,7 @@ def test_a_job_can_be_stopped(
     # Go on from its last checkpoint, on one worker, for a few steps more.
     keys = store[1].store.list(f"runs/{job}")
     last = max(int(k.split("/step-")[1][:8]) for k in keys if k.endswith("progress.json"))
+    assert any(f"{job}/tensorboard/events.out.tfevents." in key for key in keys)
     settings = ("workers.count=1", f"max_steps={last + 15}")
     text = graft("train", "--resume", job, "--follow", *address, *overrides(*settings))
     assert f"going on from step {last}: bitfit" in text

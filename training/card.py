@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from cluster.registry import EVENTS, PICTURE, README
+from training.events import Figures, event_file
 
 # What an evaluation may tell; a value that was not measured is None.
 _MEASURED = ("loss", "exact_match", "rouge_l")
@@ -105,16 +106,10 @@ def _draw(
 def _write_events(
     folder: Path, curve: Sequence[tuple[int, float]], evaluations: Sequence[Mapping[str, Any]]
 ) -> None:
-    from tensorboardX.writer import FileWriter, scalar
-
-    writer = FileWriter(str(folder))
-    for step, loss in curve:
-        writer.add_summary(scalar("loss/training", loss), step)
+    figures: list[Figures] = [(step, {"loss/training": loss}) for step, loss in curve]
     for found in evaluations:
-        for name in _MEASURED:
-            if found.get(name) is not None:
-                tag = "loss/validation" if name == "loss" else f"validation/{name}"
-                writer.add_summary(scalar(tag, found[name]), found["step"])
-    writer.close()
-    (written,) = folder.glob("events.out.tfevents.*")
-    written.rename(folder / EVENTS)
+        measured = {n: found[n] for n in _MEASURED if found.get(n) is not None}
+        tags = {"loss": "loss/validation"}
+        values = {tags.get(name, f"validation/{name}"): v for name, v in measured.items()}
+        figures.append((found["step"], values))
+    (folder / EVENTS).write_bytes(event_file(figures))

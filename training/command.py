@@ -177,7 +177,9 @@ def plan(spec: TrainingSpec) -> Plan:
     from training.loop import count_steps
     from training.methods import METHODS, count_parameters
     from training.methods.placement import check_saved_modules
+    from training.tracking import check_installed
 
+    check_installed(spec.tracking)
     rows, validation = stream_rows(spec.data.train).num_rows, spec.data.validation
     tokenizer = load_tokenizer(spec.base_model)
     with tempfile.TemporaryDirectory() as folder:

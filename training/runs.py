@@ -2,6 +2,7 @@
 
     runs/JOB/job.json              the resolved spec, and the job that this one continues
     runs/JOB/step-00000020-1f3a/   a checkpoint; its progress.json comes last and makes it whole
+    runs/JOB/tensorboard/          event files of its figures so far, or a folder for each adapter
     runs/JOB/adapter-1f3a/         a trained adapter, until it is published
     runs/JOB/published/NAME        the version of one of several adapters
     runs/JOB/failure.json          why no restart can mend it, where one worker alone knows

@@ -19,6 +19,7 @@ from cluster.quantization import QuantizationSpec
 from cluster.spec import Name, Spec, StoreUri, merged, parse_spec
 from training.data_spec import DataSpec, EvaluationSpec
 from training.method_spec import MethodSpec, ProxyTuningSpec, needs_whole_weights
+from training.tracking_spec import TrackingSpec
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -181,6 +182,10 @@ class TrainingSpec(Spec):
     )
     checkpoints_kept: PositiveInt = Field(2, description="Older ones are deleted.")
     log_every_steps: PositiveInt = Field(10, description="Optimiser steps between log lines.")
+    tracking: TrackingSpec = Field(
+        default_factory=lambda: TrackingSpec.model_validate({}),
+        description="Where the log lines' figures go too, beside TensorBoard's events.",
+    )
     adapters: dict[Name, AdapterSpec] = Field(
         default_factory=dict,
         description="Several adapters in one run, by the name that each is published under: one "

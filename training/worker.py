@@ -6,8 +6,8 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -24,12 +24,14 @@ from cluster.store import Store, open_store
 from training import runs
 from training.assembly import Assembly, assemble
 from training.checkpoint import Progress, write_checkpoint
-from training.loop import Place, RunOptions, as_work, count_steps, run
+from training.evaluation import Answer, Evaluation
+from training.loop import LogLine, Place, RunOptions, as_work, count_steps, run
 from training.methods import METHODS, count_parameters
 from training.rows import TokenRows, split
 from training.runs import ADAPTER, FAILURE, RESULTS
 from training.several import Rows, Runner, Saved, assemble_several, run_several
 from training.spec import TrainingSpec
+from training.tracking import Tracking, figures_of, figures_of_evaluation
 
 if TYPE_CHECKING:
     import ray.train
@@ -87,7 +89,8 @@ def _train_one(
     with _checkpoint(store, config) as folder:
         rows = _rows(spec, partial(_open_rows, store), keys, folder)
         made = assemble(spec, place, rows.training, folder, rows.validation)
-    adapter = _Adapter(spec, made, rows, place)
+    tracking = _tracking(spec, store, config, made, place)
+    adapter = _Adapter(spec, made, rows, place, tracking)
     adapter.announce()
     reporter = _Reporter(store, config["job_id"], place)
 
@@ -99,7 +102,8 @@ def _train_one(
             lambda folder: write_checkpoint(folder, state, progress),
         )
 
-    end = run(spec, made.backend, rows.training, **adapter.options(on_checkpoint))
+    with _followed([adapter]):
+        end = run(spec, made.backend, rows.training, **adapter.options(on_checkpoint))
     return {name: adapter.result(end, store, config["job_id"])}
 
 
@@ -115,7 +119,14 @@ def _train_several(
         }
         several = assemble_several(specs, place, rows)
     adapters = {
-        name: _Adapter(specs[name], made, rows[name], place, f"{name}: ")
+        name: _Adapter(
+            specs[name],
+            made,
+            rows[name],
+            place,
+            _tracking(specs[name], store, config, made, place, name),
+            f"{name}: ",
+        )
         for name, made in several.runs.items()
     }
     saved = Saved()
@@ -135,7 +146,8 @@ def _train_several(
             reporter.report(saved.steps, {"steps": saved.steps}, saved.write)
             saved.is_new = False
 
-    run_several(spec, several.shared, runners, place, after_round)
+    with _followed(adapters.values()):
+        run_several(spec, several.shared, runners, place, after_round)
     return {
         name: {FAILURE: runner.failure}
         if runner.end is None
@@ -161,12 +173,14 @@ def _rows(
 
 @dataclass(frozen=True)
 class _Adapter:
-    """One adapter's run on this worker. `label` begins its lines in the log."""
+    """One adapter's run on this worker. `label` begins its lines in the log; the first worker has
+    `tracking`."""
 
     spec: TrainingSpec
     made: Assembly
     rows: Rows
     place: Place
+    tracking: Tracking | None
     label: str = ""
 
     def announce(self) -> None:
@@ -189,15 +203,31 @@ class _Adapter:
 
     def options(self, on_checkpoint: Callable[[Progress], None]) -> RunOptions:
         """What the loop needs."""
-        shown = self.spec.evaluation.shown
+        tracking, shown = self.tracking, self.spec.evaluation.shown
+
+        def log(line: LogLine) -> None:
+            self.tell(line)
+            if tracking is not None:
+                tracking.log(figures_of(line))
+
+        def show(found: Evaluation, answers: Sequence[Answer]) -> None:
+            self.tell(found, *answers[:shown])
+            if tracking is not None:
+                tracking.log(figures_of_evaluation(found))
+
+        def save(progress: Progress) -> None:
+            if tracking is not None:
+                tracking.flush()
+            on_checkpoint(progress)
+
         return {
             "course": self.made.course,
             "place": self.place,
             "start": self.made.start,
             "evaluator": self.made.evaluator,
-            "on_log": self.tell,
-            "on_evaluation": lambda found, answers: self.tell(found, *answers[:shown]),
-            "on_checkpoint": on_checkpoint,
+            "on_log": log,
+            "on_evaluation": show,
+            "on_checkpoint": save,
         }
 
     def result(self, end: Progress, store: Store, job_id: str) -> dict[str, Any]:
@@ -215,6 +245,30 @@ class _Adapter:
         """Print to the job's log, once for all workers."""
         if self.place.rank == 0:
             print(*(f"{self.label}{line}" for line in lines), sep="\n", flush=True)
+
+
+def _tracking(
+    spec: TrainingSpec,
+    store: Store,
+    config: Mapping[str, Any],
+    made: Assembly,
+    place: Place,
+    name: str = "",
+) -> Tracking | None:
+    """The first worker's trackers; `name` is that of one of several adapters."""
+    if place.rank != 0:
+        return None
+    return Tracking(spec, store, config["job_id"], made.start, name)
+
+
+@contextmanager
+def _followed(adapters: Iterable[_Adapter]) -> Generator[None]:
+    """The scope of the adapters' runs, at whose end their trackers are closed."""
+    with ExitStack() as stack:
+        for adapter in adapters:
+            if adapter.tracking is not None:
+                stack.enter_context(adapter.tracking)
+        yield
 
 
 def _device(spec: TrainingSpec) -> torch.device:

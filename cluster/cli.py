@@ -194,7 +194,7 @@ def main() -> None:
 
 def _build() -> Callable[..., Any]:
     """The app with the commands of the other rooms in front."""
-    order = {"train": 0, "serve": 1, "generate": 2}
+    order = {"train": 0, "estimate": 1, "serve": 2, "generate": 3}
     found = entry_points(group="graft.commands")
     for entry in sorted(found, key=lambda entry: (order.get(entry.name, 9), entry.name)):
         loaded = entry.load()

@@ -13,7 +13,7 @@ import sys
 
 # Of <malloc.h>; the values are the largest that glibc takes.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-_KEPT_BYTES, _PAD_BYTES, _HEAP_BLOCK_BYTES = 2**31 - 1, 2**26, 2**25
+_KEPT_BYTES, _PAD_BYTES, HEAP_BLOCK_BYTES = 2**31 - 1, 2**26, 2**25
 
 
 def keep_freed_memory() -> None:
@@ -22,7 +22,7 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _HEAP_BLOCK_BYTES)
+        mallopt(_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)
         mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
         mallopt(_TOP_PAD, _PAD_BYTES)
 

@@ -98,7 +98,7 @@ def assemble(
         course.restore(loss_model, _within(state, COURSE))
     else:
         course.prepare(loss_model, _samples(spec, rows, place))
-    backend = _backend(loss_model, spec)
+    backend = make_backend(loss_model, spec)
     if checkpoint:
         backend.load_full_state(state, start.step)
     evaluator = None
@@ -153,7 +153,8 @@ def _samples(spec: TrainingSpec, rows: TokenRows, place: Place) -> Iterator[Batc
         yield collate([rows.row(int(index))], place.device)
 
 
-def _backend(model: LossModel, spec: TrainingSpec) -> Backend:
+def make_backend(model: LossModel, spec: TrainingSpec) -> Backend:
+    """The backend of the spec's ZeRO stage. Needs torch.distributed from stage 1 on."""
     if spec.zero.stage == 0 or not trainable_parameters(model):
         return PlainBackend(model, spec.optimizer)
     from training.zero import ZeroBackend

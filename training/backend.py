@@ -102,13 +102,7 @@ class PlainBackend:
 
     def finish_step(self) -> float:
         """See Backend."""
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            sizes = [gradient.numel() for gradient in gradients]
-            for gradient, summed in zip(gradients, flat.split(sizes), strict=True):
-                gradient.copy_(summed.view_as(gradient))
+        _sum_over_workers([p.grad for p in self._parameters.values() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -143,3 +137,14 @@ class PlainBackend:
     def whole_parameters(self) -> Generator[None]:
         """See Backend."""
         yield
+
+
+def _sum_over_workers(gradients: list[torch.Tensor]) -> None:
+    """In place. A function, so that the flat copy is gone before the update."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, summed in zip(gradients, flat.split(sizes), strict=True):
+        gradient.copy_(summed.view_as(gradient))

@@ -19,10 +19,18 @@ from training.methods import trainable_parameters
 from training.spec import TrainingSpec
 from training.step import LossModel
 
+_REDUCE_BUCKET = 500_000_000  # DeepSpeed's own, in elements
 
-def deepspeed_settings(spec: TrainingSpec, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration that the spec means on so many workers."""
-    zero: dict[str, Any] = {"stage": spec.zero.stage, "overlap_comm": False}
+
+def deepspeed_settings(spec: TrainingSpec, world_size: int, trained: int) -> dict[str, Any]:
+    """The DeepSpeed configuration that the spec means on so many workers for so many trained
+    parameters."""
+    zero: dict[str, Any] = {
+        "stage": spec.zero.stage,
+        "overlap_comm": False,
+        # A buffer that each backward makes in full: 2 GB, however small the adapter.
+        "reduce_bucket_size": min(_REDUCE_BUCKET, trained),
+    }
     if spec.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if spec.zero.offload_parameters:
@@ -58,7 +66,11 @@ class ZeroBackend:
         engine, optimizer, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, spec.optimizer),
-            config=deepspeed_settings(spec, dist.get_world_size()),
+            config=deepspeed_settings(
+                spec,
+                dist.get_world_size(),
+                sum(p.numel() for p in trainable_parameters(model).values()),
+            ),
             dist_init_required=False,
         )
         self.model: Any = engine
@@ -88,12 +100,14 @@ class ZeroBackend:
         """See Backend."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        state: dict[str, Any] = {}
+        state: dict[str, torch.Tensor] = {}
         for name, parameter in self._parameters.items():
-            state[f"param/{name}"] = safe_get_full_fp32_param(parameter)
-            for part in PARTS[1:]:
-                state[f"{part}/{name}"] = safe_get_full_optimizer_state(parameter, part)
-        return {key: value.detach().float().cpu().clone() for key, value in state.items()}
+            values: list[Any] = [safe_get_full_fp32_param(parameter)]
+            values += [safe_get_full_optimizer_state(parameter, part) for part in PARTS[1:]]
+            # Copied here, so that what was gathered is in memory for one parameter at a time.
+            for part, value in zip(PARTS, values, strict=True):
+                state[f"{part}/{name}"] = value.detach().float().cpu().clone()
+        return state
 
     def load_full_state(self, state: Mapping[str, torch.Tensor], step: int) -> None:
         """See Backend."""

@@ -131,10 +131,10 @@ def _forward(module: torch.nn.Module, *args: Any, **options: Any) -> Any:
     """
     names = _masked(module)
     changed = {name: _changed(module, name) for name in names}
-    owners = {w.untyped_storage().data_ptr(): name for name, w in changed.items()}
+    owners = {_storage(w): name for name, w in changed.items()}
 
     def pack(saved: torch.Tensor) -> Any:
-        name = owners.get(saved.untyped_storage().data_ptr())
+        name = owners.get(_storage(saved))
         if name is None:
             return saved
         return partial(
@@ -149,6 +149,12 @@ def _forward(module: torch.nn.Module, *args: Any, **options: Any) -> Any:
     finally:
         for name in names:
             del module.__dict__[name]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Its storage's identity. Not the address, which fake tensors (training.ledger) lack."""
+    storage: Any = tensor.untyped_storage()
+    return storage._cdata
 
 
 def _unpack(kept: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,173 @@
+"""Predicted and measured peak memory of training's workers.
+
+    python tests/bench/estimate.py [--only 30M/lora] [--steps 2]
+
+Bases made in memory and saved (26 M and 81 M parameters, Llama-like), methods, ZeRO stages with two
+workers. Measured: the larger of the two processes' peak resident memory, through assembly, steps
+and one checkpoint, as a Ray worker has them; in a thread, as Ray Train runs it. Predicted: what
+`graft estimate` prints. Asserts nothing.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+WORLD_SIZE, VOCABULARY, ROWS = 2, 32_000, 16
+SIZES: dict[str, dict[str, Any]] = {
+    "30M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
+            "num_attention_heads": 6, "num_key_value_heads": 6},
+    "80M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8,
+            "num_attention_heads": 12, "num_key_value_heads": 12},
+}  # fmt: skip
+# (base, method, rows of a micro-batch, tokens of a row, ZeRO stages, further settings)
+GRID: list[tuple[str, str, int, int, tuple[int, ...], dict[str, Any]]] = [
+    ("30M", "lora", 2, 256, (0, 1, 2, 3), {}),
+    ("30M", "full", 2, 256, (0, 1, 2, 3), {}),
+    ("30M", "bitfit", 4, 256, (2,), {}),
+    ("30M", "prompt_tuning", 4, 256, (2,), {}),
+    ("30M", "lora", 4, 256, (2,), {"gradient_checkpointing": True}),
+    ("30M", "lora", 4, 256, (2,), {"precision": "bf16"}),
+    ("80M", "lora", 4, 256, (0, 2, 3), {}),
+    ("80M", "full", 2, 128, (0, 2), {}),
+    ("80M", "bitfit", 2, 128, (2,), {}),
+    ("80M", "prompt_tuning", 2, 128, (2,), {}),
+]
+
+
+def make_base(size: str, folder: Path) -> None:
+    """The base, saved once for all runs."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **SIZES[size], vocab_size=VOCABULARY, max_position_embeddings=2048,
+        tie_word_embeddings=True, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def document(base: Path, method: str, rows: int, stage: int, more: dict[str, Any]) -> Any:
+    """The job's spec."""
+    return {
+        "base_model": str(base), "method": {"kind": method}, "micro_batch_size": rows,
+        "data": {"train": "unused"}, "output": {"name": "unused"}, "zero": {"stage": stage},
+        "workers": {"count": WORLD_SIZE}, "max_steps": 2, "log_every_steps": 1, **more,
+    }  # fmt: skip
+
+
+def work(rank: int, port: int, spec: Any, tokens: int) -> None:
+    """One worker's whole life in this process; prints its peak."""
+    import numpy as np
+    import ray.train
+    import torch.distributed as dist
+
+    import training.worker
+    from cluster.memory import keep_freed_memory, peak_memory_mib
+    from cluster.spec import parse_spec
+    from training.assembly import assemble
+    from training.checkpoint import write_checkpoint
+    from training.loop import Place, run
+    from training.rows import TokenRows, row_hash, write_rows
+    from training.spec import TrainingSpec
+
+    assert ray.train  # a worker has them in memory
+    assert training.worker
+    keep_freed_memory()
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= where | {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD_SIZE)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random = np.random.default_rng(0)
+        rows = [random.integers(3, VOCABULARY, tokens).tolist() for _ in range(ROWS)]
+        write_rows(((ids, ids, row_hash(ids, ids)) for ids in rows), folder / "rows")
+        data = TokenRows(folder / "rows")
+        place = Place(rank, WORLD_SIZE)
+        made = assemble(parse_spec(TrainingSpec, spec), place, data)
+
+        def keep(progress: Any) -> None:
+            state = made.full_state()
+            if rank == 0:
+                write_checkpoint(folder / "checkpoint", state, progress)
+
+        parsed = parse_spec(TrainingSpec, spec)
+        run(
+            parsed, made.backend, data, course=made.course, place=place,
+            on_log=lambda line: None, on_checkpoint=keep,
+        )  # fmt: skip
+    print(json.dumps(peak_memory_mib()), flush=True)
+    os._exit(0)  # gloo's threads may outlive the interpreter's end
+
+
+def measure(spec: Any, tokens: int) -> float:
+    """The larger peak of the two workers, in MiB."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # -P: this file's folder must not hide packages.
+    command = [sys.executable, "-P", __file__, "--work", json.dumps([port, spec, tokens])]
+    workers = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in range(WORLD_SIZE)
+    ]
+    peaks: list[float] = []
+    for worker in workers:
+        output, errors = worker.communicate()
+        if worker.returncode:
+            raise SystemExit(errors.decode()[-3000:])
+        peaks.append(json.loads(output.splitlines()[-1]))
+    return max(peaks)
+
+
+def predict(spec: Any, rows: int, tokens: int) -> float:
+    """What `graft estimate` prints, in MiB."""
+    from cluster.spec import parse_spec
+    from training.estimate import Shape, estimate
+    from training.spec import TrainingSpec
+
+    parsed = parse_spec(TrainingSpec, spec)
+    return estimate(parsed, Shape(rows, tokens), [parsed.zero.stage]).stages[0].total
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="Part of a row's name, as 30M/lora.")
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.work:
+        port, spec, tokens = json.loads(chosen.work[0])
+        thread = threading.Thread(target=work, args=(int(chosen.work[1]), port, spec, tokens))
+        thread.start()
+        thread.join()
+        raise SystemExit(1)  # `work` ends the process itself
+    print("| base, method | micro-batch | ZeRO | predicted, MiB | measured, MiB | ratio |")
+    print("|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for size, method, rows, tokens, stages, more in GRID:
+            base, name = Path(folder, size), f"{size}/{method}"
+            if chosen.only not in name:
+                continue
+            if not base.exists():
+                make_base(size, base)
+            for stage in stages:
+                spec = document(base, method, rows, stage, more)
+                predicted, measured = predict(spec, rows, tokens), measure(spec, tokens)
+                note = "".join(f", {key} {value}" for key, value in more.items())
+                print(
+                    f"| {size} {method}{note} | {rows} x {tokens} | {stage} | {predicted:,.0f} "
+                    f"| {measured:,.0f} | {predicted / measured:.2f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Predicted memory: exact where it can be, near a real process's, and nothing loaded for it."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import typer
+from conftest import byte_tokenizer
+from typer.testing import CliRunner
+
+from cluster.base_model import load_base
+from cluster.errors import SpecError
+from cluster.spec import parse_spec
+from training.estimate import Shape, estimate
+from training.estimate_command import estimate as estimate_command
+from training.methods import METHODS, trainable_parameters
+from training.spec import TrainingSpec
+
+MIB = 2**20
+ROOT = Path(__file__).resolve().parents[2]
+TENSORS_ALONE = {"count": 2, "gpus": 1}  # without the process and malloc
+
+
+def make_spec(base: Path, method: dict[str, Any], **more: Any) -> TrainingSpec:
+    document = {
+        "base_model": str(base), "method": method, "data": {"train": "unused"},
+        "output": {"name": "x"}, "workers": {"count": 2}, **more,
+    }  # fmt: skip
+    return parse_spec(TrainingSpec, document)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 M parameters: large beside what small tensors round to."""
+    folder = tmp_path_factory.mktemp("base")
+    config = transformers.LlamaConfig(
+        vocab_size=32_000, hidden_size=384, intermediate_size=1_024, num_hidden_layers=2,
+        num_attention_heads=6, tie_word_embeddings=True, max_position_embeddings=512,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_weights_states_and_checkpoint_of_full_fine_tuning_are_exact(base: Path) -> None:
+    """Its peak is at a checkpoint, where the gradients are gone."""
+    spec = make_spec(base, {"kind": "full"}, workers=TENSORS_ALONE)
+    model = METHODS["full"].attach(load_base(str(base), torch.float32), spec.method, str(base))
+    count = sum(p.numel() for p in trainable_parameters(model).values())
+    found, size = estimate(spec, Shape(1, 8), [0, 2]), count * 4 / MIB
+    assert found.trainable_parameters == found.all_parameters == count
+    plain, sharded = (dict(at.parts) for at in found.stages)
+    assert [at.moment for at in found.stages] == ["at a checkpoint"] * 2
+    assert plain["weights"] == pytest.approx(size, abs=0.1)
+    assert plain["optimiser"] == pytest.approx(2 * size, abs=0.1)
+    assert plain["checkpoint"] == pytest.approx(3 * size, abs=0.1)
+    assert sharded["weights"] == pytest.approx(size, abs=0.1)
+    # Each of two workers has half of the fp32 values and of both moments.
+    assert sharded["optimiser"] == pytest.approx(1.5 * size, abs=0.1)
+
+
+def test_gradients_are_exact_where_micro_batches_add_up(base: Path) -> None:
+    lora = {"kind": "lora", "r": 64}
+    spec = make_spec(base, lora, gradient_accumulation_steps=2, workers=TENSORS_ALONE)
+    found = estimate(spec, Shape(2, 64), [0])
+    size = found.trainable_parameters * 4 / MIB
+    assert found.stages[0].moment == "in a step"
+    assert found.stages[0].parts["gradients"] == pytest.approx(size, abs=0.1)
+    assert found.stages[0].parts["optimiser"] == pytest.approx(2 * size, abs=0.1)
+
+
+def test_activations_grow_with_the_rows_and_shrink_by_recomputing(base: Path) -> None:
+    spec = make_spec(base, {"kind": "lora"}, workers=TENSORS_ALONE)
+    again = spec.model_copy(update={"gradient_checkpointing": True})
+    short, longer, recomputed = (
+        estimate(own, Shape(2, tokens), [0]).stages[0].parts["activations"]
+        for own, tokens in ((spec, 64), (spec, 256), (again, 256))
+    )
+    assert longer == pytest.approx(4 * short, rel=0.1)
+    assert recomputed < longer / 1.5
+
+
+def test_a_real_worker_needs_about_as_much(base: Path) -> None:
+    """Two processes over gloo at ZeRO 2. The table of docs/benchmarks.md has many more."""
+    path = ROOT / "tests" / "bench" / "estimate.py"
+    made: Any = importlib.util.spec_from_file_location("bench_estimate", path)
+    bench: Any = importlib.util.module_from_spec(made)
+    made.loader.exec_module(bench)
+    document = bench.document(base, "lora", 4, 2, {})
+    predicted, measured = bench.predict(document, 4, 256), bench.measure(document, 256)
+    assert predicted == pytest.approx(measured, rel=0.2)
+
+
+def test_a_base_of_70_billion_parameters_is_estimated_without_memory(tmp_path: Path) -> None:
+    transformers.LlamaConfig(
+        vocab_size=128_256, hidden_size=8_192, intermediate_size=28_672, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    (tmp_path / "model.safetensors").touch()  # its weights are never opened
+    document = make_spec(
+        tmp_path, {"kind": "prompt_tuning"}, precision="bf16", workers=TENSORS_ALONE
+    ).model_dump_json()
+    code = """if True:
+        import resource, sys
+        from cluster.spec import parse_spec
+        from training.estimate import Shape, estimate
+        from training.spec import TrainingSpec
+        import json
+        spec = parse_spec(TrainingSpec, json.loads(sys.argv[1]))
+        found = estimate(spec, Shape(1, 512), [0])
+        print(found.all_parameters, found.stages[0].parts["weights"])
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", code, document], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    parameters, weights, peak_mib = (float(word) for word in result.stdout.split())
+    assert 70e9 < parameters < 71e9
+    assert weights == pytest.approx(2 * parameters / MIB, rel=1e-3)
+    assert peak_mib < 1200
+
+
+def test_the_command_takes_the_longest_row_and_prints_every_stage(
+    base: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "a", "completion": "b" * n} for n in (3, 30, 7)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        f"base_model: {base}\nmethod: {{kind: prompt_tuning}}\nmax_steps: 1\n"
+        f"data: {{train: {tmp_path / 'rows.jsonl'}}}\noutput: {{name: x}}\n"
+        "workers: {count: 2, gpus: 1}\n"
+    )
+    app = typer.Typer()
+    app.command()(estimate_command)
+    shown = CliRunner().invoke(app, [str(spec)], env={"COLUMNS": "120"})
+    assert shown.exit_code == 0, shown.output
+    assert "4 rows of 32 tokens" in shown.output
+    assert all(f"ZeRO {stage}" in shown.output for stage in range(4))
+    found = CliRunner().invoke(app, [str(spec), "--json", "--stage", "1", "--tokens", "20"])
+    (only,) = json.loads(found.stdout)["stages"]
+    assert only["stage"] == 1
+    assert only["total"] == pytest.approx(sum(only["parts"].values()))
+
+
+def test_what_cannot_be_predicted_is_refused_by_name(base: Path) -> None:
+    spec = make_spec(base, {"kind": "lora"}, quantization={"bits": 4}, workers=TENSORS_ALONE)
+    with pytest.raises(SpecError, match="quantization: its memory cannot be predicted"):
+        estimate(spec, Shape(1, 8), [0])

@@ -1,0 +1,99 @@
+"""`graft estimate`: what a job would need of each worker's memory, by part and ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from training.estimate import Estimate, Shape
+    from training.spec import TrainingSpec
+
+_READ_ROWS = 200
+
+
+def estimate(
+    spec: Annotated[
+        Path, typer.Argument(metavar="SPEC.yaml", help="The job's YAML, as in configs/training.")
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key: method.r=16. Repeatable.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Longest row, in tokens. If not given: the longest of the data's first 200 rows; "
+            "with it, no data are read.",
+        ),
+    ] = None,
+    stage: Annotated[
+        list[int] | None,
+        typer.Option(min=0, max=3, help="Only this ZeRO stage. Repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, sizes in MiB.")] = False,
+) -> None:
+    """Predict trainable parameters and each worker's peak memory; load and start nothing.
+
+    The worker's own code runs on tensors without memory, at the largest micro-batch that the spec
+    can have. On CPU the libraries and what malloc keeps are included; on GPUs the prediction is of
+    tensors alone, and was never compared with one.
+    """
+    from cluster.spec import load_spec
+    from training.command import resolved
+    from training.estimate import STAGES
+    from training.estimate import estimate as predict
+    from training.spec import TrainingSpec
+
+    job = resolved(load_spec(TrainingSpec, spec, set_ or ()))
+    found = predict(job, _shape(job, tokens), sorted(set(stage or STAGES)))
+    if as_json:
+        stages = [asdict(at) | {"total": at.total} for at in found.stages]
+        typer.echo(json.dumps(asdict(found) | {"stages": stages}, indent=2))
+        return
+    _print(job, found)
+
+
+def _shape(job: TrainingSpec, tokens: int | None) -> Shape:
+    from cluster.base_model import load_tokenizer
+    from training.data import tokenize
+    from training.estimate import Shape
+    from training.rows import TokenRows
+
+    if tokens is None:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenize(job.data, load_tokenizer(job.base_model), Path(folder), limit=_READ_ROWS)
+            tokens = int(TokenRows(Path(folder)).lengths.max())
+    return Shape(job.micro_batch_size, tokens)
+
+
+def _print(job: TrainingSpec, found: Estimate) -> None:
+    from training.estimate import PARTS
+
+    share = found.trainable_parameters / max(1, found.all_parameters)
+    typer.echo(
+        f"{job.method.kind}: {found.trainable_parameters:,} of {found.all_parameters:,} parameters "
+        f"({share:.3%}) are trained, {job.precision}, {found.workers} workers, micro-batches of "
+        f"{found.shape.rows} rows of {found.shape.tokens:,} tokens"
+    )
+    table = Table("MiB of each worker at its peak", box=None)
+    for at in found.stages:
+        chosen = " (spec)" if at.stage == job.zero.stage else ""
+        table.add_column(f"ZeRO {at.stage}{chosen}", justify="right")
+    for part in PARTS:
+        table.add_row(part, *(f"{at.parts[part]:,.0f}" for at in found.stages))
+    if not job.workers.gpus:
+        table.add_row("kept by malloc", *(f"{at.allocator:,.0f}" for at in found.stages))
+        table.add_row("process, libraries", *(f"{at.runtime:,.0f}" for at in found.stages))
+    table.add_row("[bold]total", *(f"[bold]{at.total:,.0f}" for at in found.stages))
+    table.add_row("the peak is", *(at.moment for at in found.stages))
+    Console().print(table)
+    if job.workers.gpus:
+        typer.echo("of tensors on a GPU, without CUDA's own; no GPU was ever measured for this")

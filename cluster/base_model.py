@@ -131,7 +131,9 @@ def load_base(
     task: str = "causal_lm",
     **options: Any,
 ) -> Any:
-    """The model with its weights. Raises BaseModelError.
+    """The model with its weights, its products on CPU by cluster.linear.
+
+    Raises BaseModelError.
 
     Args:
         quantization: Of its linear modules; a folder that was saved quantised stays as it is.
@@ -141,6 +143,8 @@ def load_base(
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from cluster.linear import adopt
 
     check_base_folder(path, with_tokenizer=False)
     found = quantization_of(path, quantization)
@@ -155,6 +159,7 @@ def load_base(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"base_model {path}: cannot be loaded: {error}") from error
+    adopt(model)
     if found is not None:
         from cluster.quantized_linear import settle
 

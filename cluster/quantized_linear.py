@@ -18,7 +18,8 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
+
+from cluster.linear import linear
 
 _INT8_MAX = 127.0
 

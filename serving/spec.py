@@ -41,6 +41,11 @@ class EngineSpec(Spec):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="`auto` takes a GPU if the replica has one."
     )
+    packed_weights: bool = Field(
+        True,
+        description="On CPU, keep a copy of each linear weight in the layout that is multiplied "
+        "fastest: as much memory again as the weights.",
+    )
     threads: PositiveInt | None = Field(
         None, description="CPU threads of the forward pass; torch's default if not given."
     )

@@ -16,8 +16,9 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
+
+from cluster.linear import is_plain, linear, product
 
 
 class Segment(NamedTuple):
@@ -50,7 +51,7 @@ class LoraLinear(torch.autograd.Function):
         for (start, end, scale), a_rI, b_Or in zip(
             segments, factors[::2], factors[1::2], strict=True
         ):
-            low_Tr = x_TI[start:end] @ a_rI.to(weight_OI.dtype).T
+            low_Tr = product(x_TI[start:end], a_rI.to(weight_OI.dtype))
             y_TO[start:end].addmm_(low_Tr, b_Or.to(weight_OI.dtype).T, alpha=scale)
             lows.append(low_Tr)
         ctx.save_for_backward(x_TI, weight_OI, *factors, *lows)
@@ -64,16 +65,16 @@ class LoraLinear(torch.autograd.Function):
         dtype, count = weight_OI.dtype, len(ctx.segments)
         factors, lows = rest[: 2 * count], rest[2 * count :]
         grad_TO = grads[0].reshape(-1, weight_OI.shape[0]).to(dtype)
-        grad_TI = grad_TO @ weight_OI if ctx.needs_input_grad[0] else None
+        grad_TI = product(grad_TO, weight_OI.T) if ctx.needs_input_grad[0] else None
         found: list[torch.Tensor] = []
         for (start, end, scale), a_rI, b_Or, low_Tr in zip(
             ctx.segments, factors[::2], factors[1::2], lows, strict=True
         ):
             own_TO = grad_TO[start:end]
             # Scaled here, where it is [T, r].
-            grad_Tr = (own_TO @ b_Or.to(dtype)).mul_(scale)
-            found.append((grad_Tr.T @ x_TI[start:end]).to(a_rI.dtype))
-            found.append((low_Tr.T @ own_TO).mul_(scale).T.to(b_Or.dtype))
+            grad_Tr = product(own_TO, b_Or.to(dtype).T).mul_(scale)
+            found.append(product(grad_Tr.T, x_TI[start:end].T).to(a_rI.dtype))
+            found.append(product(low_Tr.T, own_TO.T).mul_(scale).T.to(b_Or.dtype))
             if grad_TI is not None:
                 grad_TI[start:end].addmm_(grad_Tr, a_rI.to(dtype))
         shape, x_dtype = ctx.x
@@ -86,10 +87,10 @@ def fuse_loras(model: torch.nn.Module) -> None:
 
     Not where parameters are sharded (ZeRO 3): they are whole only inside their own modules.
     """
-    from peft.tuners.lora import Linear
+    from peft.tuners.lora import Linear as LoraModule
 
     for module in model.modules():
-        if type(module) is Linear and type(module.base_layer) in (torch.nn.Linear, Conv1D):
+        if type(module) is LoraModule and is_plain(module.base_layer):
             module.forward = MethodType(_forward, module)
 
 
@@ -119,7 +120,7 @@ def plain_lora(module: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         return None
     a, b, base = module.lora_A[name], module.lora_B[name], module.base_layer
     dropout = module.lora_dropout[name]
-    is_plain = (
+    adds_only = (
         type(a) is type(b) is torch.nn.Linear
         and a.bias is None
         and b.bias is None
@@ -127,7 +128,7 @@ def plain_lora(module: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         and not any(parameter.requires_grad for parameter in base.parameters())
         and (isinstance(dropout, torch.nn.Identity) or not module.training)
     )
-    return (a.weight, b.weight, module.scaling[name]) if is_plain else None
+    return (a.weight, b.weight, module.scaling[name]) if adds_only else None
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:

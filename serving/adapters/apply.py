@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.hooks import RemovableHandle
 
 from cluster.errors import AdapterError
+from cluster.linear import product
 from serving.adapters.primitives import (
     ACTIVATIONS,
     Block,
@@ -273,7 +274,8 @@ def _add(y: torch.Tensor, x: torch.Tensor, delta: LinearDelta) -> None:
     if delta.scale_O is not None:
         y *= delta.scale_O
     if delta.a_Ir is not None and delta.b_rO is not None:
-        low_Tr = (x @ delta.a_Ir if x.is_floating_point() else delta.a_Ir[x]).flatten(0, -2)
+        is_hidden = x.is_floating_point()
+        low_Tr = product(x.flatten(0, -2), delta.a_Ir.T) if is_hidden else delta.a_Ir[x.flatten()]
         y.view(-1, y.shape[-1]).addmm_(low_Tr, delta.b_rO, alpha=delta.factor)
     if delta.sparse is not None:
         y += _times_sparse(x, delta.sparse).reshape(y.shape)

@@ -19,6 +19,7 @@ import torch
 
 from cluster.base_model import empty_base, is_encoder_decoder, load_base, longest_context
 from cluster.errors import BaseModelError
+from cluster.linear import pack
 from cluster.memory import keep_freed_memory
 from serving.adapters import DeltaHooks, EmbeddingPrefix, KVPrefix, Target, describe
 from serving.engine.attention import NAME
@@ -52,6 +53,8 @@ class Runner:
             torch.set_num_threads(spec.threads)
         self.model, takes_ours = _load(spec, self.device)
         self.model.eval().requires_grad_(False).to(self.device)
+        if spec.packed_weights:
+            pack(self.model)
         self.target: Target = describe(self.model, spec.base_model)
         self.hooks = DeltaHooks(self.model)
         self.vocabulary: int = self.model.get_input_embeddings().weight.shape[0]

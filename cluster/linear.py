@@ -1,0 +1,144 @@
+"""Linear modules on CPU through oneDNN.
+
+torch gives float32 products to MKL, which on AMD processors with AVX-512 reaches half of what
+oneDNN does, and a fraction of it for thin ones (docs/log.md); oneDNN is in every build of torch,
+behind the operator that compiled models use. Other devices and dtypes go torch's own way.
+
+    T rows    I in    O out
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear as torch_linear
+from transformers.pytorch_utils import Conv1D as _Conv1D
+
+# Below so many multiplications the operator costs more than it saves.
+_LEAST_PRODUCTS = 2**19
+# Rows that the packed layout is chosen for: a decoding step's. Others run as fast with it.
+_PACKED_ROWS = 32
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+
+
+class Linear(torch.nn.Linear):
+    """`torch.nn.Linear`, computed by `linear`, or by what `pack` made of its weight."""
+
+    packed: torch.Tensor | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., I] -> [..., O]."""
+        return _forward(self, input, self.weight)
+
+
+class Conv1D(_Conv1D):
+    """transformers' linear module with its weight the other way round, computed likewise."""
+
+    packed: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., I] -> [..., O]."""
+        return _forward(self, x, self.weight.T)
+
+
+_OURS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.Linear: Linear,
+    _Conv1D: Conv1D,
+}
+
+
+def adopt(model: torch.nn.Module) -> None:
+    """Let every plain linear module of `model` compute by `linear`; parameters, hooks and names
+    stay."""
+    for module in model.modules():
+        module.__class__ = _OURS.get(type(module), type(module))
+
+
+def pack(model: torch.nn.Module) -> None:
+    """Give every adopted linear module of `model` a copy of its weight in the layout that oneDNN
+    computes with: for inference alone, with weights that stay. No effect elsewhere than on CPU."""
+    for module in model.modules():
+        if isinstance(module, (Linear, Conv1D)) and _HAS_ONEDNN:
+            weight = module.weight.detach()
+            if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+                weight_OI = weight if isinstance(module, Linear) else weight.T.contiguous()
+                module.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _PACKED_ROWS)
+
+
+def is_plain(module: torch.nn.Module) -> bool:
+    """Whether it is a linear module and no more (none that is quantised, or wrapped)."""
+    return type(module) in _OURS or type(module) in _OURS.values()
+
+
+def linear(
+    x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x Wᵀ + b: [..., I] -> [..., O], differentiable once."""
+    if not _suits(x, weight_OI):
+        return torch_linear(x, weight_OI, bias_O)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight_OI, bias_O)
+    ):
+        output: Any = _Linear.apply(x, weight_OI, bias_O)
+        return output
+    return _product(x, weight_OI, bias_O)
+
+
+def product(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x Wᵀ of any two matrices, without a graph."""
+    if not _suits(x_TI, weight_OI):
+        return x_TI @ weight_OI.T
+    return _product(x_TI, weight_OI, None)
+
+
+def _forward(module: Any, x: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    # An attribute that hides the parameter is somebody's replacement of it.
+    if module.packed is None or "weight" in vars(module) or x.dtype is not weight_OI.dtype:
+        return linear(x, weight_OI, module.bias)
+    return _product(x, module.packed, module.bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
+    ) -> torch.Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight_OI if needs_x else None)
+        return _product(x, weight_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        x, weight_OI = ctx.saved_tensors
+        grad = grads[0]
+        grad_TO = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_bias = None
+        if weight_OI is not None:
+            grad_x = product(grad_TO, weight_OI.T).view(*grad.shape[:-1], -1)
+        if x is not None:
+            grad_weight = product(grad_TO.T, x.reshape(-1, x.shape[-1]).T)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_TO.sum(0)
+        return grad_x, grad_weight, grad_bias
+
+
+def _suits(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+    return (
+        _HAS_ONEDNN
+        and x.dtype is weight_OI.dtype is torch.float32
+        and x.device.type == weight_OI.device.type == "cpu"
+        and x.numel() * weight_OI.shape[0] >= _LEAST_PRODUCTS
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _product(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
+    return output

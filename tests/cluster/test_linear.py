@@ -1,0 +1,77 @@
+"""Products through oneDNN against torch's own."""
+
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from cluster.linear import adopt, is_plain, linear, pack, product
+
+NEED = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (2, 5, 40), (0, 40), (700, 768)])
+@pytest.mark.parametrize("need", NEED)
+def test_values_and_gradients_are_torchs(shape: tuple[int, ...], need: tuple[bool, ...]) -> None:
+    sizes = (shape, (900, shape[-1]), (900,))
+    x, weight, bias = (
+        torch.randn(s, dtype=torch.float32).requires_grad_(n)
+        for s, n in zip(sizes, need, strict=True)
+    )
+    found, expected = linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    wanted = [t for t in (x, weight, bias) if t.requires_grad]
+    upstream = torch.randn_like(expected)
+    pairs = zip(
+        torch.autograd.grad(found, wanted, upstream),
+        torch.autograd.grad(expected, wanted, upstream),
+        strict=True,
+    )
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+
+
+def test_views_of_any_stride() -> None:
+    x, weight = torch.randn(700, 1536)[:, ::2], torch.randn(768, 900).T
+    torch.testing.assert_close(product(x, weight), x @ weight.T, atol=1e-3, rtol=1e-4)
+    assert linear(torch.empty(5, 40, device="meta"), torch.empty(9, 40, device="meta")).shape == (
+        5,
+        9,
+    )
+
+
+def test_a_row_is_the_same_alone_and_among_others() -> None:
+    x, module = torch.randn(600, 768), torch.nn.Linear(768, 900).requires_grad_(False)
+    adopt(module)
+    pack(module)
+    with torch.inference_mode():
+        assert torch.equal(module(x)[40:48], module(x[40:48]))
+
+
+def test_autocast_is_torchs() -> None:
+    x, weight = torch.randn(700, 768), torch.randn(900, 768)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adopted_and_packed_modules_compute_the_same(dtype: torch.dtype) -> None:
+    class Own(torch.nn.Linear):
+        pass
+
+    parts = [torch.nn.Linear(300, 700), Conv1D(200, 700), torch.nn.Linear(200, 50, bias=False)]
+    model = torch.nn.Sequential(*parts, Own(50, 50)).to(dtype).requires_grad_(False)
+    names = list(model.state_dict())
+    x = torch.randn(2, 500, 300, dtype=dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    with torch.inference_mode():
+        expected = model(x)
+        adopt(model)
+        assert [is_plain(module) for module in model] == [True, True, True, False]
+        torch.testing.assert_close(model(x), expected, atol=tolerance, rtol=tolerance)
+        pack(model)
+        torch.testing.assert_close(model(x), expected, atol=tolerance, rtol=tolerance)
+        assert list(model.state_dict()) == names
+        first = model[0]
+        # As the engine replaces a module's parameters for some rows.
+        first.__dict__["weight"] = torch.zeros_like(first.weight)
+        assert torch.equal(first(x)[0, 0], first.bias)

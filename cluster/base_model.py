@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import BaseModelError
 from cluster.quantization import QuantizationSpec, saved_quantization
+from cluster.tasks import Task, auto_model, missing_outside_head
 
 if TYPE_CHECKING:
     import torch
@@ -128,43 +130,68 @@ def load_base(
     dtype: torch.dtype,
     quantization: QuantizationSpec | None = None,
     device: torch.device | None = None,
-    task: str = "causal_lm",
+    *,
+    task: Task = "causal_lm",
+    labels: Sequence[str] = (),
     **options: Any,
 ) -> Any:
-    """The model with its weights, its products on CPU by cluster.linear.
-
-    Raises BaseModelError.
+    """The model with its weights, its products on CPU by cluster.linear; a classifier's head that
+    the folder lacks starts at random, drawn from torch's generator.
 
     Args:
         quantization: Of its linear modules; a folder that was saved quantised stays as it is.
         device: Where it will be, CPU if not given. Only a quantised one is put there at once.
-        task: "causal_lm", or "seq_2_seq_lm" for an encoder-decoder.
+        task: What it is to do.
+        labels: The classes' names, in order, of `sequence_classification`.
         options: Further ones of `from_pretrained`, such as `attn_implementation`.
+
+    Raises:
+        BaseModelError: it cannot be loaded, is for another task, or lacks weights that no head is.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from cluster.linear import adopt
 
     check_base_folder(path, with_tokenizer=False)
+    auto, asked = auto_model(path, task, labels)
     found = quantization_of(path, quantization)
+    _check_plain(path, task, found)
     if found is not None:
         # A folder that was saved quantised tells how itself.
         own = quantization_of(path) is not None
         options |= _quantized_options(None if own else found, device)
-    auto: Any = AutoModelForSeq2SeqLM if task == "seq_2_seq_lm" else AutoModelForCausalLM
     try:
-        model: Any = auto.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, **options
+        model, loaded = auto.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **asked,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"base_model {path}: cannot be loaded: {error}") from error
+    lacking = missing_outside_head(model, loaded["missing_keys"]) if labels else []
+    if lacking:
+        raise BaseModelError(
+            f"base_model {path}: lacks {', '.join(lacking)}, which would be random numbers that no "
+            "adapter holds; name a base that was saved with them"
+        )
     adopt(model)
     if found is not None:
         from cluster.quantized_linear import settle
 
         settle(model)
     return model
+
+
+def _check_plain(path: str, task: Task, quantization: QuantizationSpec | None) -> None:
+    if quantization is not None and task != "causal_lm":
+        raise BaseModelError(
+            f"base_model {path}: is quantised to {quantization}, over which task causal_lm alone "
+            "trains; name the plain base"
+        )
 
 
 def _quantized_options(
@@ -185,16 +212,19 @@ def _quantized_options(
     return options
 
 
-def empty_base(path: str) -> Any:
-    """The causal LM's structure without weights (meta device): what a plan needs."""
+def empty_base(path: str, task: Task = "causal_lm", labels: Sequence[str] = ()) -> Any:
+    """The model's structure without weights (meta device): what a plan needs. Raises
+    BaseModelError, as `load_base`."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     check_base_folder(path, with_tokenizer=False)
+    auto, asked = auto_model(path, task, labels)
+    _check_plain(path, task, quantization_of(path))
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(path, local_files_only=True)
+            return auto.from_config(
+                AutoConfig.from_pretrained(path, local_files_only=True, **asked)
             )
     except (OSError, ValueError) as error:
-        raise BaseModelError(f"base_model {path}: is no causal LM: {error}") from error
+        raise BaseModelError(f"base_model {path}: does not fit task {task}: {error}") from error

@@ -96,6 +96,13 @@ def _lowering_of(folder: AdapterFolder, target: Target) -> Lower:
             f"served are {', '.join(sorted([*LOWER, PROXY]))}",
         )
     task = folder.config.get("task_type") or target.task_type
+    if task == "SEQ_CLS":
+        raise fault(
+            folder.path,
+            CONFIG,
+            "has task_type 'SEQ_CLS'; the engine generates text, and a classifier has none: load "
+            "it with training.load_adapter",
+        )
     if task != target.task_type:
         raise fault(
             folder.path,

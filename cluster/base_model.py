@@ -187,10 +187,10 @@ def load_base(
 
 
 def _check_plain(path: str, task: Task, quantization: QuantizationSpec | None) -> None:
-    if quantization is not None and task != "causal_lm":
+    if quantization is not None and task == "sequence_classification":
         raise BaseModelError(
-            f"base_model {path}: is quantised to {quantization}, over which task causal_lm alone "
-            "trains; name the plain base"
+            f"base_model {path}: is quantised to {quantization}, over which no classifier trains; "
+            "name the plain base"
         )
 
 

@@ -17,6 +17,7 @@ import torch
 from cluster.base_model import context_tokens, load_base, load_tokenizer
 from training.backend import PARTS, Backend, PlainBackend
 from training.checkpoint import COURSE, Progress, read_checkpoint, run_state
+from training.class_evaluation import ClassEvaluator
 from training.evaluation import Evaluator
 from training.loop import Place, precision
 from training.methods import METHODS, trainable_parameters
@@ -25,7 +26,8 @@ from training.methods.layernorm import norm_modules
 from training.methods.placement import check_saved_modules
 from training.rows import TokenRows
 from training.spec import TrainingSpec
-from training.step import Batch, LossModel, collate
+from training.step import Batch, LossModel
+from training.tasks import TASK_PARTS
 
 _BEST = "best/"
 
@@ -90,7 +92,7 @@ def assemble(
         check_saved_modules(base, spec.method)
     model = method.attach(base, spec.method, spec.base_model)
     model.to(place.device).train()
-    loss_model = LossModel(
+    loss_model = TASK_PARTS[spec.task].model(
         model, is_sharded=spec.zero.stage == 3, recomputes=spec.gradient_checkpointing
     )
     course = method.course(model, spec.method, spec.seed)
@@ -110,7 +112,14 @@ def assemble(
 def load_model(spec: TrainingSpec, place: Place) -> Any:
     """The model that the spec's method is put on."""
     dtype = torch.float32 if spec.precision == "fp32" else torch.bfloat16
-    base = load_base(spec.trained_base, dtype, spec.quantization, place.device)
+    base = load_base(
+        spec.trained_base,
+        dtype,
+        spec.quantization,
+        place.device,
+        task=spec.task,
+        labels=spec.data.labels,
+    )
     if spec.quantization is not None:
         # As QLoRA does: norms cost nothing, and what they scale is rounded once less.
         for norm in norm_modules(base).values():
@@ -126,11 +135,16 @@ def _evaluator(
     start: Progress,
     best: Mapping[str, torch.Tensor],
 ) -> Evaluator:
-    context = context_tokens(spec.trained_base)
-    return Evaluator(
+    is_classifier = spec.task == "sequence_classification"
+    make = partial(ClassEvaluator, labels=spec.data.labels) if is_classifier else Evaluator
+    # An encoder-decoder's answer has positions of its own.
+    context = context_tokens(spec.trained_base) if spec.task == "causal_lm" else None
+    return make(
         spec.evaluation,
         rows,
         load_tokenizer(spec.base_model),
+        task=spec.task,
+        collate=TASK_PARTS[spec.task].collate,
         batch_rows=spec.micro_batch_size,
         rank=place.rank,
         world_size=place.world_size,
@@ -150,7 +164,7 @@ def _within(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.T
 def _samples(spec: TrainingSpec, rows: TokenRows, place: Place) -> Iterator[Batch]:
     """Single rows in an order of their own, the same on every worker."""
     for index in np.random.default_rng([spec.seed, 1]).permutation(len(rows)):
-        yield collate([rows.row(int(index))], place.device)
+        yield TASK_PARTS[spec.task].collate([rows.row(int(index))], place.device)
 
 
 def make_backend(model: LossModel, spec: TrainingSpec) -> Backend:

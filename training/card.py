@@ -18,7 +18,7 @@ from cluster.registry import EVENTS, PICTURE, README
 from training.events import Figures, event_file
 
 # What an evaluation may tell; a value that was not measured is None.
-_MEASURED = ("loss", "exact_match", "rouge_l")
+_MEASURED = ("loss", "exact_match", "rouge_l", "accuracy", "macro_f1")
 
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
@@ -52,6 +52,7 @@ def _readme(card: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -
         "tokens/s": f"{metrics['tokens_per_s']:,}",
         "last training loss": metrics["loss"],
         "published weights are of step": metrics.get("best_step"),
+        "classes, from 0": ", ".join(spec.get("data", {}).get("labels") or ()) or None,
     }
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -98,7 +99,7 @@ def _draw(
         axes.plot(at, losses, marker="o", label="validation")
         axes.legend()
     axes.set_xlabel("step")
-    axes.set_ylabel("loss per label token, nats")
+    axes.set_ylabel("loss per label, nats")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -183,13 +183,13 @@ def plan(spec: TrainingSpec) -> Plan:
     rows, validation = stream_rows(spec.data.train).num_rows, spec.data.validation
     tokenizer = load_tokenizer(spec.base_model)
     with tempfile.TemporaryDirectory() as folder:
-        report = tokenize(spec.data, tokenizer, Path(folder), limit=_CHECKED_ROWS)
+        report = tokenize(spec.data, tokenizer, Path(folder), spec.task, limit=_CHECKED_ROWS)
         if isinstance(validation, str):
             data = spec.data.model_copy(update={"train": validation})
-            tokenize(data, tokenizer, Path(folder, "validation"), limit=_CHECKED_ROWS)
+            tokenize(data, tokenizer, Path(folder, "validation"), spec.task, limit=_CHECKED_ROWS)
         elif validation is not None:
             rows -= max(1, int(validation * rows))
-    base = empty_base(spec.trained_base)
+    base = empty_base(spec.trained_base, task=spec.task, labels=spec.data.labels)
     if spec.quantization is not None:
         check_saved_modules(base, spec.method)
     model = METHODS[spec.method.kind].attach(base, spec.method, spec.base_model)
@@ -201,46 +201,34 @@ def plan(spec: TrainingSpec) -> Plan:
 
 def resolved(spec: TrainingSpec) -> TrainingSpec:
     """The spec as the job runs it, in another folder: local paths absolute, `max_length` and the
-    quantisation of the base known; also those of each of several adapters.
+    classes' names and quantisation of the base known; also those of each of several adapters.
 
     Raises:
-        BaseModelError: the base's folder is not whole.
-        SpecError: the base was saved quantised, which does not fit the method or ZeRO stage; the
-            longest row, with its virtual tokens, exceeds the base's context.
+        BaseModelError: the base's folder is not whole, or its model is for another task.
+        DataError: the rows name no classes, for a classifier.
+        SpecError: the base was saved quantised, which does not fit the task, method or ZeRO stage;
+            the longest row, with its virtual tokens, exceeds the base's context.
     """
-    from cluster.base_model import check_base_folder, context_tokens
-    from cluster.errors import SpecError
+    from cluster.base_model import check_base_folder
     from cluster.names import absolute_path
+    from training.labels import find_labels
 
     base = absolute_path(spec.base_model)
     check_base_folder(base, with_tokenizer=True)
     spec, virtual = _with_method(spec)
     spec = _with_quantization(spec)
-    contexts = [context_tokens(path) for path in {base, spec.trained_base}]
-    context = min((tokens for tokens in contexts if tokens is not None), default=None)
-    asked = spec.data.max_length
-    if context is not None and virtual >= context:
-        raise SpecError(
-            f"method: its {virtual} virtual tokens fill the context of {context} that {base} has; "
-            "lower method.num_virtual_tokens, or method.demonstrations of a hard prompt"
-        )
-    if context is not None and (asked or 1) + virtual > context:
-        beside = f" + {virtual} virtual tokens" if virtual else ""
-        raise SpecError(
-            f"data.max_length {asked or 1}{beside} exceeds the context of {context} that {base} "
-            f"has; set data.max_length to at most {context - virtual}"
-        )
-    longest = _LONGEST_TOKENS if context is None else min(_LONGEST_TOKENS, context - virtual)
-    data = {"train": absolute_path(spec.data.train), "max_length": asked or longest}
+    data: dict[str, Any] = {"train": absolute_path(spec.data.train)}
     if isinstance(spec.data.validation, str):
         data["validation"] = absolute_path(spec.data.validation)
+    if spec.task == "sequence_classification":
+        data["labels"] = find_labels(spec.data.model_copy(update=data))
     adapters = {
         name: own.model_copy(
             update={"data": resolved(spec.adapter(name)).data.model_dump(mode="json")}
         )
         for name, own in spec.adapters.items()
     }
-    return spec.model_copy(
+    spec = spec.model_copy(
         update={
             "base_model": base,
             "data": spec.data.model_copy(update=data),
@@ -250,6 +238,46 @@ def resolved(spec: TrainingSpec) -> TrainingSpec:
             "gradient_accumulation_steps": None,
         }
     )
+    longest = _longest(spec, virtual)
+    data = {"max_length": spec.data.max_length or longest}
+    return spec.model_copy(update={"data": spec.data.model_copy(update=data)})
+
+
+def _longest(spec: TrainingSpec, virtual: int) -> int:
+    """The longest row, in tokens, that a resolved spec's base takes beside so many virtual ones.
+
+    Raises:
+        SpecError: what is asked for exceeds it.
+    """
+    from cluster.base_model import context_tokens, empty_base
+    from cluster.errors import SpecError
+    from cluster.tasks import unused_positions
+
+    base, asked = spec.base_model, spec.data.max_length
+    contexts = [context_tokens(path) for path in {base, spec.trained_base}]
+    context = min((tokens for tokens in contexts if tokens is not None), default=None)
+    if context is None:
+        return _LONGEST_TOKENS
+    if spec.task == "sequence_classification":
+        context -= unused_positions(empty_base(base, task=spec.task, labels=spec.data.labels))
+    if virtual >= context:
+        raise SpecError(
+            f"method: its {virtual} virtual tokens fill the context of {context} that {base} has; "
+            "lower method.num_virtual_tokens, or method.demonstrations of a hard prompt"
+        )
+    if (asked or 1) + virtual > context:
+        beside = f" + {virtual} virtual tokens" if virtual else ""
+        raise SpecError(
+            f"data.max_length {asked or 1}{beside} exceeds the context of {context} that {base} "
+            f"has; set data.max_length to at most {context - virtual}"
+        )
+    answer = spec.evaluation.max_new_tokens + 1 + virtual
+    if spec.task == "seq_2_seq_lm" and answer > context:
+        raise SpecError(
+            f"evaluation.max_new_tokens {spec.evaluation.max_new_tokens} exceeds the context of "
+            f"{context} that {base} has; lower it"
+        )
+    return min(_LONGEST_TOKENS, context - virtual)
 
 
 def _with_quantization(spec: TrainingSpec) -> TrainingSpec:

@@ -16,7 +16,9 @@ class LintSpec(Spec):
     """Shares of rows over which the job fails before a worker starts; 1 never fails."""
 
     empty: Limit = Field(0.05, description="Rows whose response or text is blank.")
-    without_label: Limit = Field(0.05, description="Rows left out, since nothing is learned.")
+    without_label: Limit = Field(
+        0.05, description="Rows left out, since nothing is learned, or no class is named."
+    )
     truncated: Limit = Field(0.5, description="Rows cut to `max_length`.")
     dropped: Limit = Field(0.5, description="Rows left out for being over `max_length`.")
     duplicate: Limit = Field(0.5, description="Rows that repeat another one, token by token.")
@@ -40,15 +42,24 @@ class DataSpec(Spec):
     format: Literal["auto", "alpaca", "prompt_completion", "chat", "text"] = Field(
         "auto",
         description="What the columns mean: instruction/input/output, prompt/completion, messages, "
-        "or text. `auto` tells by their names.",
+        "or text. `auto` tells by their names. An encoder-decoder's source is what stands before "
+        "the output, completion or last message, and that its target. A classifier reads the same, "
+        "or text, and learns the output, completion, last message, or label: a name, or the number "
+        "of one.",
+    )
+    labels: tuple[str, ...] = Field(
+        (),
+        description="Names of a classifier's classes, in the order of their numbers. If not given: "
+        "those of the training rows, sorted; rows that have numbers must have all from 0.",
     )
     template: Literal["alpaca", "alpaca_short"] = Field(
         "alpaca", description="Layout of alpaca rows; `alpaca_short` leaves out the preamble."
     )
     max_length: PositiveInt | None = Field(
         None,
-        description="Longest row, in tokens. If not given: what the base's context leaves beside "
-        "the method's virtual tokens, at most 2,048.",
+        description="Longest row, in tokens; of an encoder-decoder, longest source and longest "
+        "target. If not given: what the base's context leaves beside the method's virtual tokens, "
+        "at most 2,048.",
     )
     over_long: Literal["truncate", "drop", "fail"] = Field(
         "truncate", description="What becomes of a longer row; counted in the log."
@@ -71,12 +82,16 @@ class EvaluationSpec(Spec):
         None, description="Optimiser steps between evaluations; there is always one at the end."
     )
     generations: NonNegativeInt = Field(
-        8, description="Validation rows answered greedily, for exact match and ROUGE-L."
+        8,
+        description="Validation rows answered greedily, for exact match and ROUGE-L; a classifier "
+        "answers all.",
     )
     max_new_tokens: PositiveInt = Field(64, description="Longest answer, in tokens.")
     shown: NonNegativeInt = Field(2, description="Answers printed in the log each time.")
-    best: Literal["loss", "exact_match", "rouge_l", "none"] = Field(
-        "loss", description="By what the published weights are chosen; `none` takes the last ones."
+    best: Literal["loss", "exact_match", "rouge_l", "accuracy", "macro_f1", "none"] = Field(
+        "loss",
+        description="By what the published weights are chosen; `none` takes the last ones. A "
+        "classifier has accuracy and macro F1, other tasks have exact match and ROUGE-L.",
     )
     patience: PositiveInt | None = Field(
         None, description="Evaluations without a better one after which training ends early."

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import DataError
+from cluster.tasks import Task
 from training.data_spec import EvaluationSpec
 from training.rows import IGNORE, Row, TokenRows
 from training.step import Continuation, collate
@@ -30,13 +31,16 @@ _SHOWN_CHARACTERS = 160
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation after `step` updates. `loss` is the mean over all label tokens; the shares
-    `exact_match` and `rouge_l` are over the answered rows, None if there are none."""
+    """One evaluation after `step` updates. `loss` is the mean over all label tokens, or all rows
+    of a classifier; the shares `exact_match` and `rouge_l` are over the answered rows, None if
+    there are none; `accuracy` and `macro_f1` are a classifier's, over all rows."""
 
     step: int
     loss: float
     exact_match: float | None = None
     rouge_l: float | None = None
+    accuracy: float | None = None
+    macro_f1: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -45,6 +49,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         text = f"evaluation at step {self.step}  loss {self.loss:.4f}  "
+        if self.accuracy is not None and self.macro_f1 is not None:
+            return text + f"accuracy {self.accuracy:.1%}  macro F1 {self.macro_f1:.3f}"
         text += f"perplexity {self.perplexity:.2f}"
         if self.exact_match is not None and self.rouge_l is not None:
             text += f"  exact match {self.exact_match:.1%}  ROUGE-L {self.rouge_l:.3f}"
@@ -100,10 +106,12 @@ def rouge_l(given: str, expected: str) -> float:
     return 2 * lengths[-1] / (len(one) + len(other))
 
 
-def question_of(row: Row) -> tuple[list[int], list[int]] | None:
-    """(prompt, answer) ids of a row: its last learned part and all before it, or None where
-    nothing is before it."""
+def question_of(row: Row, task: Task = "causal_lm") -> tuple[list[int], list[int]] | None:
+    """(prompt, answer) ids of a row: of a causal LM its last learned part and all before it, or
+    None where nothing is before it."""
     ids, labels = row
+    if task == "seq_2_seq_lm":
+        return ids, labels
     end = len(ids)
     while end and labels[end - 1] == IGNORE:
         end -= 1
@@ -117,6 +125,8 @@ class Evaluator:
     """Evaluates one run on one worker. `history` and `best` are what a checkpoint keeps of it.
 
     Args:
+        task: What the rows are; those of a classifier have an Evaluator of their own.
+        collate: Makes a batch of some of them.
         precision: Makes the scope that a forward pass runs in.
         room: Longest prompt and answer together, in tokens; None if the base sets no limit.
         is_sharded: Every forward is collective (ZeRO 3).
@@ -128,6 +138,8 @@ class Evaluator:
         rows: TokenRows,
         tokenizer: Any,
         *,
+        task: Task = "causal_lm",
+        collate: Callable[[Sequence[Row], torch.device], Any] = collate,
         batch_rows: int,
         rank: int,
         world_size: int,
@@ -140,6 +152,8 @@ class Evaluator:
     ) -> None:
         self.spec, self.history, self.best = spec, list(history), dict(best or {})
         self._rows, self._tokenizer = rows, tokenizer
+        self._task: Task = task
+        self._collate = collate
         self._rank, self._world_size, self._device = rank, world_size, device
         self._precision, self._is_sharded = precision, is_sharded
         order = np.argsort(rows.lengths, kind="stable")
@@ -152,15 +166,8 @@ class Evaluator:
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            loss = self._loss(model)
-            answers = self._answers(model)
+            found, answers = self._measured(model, step)
         model.train(was_training)
-        shares: list[float] = []
-        if answers:
-            matches = [answer.given == answer.expected for answer in answers]
-            likeness = [rouge_l(answer.given, answer.expected) for answer in answers]
-            shares = [sum(values) / len(answers) for values in (matches, likeness)]
-        found = Evaluation(step, loss, *shares)
         self.history.append(found)
         return found, answers
 
@@ -179,15 +186,28 @@ class Evaluator:
         """Whether training should end early."""
         return is_over(self.history, self.spec)
 
+    def _measured(self, model: Any, step: int) -> tuple[Evaluation, list[Answer]]:
+        loss, answers = self._loss(model), self._answers(model)
+        shares: list[float] = []
+        if answers:
+            matches = [answer.given == answer.expected for answer in answers]
+            likeness = [rouge_l(answer.given, answer.expected) for answer in answers]
+            shares = [sum(values) / len(answers) for values in (matches, likeness)]
+        return Evaluation(step, loss, *shares), answers
+
     def _loss(self, model: Any) -> float:
         losses = torch.zeros(len(self._batches), dtype=torch.float64)
         for index, mine in self._turns(len(self._batches)):
-            batch = collate([self._rows.row(int(i)) for i in self._batches[index]], self._device)
+            batch = self._batch(index)
             with self._precision():
                 loss = model(batch)
             if mine:
                 losses[index] = loss.double().cpu()
         return float(self._summed(losses).sum()) / max(1, self._label_tokens)
+
+    def _batch(self, index: int) -> Any:
+        rows = [self._rows.row(int(i)) for i in self._batches[index]]
+        return self._collate(rows, self._device)
 
     def _answers(self, model: Any) -> list[Answer]:
         ids = torch.zeros((len(self._questions), self.spec.max_new_tokens), dtype=torch.int64)
@@ -252,7 +272,7 @@ class Evaluator:
         if not self.spec.generations:
             return found
         for index in np.argsort(self._rows.hashes, kind="stable"):
-            question = question_of(self._rows.row(int(index)))
+            question = question_of(self._rows.row(int(index)), self._task)
             length = len(question[0]) + self.spec.max_new_tokens if question else 0
             if question and (room is None or length <= room):
                 found.append(question)

@@ -63,7 +63,7 @@ def run_job(run: Run) -> list[AdapterVersion]:
         """`_prepare_tokens`, once for all adapters of the same rows."""
         key = data.model_dump_json()
         if key not in known:
-            known[key] = _prepare_tokens(data, run.spec.base_model, store)
+            known[key] = _prepare_tokens(run.spec, data, store)
         return known[key]
 
     prepared = {name: _prepare(run, own, tokens_of) for name, own in run.spec.each().items()}
@@ -121,31 +121,32 @@ def _check_all_ended_well(run: Run, failed: Mapping[str, str]) -> None:
     raise JobFailedError("\n".join(lines))
 
 
-def _prepare_tokens(data: DataSpec, base_model: str, store: Store) -> tuple[str, DataReport]:
+def _prepare_tokens(spec: TrainingSpec, data: DataSpec, store: Store) -> tuple[str, DataReport]:
     """The fingerprint of the tokenised rows in the store, which are made now unless they are
     there already, and what became of the rows. Tells both."""
-    found = fingerprint(data, base_model)
+    found = fingerprint(data, spec.base_model, spec.task)
     key = f"{_tokens_key(found)}/{_REPORT}"
     if store.exists(key):
         raw = json.loads(store.read(key))
         report = DataReport(**raw | {"shown": tuple(raw["shown"])})
         report.check(data.lint, data.train)
     else:
-        report = _tokenize_into(store, _tokens_key(found), data, base_model)
+        report = _tokenize_into(store, _tokens_key(found), spec, data)
     print(f"data: {data.train}: {report.summary()}", flush=True)
     for number, text in enumerate(report.shown):
         print(f"row {number}, what is learned in ⟦⟧: {text}", flush=True)
     return found, report
 
 
-def _tokenize_into(store: Store, key: str, data: DataSpec, base_model: str) -> DataReport:
+def _tokenize_into(store: Store, key: str, spec: TrainingSpec, data: DataSpec) -> DataReport:
     from cluster.base_model import load_tokenizer
 
     def tell(done: int, rows: int) -> None:
         print(f"data: {done:,} of {rows:,} rows tokenised", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        report = tokenize(data, load_tokenizer(base_model), Path(folder), on_progress=tell)
+        tokenizer = load_tokenizer(spec.base_model)
+        report = tokenize(data, tokenizer, Path(folder), spec.task, on_progress=tell)
         parts = {part.name: part.read_bytes for part in sorted(Path(folder).iterdir())}
         parts[_REPORT] = lambda: _json_bytes(asdict(report))  # last: it makes the others count
         for name, read in parts.items():

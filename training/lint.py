@@ -6,7 +6,7 @@ Knows tokens and counts; who reads the files is training.data.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,14 +15,12 @@ import numpy as np
 from cluster.base_model import encode_prompt
 from cluster.errors import DataError
 from training.data_spec import LintSpec
-from training.rows import IGNORE
 
 _SHOWN_ROWS = 3
-_SHOWN_CHARACTERS = 240
 # Cause -> what to do about it; the causes are LintSpec's fields and DataReport's counts.
 _REMEDIES = {
     "empty": "fill or delete those rows",
-    "without_label": "look at the response column, and at data.max_length",
+    "without_label": "look at the response or label column, and at data.max_length",
     "truncated": "raise data.max_length",
     "dropped": "raise data.max_length",
     "duplicate": "delete the repetitions",
@@ -85,30 +83,39 @@ class Linter:
     """Counts row after row; holds eight bytes of each, by which repetitions are told."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
         self._bos: int | None = tokenizer.bos_token_id
-        self._eos: int = tokenizer.eos_token_id
+        self._eos: int | None = tokenizer.eos_token_id
         opening = encode_prompt(tokenizer, "a")
         self._opens = self._bos is not None and opening[:1] == [self._bos]
         self._hashes = array("Q")
         self._shown: list[str] = []
         self.counts = dict.fromkeys((*_REMEDIES, "kept", "tokens", "label_tokens"), 0)
 
-    def look(self, ids: Sequence[int], labels: Sequence[int], response: str, hashed: int) -> None:
-        """Count what is wrong with a whole row, before any cut; `hashed` is its `row_hash`."""
-        if len(self._shown) < _SHOWN_ROWS:
-            self._shown.append(marked(ids, labels, self._tokenizer))
-        learned = [label for label in labels if label != IGNORE]
+    def look(
+        self, ids: Sequence[int], learned: Sequence[int] | None, response: str, hashed: int
+    ) -> None:
+        """Count what is wrong with a whole row, before any cut.
+
+        Args:
+            learned: The tokens that it teaches to write; None for a row that teaches a class.
+            response: The text without which it is empty.
+            hashed: Its `row_hash`.
+        """
         self._hashes.append(hashed)
         found = {
             "empty": not response.strip(),
-            "missing_bos": self._opens and ids[0] != self._bos,
+            "missing_bos": self._opens and list(ids[:1]) != [self._bos],
             "doubled_bos": self._bos is not None and list(ids[:2]) == [self._bos] * 2,
             "missing_eos": bool(learned) and self._eos not in learned,
-            "doubled_eos": learned[-2:] == [self._eos] * 2,
+            "doubled_eos": learned is not None and list(learned[-2:]) == [self._eos] * 2,
         }
         for cause, is_so in found.items():
             self.counts[cause] += is_so
+
+    def show(self, text: Callable[[], str]) -> None:
+        """Keep a row's text, if it is one of the first."""
+        if len(self._shown) < _SHOWN_ROWS:
+            self._shown.append(text())
 
     def report(self) -> DataReport:
         """All counts, at the end of the rows."""
@@ -116,19 +123,3 @@ class Linter:
         unique = len(np.unique(np.frombuffer(self._hashes, np.uint64))) if rows else 0
         counts = self.counts | {"duplicate": rows - unique}
         return DataReport(rows=rows, shown=tuple(self._shown), **counts)
-
-
-def marked(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> str:
-    """A row's text on one line, what is learned of it in ⟦ ⟧; long parts are cut in the middle."""
-    text, start = "", 0
-    while start < len(ids):
-        learned, end = labels[start] != IGNORE, start
-        while end < len(ids) and (labels[end] != IGNORE) == learned:
-            end += 1
-        part = tokenizer.decode(list(ids[start:end])).replace("\n", "↵")
-        if len(part) > _SHOWN_CHARACTERS:
-            half = _SHOWN_CHARACTERS // 2
-            part = f"{part[:half]} … {part[-half:]}"
-        text += f"⟦{part}⟧" if learned else part
-        start = end
-    return text

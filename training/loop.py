@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from training.evaluation import Answer, Evaluation, Evaluator
 from training.methods.course import Course
 from training.rows import IGNORE, TokenRows, epoch_batches, micro_batches
 from training.spec import OptimizerSpec, TrainingSpec
-from training.step import Batch, collate
+from training.tasks import TASK_PARTS
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class _Stepper:
         taken = self._plan.rows_of(step)
         label_count = int(rows.label_counts[taken].sum())
         for part in micro_batches(taken, place.rank, place.world_size, self._accumulation):
-            batch = _load(rows, part, place.device)
+            batch = _load(spec, rows, part, place.device)
             loss = yield MicroBatch(batch, partial(self._share, label_count))
             self._meter.add_loss(loss)
         grad_norm = backend.finish_step()
@@ -310,9 +310,10 @@ class _Meter:
         )
 
 
-def _load(rows: TokenRows, part: np.ndarray, device: torch.device) -> Batch:
+def _load(spec: TrainingSpec, rows: TokenRows, part: np.ndarray, device: torch.device) -> Any:
     """The rows of a micro-batch. A worker that has none left still takes part in the collective
     calls of the step, with one row of which nothing is learned."""
+    collate = TASK_PARTS[spec.task].collate
     if len(part):
         return collate([rows.row(int(i)) for i in part], device)
     ids, labels = rows.row(int(rows.lengths.argmin()))

@@ -20,7 +20,7 @@ from training.spec import TrainingSpec
 # What makes the checkpoint fit, each row be seen once an epoch, and the best weights be the best.
 # The rest may change: a lower learning rate or bf16 is what the job's own error may ask for.
 FIXED = (
-    "base_model", "quantization", "method", "data", "batch_size", "seed", "evaluation",
+    "base_model", "task", "quantization", "method", "data", "batch_size", "seed", "evaluation",
     "output.store",
 )  # fmt: skip
 

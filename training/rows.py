@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.ipc
 
 from cluster.errors import DataError
+from cluster.tasks import Task
 
 IGNORE = -100
 # Batches are formed of rows of like length among so many batches' worth of shuffled rows.
@@ -31,6 +31,7 @@ _SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
         ("label_count", pa.int32()),
+        ("length", pa.int32()),
         ("row_hash", pa.uint64()),
     ]
 )
@@ -39,19 +40,34 @@ Row = tuple[list[int], list[int]]
 
 def row_hash(ids: Sequence[int], labels: Sequence[int]) -> int:
     """64 bits that tell a row from others by its tokens and by what is learned of it."""
-    both = np.array([ids, labels], dtype="<i4").tobytes()
-    return int.from_bytes(hashlib.blake2b(both, digest_size=8).digest(), "little")
+    both = np.array([*ids, *labels], dtype="<i4").tobytes()
+    border = b"" if len(ids) == len(labels) else len(ids).to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(both, digest_size=8, key=border).digest(), "little")
 
 
-def count_learned(labels: Sequence[int]) -> int:
-    """Label tokens of a row; the first token is predicted from nothing, so it teaches nothing."""
-    return sum(label != IGNORE for label in labels[1:])
+def count_learned(labels: Sequence[int], task: Task = "causal_lm") -> int:
+    """Label tokens of a row, or the one class of it; a causal LM's first token is predicted from
+    nothing, so it teaches nothing."""
+    learned = labels[1:] if task == "causal_lm" else labels
+    return sum(label != IGNORE for label in learned)
+
+
+def count_tokens(ids: Sequence[int], labels: Sequence[int], task: Task = "causal_lm") -> int:
+    """Tokens that a row's forward pass computes: an encoder-decoder's target has its own."""
+    return len(ids) + (len(labels) if task == "seq_2_seq_lm" else 0)
 
 
 def write_rows(
-    rows: Iterator[tuple[list[int], list[int], int]], folder: Path, part_bytes: int = _PART_BYTES
+    rows: Iterator[tuple[list[int], list[int], int]],
+    folder: Path,
+    part_bytes: int = _PART_BYTES,
+    task: Task = "causal_lm",
 ) -> None:
-    """Write (ids, labels, `row_hash`) rows into `folder`, in files of about `part_bytes` each."""
+    """Write (ids, labels, `row_hash`) rows into `folder`, in files of about `part_bytes` each.
+
+    Labels lie beside the ids of a causal LM; an encoder-decoder's are the target's own ids, and a
+    classifier's one is the number of the class.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     chunks = iter(lambda: list(islice(rows, _CHUNK_ROWS)), [])
     for number in count():
@@ -61,13 +77,15 @@ def write_rows(
         path = str(folder / f"{number:05d}.arrow")
         with pa.OSFile(path, "wb") as sink, pyarrow.ipc.new_stream(sink, _SCHEMA) as writer:
             while chunk is not None:
-                writer.write_table(_table(chunk))
+                writer.write_table(_table(chunk, task))
                 chunk = next(chunks, None) if sink.tell() < part_bytes else None
 
 
-def _table(chunk: Sequence[tuple[list[int], list[int], int]]) -> pa.Table:
+def _table(chunk: Sequence[tuple[list[int], list[int], int]], task: Task) -> pa.Table:
     ids, labels, hashes = zip(*chunk, strict=True)
-    return pa.table([ids, labels, [count_learned(row) for row in labels], hashes], schema=_SCHEMA)
+    counts = [count_learned(row, task) for row in labels]
+    lengths = [count_tokens(*row, task) for row in zip(ids, labels, strict=True)]
+    return pa.table([ids, labels, counts, lengths, hashes], schema=_SCHEMA)
 
 
 class TokenRows:
@@ -96,11 +114,11 @@ class TokenRows:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64 [rows]."""
-        return self._column(pc.call_function("list_value_length", [self._table["input_ids"]]))
+        return self._column(self._table["length"])
 
     @cached_property
     def label_counts(self) -> np.ndarray:
-        """Learned tokens of each row, the first excepted, int64 [rows]."""
+        """What `count_learned` counts of each row, int64 [rows]."""
         return self._column(self._table["label_count"])
 
     @property

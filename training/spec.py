@@ -17,8 +17,10 @@ from pydantic import (
 from cluster.errors import SpecError
 from cluster.quantization import QuantizationSpec
 from cluster.spec import Name, Spec, StoreUri, merged, parse_spec
+from cluster.tasks import Task
 from training.data_spec import DataSpec, EvaluationSpec
 from training.method_spec import MethodSpec, ProxyTuningSpec, needs_whole_weights
+from training.task_spec import check_task
 from training.tracking_spec import TrackingSpec
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -129,7 +131,16 @@ class AdapterSpec(Spec):
 class TrainingSpec(Spec):
     """One training job: base model, method, data, output."""
 
-    base_model: str = Field(description="Folder of a transformers causal LM, seen by every node.")
+    base_model: str = Field(
+        description="Folder of a transformers model that fits `task`, seen by every node."
+    )
+    task: Task = Field(
+        "causal_lm",
+        description="What the base learns to do. `causal_lm`: to go on with a prompt; "
+        "`seq_2_seq_lm`: the same by an encoder-decoder (T5, mT5, BART, …); "
+        "`sequence_classification`: to tell which of the classes a text is of, by an encoder "
+        "(BERT, RoBERTa, …) or a causal LM with a head that every method trains and saves.",
+    )
     method: MethodSpec = Field(description="How the adapter is built, by `kind`.")
     data: DataSpec = Field(description="The rows.")
     output: OutputSpec = Field(description="Where the adapter goes.")
@@ -219,6 +230,17 @@ class TrainingSpec(Spec):
     def _validated(self) -> TrainingSpec:
         if self.data.validation is None and self.evaluation != EvaluationSpec.model_validate({}):
             raise ValueError("evaluation needs data.validation: a path, or a share of the rows")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> TrainingSpec:
+        check_task(self.task, self.method.kind, self.data, self.evaluation)
+        if self.adapters and self.task != "causal_lm":
+            raise ValueError(f"adapters: task {self.task} trains one at a time; give method")
+        if self.quantization is not None and self.task != "causal_lm":
+            raise ValueError(
+                f"quantization: task {self.task} trains over a plain base alone; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

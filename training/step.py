@@ -27,8 +27,8 @@ from training.rows import IGNORE
 
 # Rows of logits that exist at once: 128 x 128,000 in float32 are 64 MiB.
 _LOGIT_ROWS = 128
-_PROBE_LENGTHS = (5, 9, 2)
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+PROBE_LENGTHS = (5, 9, 2)
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -141,37 +141,43 @@ class LossModel(torch.nn.Module):
             ids_BL[row, : end - start] = batch.ids_T[start:end]
             targets_BL[row, : end - start] = batch.targets_T[start:end]
             mask_BL[row, : end - start] = 1
-        with _HeadAt(self._base, targets_BL != IGNORE, whole=not self.has_plain_head) as head:
+        with HeadAt(self._base, targets_BL != IGNORE, whole=not self.has_plain_head) as head:
             logits = self.model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
         return head.hidden_NH, logits
 
     def _run_packed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for rows end to end; soft prompts are put in front of each row here."""
+        """The same for rows end to end."""
+        model, inputs, layout = self._packed_inputs(batch)
+        chosen_T = batch.targets_T != IGNORE
+        if (grown := layout.bounds[0][1] - batch.bounds[0][1]) > 0:
+            chosen_T = _in_front(chosen_T.new_zeros(grown), chosen_T, batch.bounds)
+        with (
+            packed(layout),
+            HeadAt(self._base, chosen_T[None], whole=not self.has_plain_head) as head,
+        ):
+            logits = model(**inputs, use_cache=False).logits
+        return head.hidden_NH, logits
+
+    def _packed_inputs(self, batch: Batch) -> tuple[Any, dict[str, torch.Tensor], Layout]:
+        """(the module to run, its inputs, where each row lies); soft prompts are put in front of
+        each row here."""
         inputs: dict[str, torch.Tensor] = {"input_ids": batch.ids_T[None]}
-        chosen_T, bounds = batch.targets_T != IGNORE, batch.bounds
-        layout, model, first = Layout(bounds), self.model, 0
+        layout, model, first = Layout(batch.bounds), self.model, 0
         if self._soft_prompt is not None:
             prompt: Any = self.model.get_prompt(1)  # type: ignore[operator]
             model = self._base
             if self._soft_prompt == "PREFIX_TUNING":
                 prefix = prefix_of(prompt)
-                layout, first = Layout(bounds, prefix), prefix[0][0].shape[2]
+                layout, first = Layout(batch.bounds, prefix), prefix[0][0].shape[2]
             else:
                 embeddings_TH = self._base.get_input_embeddings()(batch.ids_T)
-                inputs = {"inputs_embeds": _in_front(prompt[0], embeddings_TH, bounds)[None]}
-                chosen_T = _in_front(chosen_T.new_zeros(prompt.shape[1]), chosen_T, bounds)
-                layout = Layout(_grown(bounds, prompt.shape[1]))
+                inputs = {"inputs_embeds": _in_front(prompt[0], embeddings_TH, batch.bounds)[None]}
+                layout = Layout(_grown(batch.bounds, prompt.shape[1]))
         positions_T = torch.cat(
             [torch.arange(first, first + end - start) for start, end in layout.bounds]
         )
-        with (
-            packed(layout),
-            _HeadAt(self._base, chosen_T[None], whole=not self.has_plain_head) as head,
-        ):
-            logits = model(
-                **inputs, position_ids=positions_T.to(chosen_T.device)[None], use_cache=False
-            ).logits
-        return head.hidden_NH, logits
+        inputs["position_ids"] = positions_T.to(batch.ids_T.device)[None]
+        return model, inputs, layout
 
     def _next_logits(self, row: Continuation) -> torch.Tensor:
         is_fresh, model = row.cache is None, self.model
@@ -189,7 +195,7 @@ class LossModel(torch.nn.Module):
                 inputs["inputs_embeds"] = torch.cat([prompt, embeddings_1TH], 1)
                 del inputs["input_ids"]
         last = torch.ones((1, 1), dtype=torch.bool, device=device)
-        with self._unpacked(), _HeadAt(self._base, last, whole=True):
+        with self._unpacked(), HeadAt(self._base, last, whole=True):
             output = model(**inputs, use_cache=True)
         row.cache = getattr(output, "past_key_values", None)
         return output.logits.flatten()
@@ -232,29 +238,42 @@ class LossModel(torch.nn.Module):
             self._compare(parameter, is_sharded)
 
     def _compare(self, parameter: torch.Tensor, is_sharded: bool) -> None:
-        rows = [([n + i for i in range(n)], [n + i for i in range(n)]) for n in _PROBE_LENGTHS]
+        rows = [([n + i for i in range(n)], [n + i for i in range(n)]) for n in PROBE_LENGTHS]
         batch = collate(rows, parameter.device)
         was_training = self.training
         self.eval()
+        hidden_NH = self._compare_head(batch, is_sharded)
+        with self._packing():
+            packed_NH, _ = self._run_packed(batch)
+            scale = float(hidden_NH.abs().max())
+            difference = (packed_NH - hidden_NH).abs().max() / max(1e-6, scale)
+            self.is_packed = bool(difference <= TOLERANCE[parameter.dtype])
+        self.train(was_training)
+
+    def _compare_head(self, batch: Any, is_sharded: bool) -> torch.Tensor:
+        """Set `has_plain_head`; returns the padded pass's hidden states [N, H]."""
         hidden_NH, expected_NV = self._run(batch)
-        tolerance = _TOLERANCE[parameter.dtype] * max(1e-6, float(expected_NV.abs().max()))
+        dtype = self._base.get_input_embeddings().weight.dtype
+        tolerance = TOLERANCE[dtype] * max(1e-6, float(expected_NV.abs().max()))
         head = self._base.get_output_embeddings()
         if not is_sharded:
             difference = (head(hidden_NH) - expected_NV).abs().max()
             self.has_plain_head = bool(difference <= tolerance)
+        return hidden_NH
+
+    @contextmanager
+    def _packing(self) -> Generator[None]:
+        """A scope that tries packing: the base stays so if `is_packed` is true at its end. What a
+        base raises that cannot be packed ends it."""
         self._own_attention = self._base.config._attn_implementation
         try:
             self._base.set_attn_implementation(NAME)
             self.is_packed = True
-            packed_NH, _ = self._run_packed(batch)
-            scale = float(hidden_NH.abs().max())
-            difference = (packed_NH - hidden_NH).abs().max() / max(1e-6, scale)
-            self.is_packed = bool(difference <= _TOLERANCE[parameter.dtype])
+            yield
         except (BaseModelError, ValueError, RuntimeError, TypeError, AttributeError):
             self.is_packed = False
         if not self.is_packed:
             self._base.set_attn_implementation(self._own_attention)
-        self.train(was_training)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -311,7 +330,7 @@ class HeadLoss(torch.autograd.Function):
         return first, None, None, *others
 
 
-class _HeadAt:
+class HeadAt:
     """The scope of a forward pass in which the output embedding sees label positions alone.
 
     `hidden_NH` is what it would have seen. Unless `whole`, it gets only the first of them, to
@@ -325,7 +344,7 @@ class _HeadAt:
         self._chosen_BT, self._whole = chosen_BT, whole
         self._head = base.get_output_embeddings()
 
-    def __enter__(self) -> _HeadAt:
+    def __enter__(self) -> HeadAt:
         self._hook = self._head.register_forward_pre_hook(self._select)
         return self
 

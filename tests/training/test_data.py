@@ -13,8 +13,9 @@ from conftest import byte_tokenizer
 
 from cluster.errors import DataError
 from cluster.tables import stream_rows, write_table
-from training.data import fingerprint, render_alpaca, tokenize
+from training.data import fingerprint, tokenize
 from training.data_spec import DataSpec, LintSpec
+from training.encoding import render_alpaca
 from training.formats import detect_format, iterate_rows
 from training.lint import DataReport
 from training.rows import (

@@ -19,7 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from cluster.adapter_folder import CONFIG, WEIGHTS, open_adapter_folder
 from cluster.errors import AdapterError, SpecError
+from cluster.tasks import peft_task_type
 from training.method_spec import BitFitSpec
+from training.methods.head import head_tensors, is_of_head, load_head, train_head
 from training.methods.layernorm import norm_modules
 from training.methods.targets import is_targeted
 
@@ -40,6 +42,7 @@ _WIDENING = {
     "w1",
     "w3",
     "lin1",
+    "intermediate.dense",
 }
 _KEY = re.compile(r"base_model\.model\.(.+)\.bias")
 
@@ -61,6 +64,7 @@ def attach(model: Any, spec: BitFitSpec, base_path: str) -> torch.nn.Module:
         )
     for module in chosen.values():
         _trainable_bias(module)
+    train_head(model)
     model.config._name_or_path = base_path
     return model
 
@@ -70,17 +74,18 @@ def save(model: Any, folder: Path) -> None:
     biases = {
         name: parameter.detach().float().cpu().contiguous()
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        if parameter.requires_grad and not is_of_head(model, name)
     }
     config = {
         "peft_type": PEFT_TYPE,
         "graft_schema": SCHEMA,
-        "task_type": "CAUSAL_LM",
+        "task_type": peft_task_type(model),
         "base_model_name_or_path": model.config._name_or_path,
         "target_modules": sorted(name.removesuffix(".bias") for name in biases),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({f"base_model.model.{n}": b for n, b in biases.items()}, folder / WEIGHTS)
+    tensors = {f"base_model.model.{n}": b for n, b in biases.items()} | head_tensors(model)
+    save_file(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
 
@@ -89,7 +94,7 @@ def load(model: Any, folder: Path) -> torch.nn.Module:
     opened = open_adapter_folder(folder)
     modules: Mapping[str, torch.nn.Module] = dict(model.named_modules())
     with torch.no_grad():
-        for key, value in load_file(folder / WEIGHTS).items():
+        for key, value in load_head(model, load_file(folder / WEIGHTS)).items():
             match = _KEY.fullmatch(key)
             module = modules.get(match[1]) if match else None
             if module is None:
@@ -101,13 +106,15 @@ def load(model: Any, folder: Path) -> torch.nn.Module:
 def biasable_modules(model: Any) -> dict[str, torch.nn.Module]:
     """Modules whose output a bias can shift: linear ones, and any that has a bias already.
 
-    The output embedding is left out: its bias would shift the vocabulary, not a feature.
+    The output embedding is left out: its bias would shift the vocabulary, not a feature. So is a
+    classifier's head, which is trained whole.
     """
     head = model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
         if module is not head
+        and not is_of_head(model, name)
         and (
             isinstance(module, (torch.nn.Linear, Conv1D))
             or isinstance(getattr(module, "bias", None), torch.nn.Parameter)
@@ -123,7 +130,7 @@ def _subset(model: Any, spec: BitFitSpec, base_path: str) -> dict[str, torch.nn.
     elif spec.subset == "query_mlp":
         kinds = {"query": _QUERY, "widening MLP layer": _WIDENING}
         wanted = {
-            kind: [name for name in modules if name.rsplit(".", 1)[-1] in names]
+            kind: [n for n in modules if any(f".{n}".endswith(f".{last}") for last in names)]
             for kind, names in kinds.items()
         }
         missing = next((part for part, found in wanted.items() if not found), None)

@@ -13,7 +13,7 @@ adapter_model.safetensors with `base_model.model.<module>.bottleneck.{down,up}.{
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from cluster.adapter_folder import CONFIG, WEIGHTS, open_adapter_folder
 from cluster.errors import AdapterError, SpecError
+from cluster.tasks import peft_task_type
 from training.method_spec import BottleneckSpec
+from training.methods.head import head_tensors, is_of_head, load_head, train_head
 
 PEFT_TYPE = "BOTTLENECK"
 SCHEMA = 1
@@ -32,6 +34,14 @@ _NAME = "bottleneck"
 _ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense")
 _FEED_FORWARD = ("mlp", "feed_forward", "ffn")
 _FEED_FORWARD_OUT = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "fc_out")
+# Where these lie deeper, in T5 and its like (a decoder's block has cross-attention between the two)
+# and in BERT and its like.
+_NESTED_ATTENTION_OUT = ("layer.0.SelfAttention.o", "attention.output.dense")
+_NESTED_FEED_FORWARD = (
+    ("layer.2.DenseReluDense", "layer.2.DenseReluDense.wo"),
+    ("layer.1.DenseReluDense", "layer.1.DenseReluDense.wo"),
+    ("intermediate.dense", "output.dense"),
+)
 _ACTIVATIONS = {
     "relu": torch.nn.functional.relu,
     "gelu": torch.nn.functional.gelu,
@@ -70,51 +80,79 @@ def attach(model: Any, spec: BottleneckSpec, base_path: str) -> torch.nn.Module:
         with torch.device(device):
             block = Bottleneck(hidden, width, spec.activation, spec.scaling)
         _put(model, module_name, source_name, block)
+    train_head(model)
     model.config._name_or_path = base_path
     model.bottleneck_inputs = {m: s for m, s in places.items() if s is not None}
     return model
 
 
 def _places(model: Any, placement: str, base_path: str) -> Iterator[tuple[str, str | None]]:
-    """(module whose output is changed, module whose input is read or None for that output)."""
-    count = model.config.get_text_config().num_hidden_layers
-    for list_name, layers in model.named_modules():
-        if not isinstance(layers, torch.nn.ModuleList) or len(layers) != count:
-            continue
-        for index, layer in enumerate(layers):
-            name = f"{list_name}.{index}"
-            found = _attention_out(layer), *_feed_forward(layer)
-            if None in found:
-                break
-            attention, source, output = found
+    """(module whose output is changed, module whose input is read or None for that output), in
+    every layer of the base; of an encoder-decoder, of both its stacks."""
+    found = False
+    for stack in _stacks(model):
+        for name, (attention, source, output) in stack.items():
+            found = True
             if placement == "houlsby":
                 yield f"{name}.{attention}", None
             yield f"{name}.{output}", f"{name}.{source}" if placement == "parallel" else None
-        else:
-            return
-    raise SpecError(
-        f"method: the attention and feed-forward of {base_path} ({type(model).__name__}) are not "
-        "found by the names that other families give them; use lora or ia3, which name modules"
-    )
+    if not found:
+        raise SpecError(
+            f"method: the attention and feed-forward of {base_path} ({type(model).__name__}) are "
+            "not found by the names that other families give them; use lora or ia3, which name "
+            "modules"
+        )
+
+
+def _stacks(model: Any) -> Iterator[dict[str, tuple[str, str, str]]]:
+    """Each stack of layers: a layer's name -> where in it attention ends, and whose input and
+    output the feed-forward's are."""
+    config = model.config.get_text_config()
+    counts = {config.num_hidden_layers}
+    if config.is_encoder_decoder:
+        names = ("encoder_layers", "decoder_layers", "num_decoder_layers")
+        counts |= {getattr(config, name, None) for name in names}
+    for list_name, layers in model.named_modules():
+        if not isinstance(layers, torch.nn.ModuleList) or len(layers) not in counts:
+            continue
+        found = [(_attention_out(layer), *_feed_forward(layer)) for layer in layers]
+        stack = {
+            f"{list_name}.{index}": (attention, source, output)
+            for index, (attention, source, output) in enumerate(found)
+            if attention and source and output
+        }
+        if len(stack) == len(layers):
+            yield stack
+            if not config.is_encoder_decoder:
+                return
 
 
 def _attention_out(layer: torch.nn.Module) -> str | None:
     for name, child in layer.named_children():
         if "Attention" in type(child).__name__:
             last = next((n for n in _ATTENTION_OUT if hasattr(child, n)), None)
-            return None if last is None else f"{name}.{last}"
-    return None
+            return _nested(layer, _NESTED_ATTENTION_OUT) if last is None else f"{name}.{last}"
+    return _nested(layer, _NESTED_ATTENTION_OUT)
 
 
 def _feed_forward(layer: torch.nn.Module) -> tuple[str | None, str | None]:
     """(whose input, whose output) the feed-forward's are. A mixture of experts is one module."""
     if hasattr(layer, "fc1") and hasattr(layer, "fc2"):
         return "fc1", "fc2"
+    for source, output in _NESTED_FEED_FORWARD:
+        if _nested(layer, (source,)) and _nested(layer, (output,)):
+            return source, output
     name = next((n for n in _FEED_FORWARD if hasattr(layer, n)), None)
     if name is None:
         return None, None
     last = next((n for n in _FEED_FORWARD_OUT if hasattr(getattr(layer, name), n)), None)
     return name, name if last is None else f"{name}.{last}"
+
+
+def _nested(layer: torch.nn.Module, paths: Iterable[str]) -> str | None:
+    """The first of the paths that leads to a module."""
+    modules = dict(layer.named_modules())
+    return next((path for path in paths if path in modules), None)
 
 
 def _put(model: torch.nn.Module, module_name: str, source_name: str | None, block: Any) -> None:
@@ -141,13 +179,14 @@ def save(model: Any, folder: Path) -> None:
     tensors = {
         _PREFIX + name: parameter.detach().float().cpu().contiguous()
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        if parameter.requires_grad and not is_of_head(model, name)
     }
+    tensors |= head_tensors(model)
     block = next(module for module in model.modules() if isinstance(module, Bottleneck))
     config = {
         "peft_type": PEFT_TYPE,
         "graft_schema": SCHEMA,
-        "task_type": "CAUSAL_LM",
+        "task_type": peft_task_type(model),
         "base_model_name_or_path": model.config._name_or_path,
         "activation": block.activation,
         "scaling": block.scale,
@@ -161,7 +200,7 @@ def save(model: Any, folder: Path) -> None:
 def load(model: Any, folder: Path) -> torch.nn.Module:
     """Put the bottlenecks of a folder onto `model`, for inference. Raises AdapterError."""
     opened = open_adapter_folder(folder)
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_head(model, load_file(folder / WEIGHTS))
     inputs: Mapping[str, str] = opened.config.get("inputs", {})
     weight = model.get_input_embeddings().weight
     for key in sorted(k for k in tensors if k.endswith(f".{_NAME}.down.weight")):

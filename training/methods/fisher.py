@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from training.method_spec import ChildTuningSpec, FishMaskSpec
 from training.methods.course import Course
-from training.methods.sparse import maskable, set_masks
+from training.methods.sparse import VALUES, maskable, set_masks
 from training.step import Batch, LossModel
 
 
@@ -39,7 +39,8 @@ class FisherCourse(Course):
 
     def prepare(self, model: LossModel, samples: Iterator[Batch]) -> None:
         """See Course. Every worker looks at the same rows; rank 0's choice is everyone's."""
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        named = model.named_parameters()
+        count = sum(p.numel() for name, p in named if name.endswith(VALUES))
         set_masks(self._found, {})
         parameters = {name: parameter for name, (parameter, _) in self._found.items()}
         scores = squared_gradients(model, parameters, islice(samples, self._num_samples))
@@ -95,6 +96,7 @@ def squared_gradients(
     for handle, parameter in zip(handles, parameters.values(), strict=True):
         handle.remove()
         parameter.requires_grad_(False)
+    model.zero_grad(set_to_none=True)  # a classifier's head has learned nothing yet
     model.train(was_training)
     return sums
 

@@ -16,8 +16,9 @@ import torch
 from cluster.base_model import encode_prompt, load_tokenizer
 from cluster.errors import SpecError
 from cluster.tables import stream_rows
-from training.data import render_row
+from cluster.tasks import peft_task_type
 from training.data_spec import DataSpec
+from training.encoding import render_row
 from training.formats import detect_format, iterate_rows
 from training.method_spec import HardPromptSpec
 
@@ -29,15 +30,20 @@ def attach(model: Any, spec: HardPromptSpec, base_path: str) -> torch.nn.Module:
     if spec.text is None:
         raise SpecError("method.text: is made of the data's rows first; see training.command")
     config = PromptTuningConfig(
-        task_type="CAUSAL_LM",
+        task_type=peft_task_type(model),
         # PEFT cuts its tokens to so many: the closing one, where there is one, goes.
         num_virtual_tokens=count_tokens(spec.text, load_tokenizer(base_path)),
+        num_transformer_submodules=1,  # an encoder-decoder's prompt is the encoder's alone
         prompt_tuning_init="TEXT",
         prompt_tuning_init_text=spec.text,
         tokenizer_name_or_path=base_path,
         base_model_name_or_path=base_path,
     )
-    return get_peft_model(model, config).requires_grad_(False)
+    adapted: Any = get_peft_model(model, config).requires_grad_(False)
+    # PEFT takes an embedding's rows, which some families' module multiplies.
+    scale = getattr(model.get_input_embeddings(), "embed_scale", 1.0)
+    adapted.prompt_encoder["default"].embedding.weight.mul_(scale)
+    return adapted
 
 
 def count_tokens(text: str, tokenizer: Any) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from cluster.errors import SpecError
+from cluster.tasks import head_modules, peft_task_type
 from training.method_spec import IA3Spec
-from training.methods.placement import linear_names
+from training.methods.placement import in_float32, linear_names
 
 
 def attach(model: Any, spec: IA3Spec, base_path: str) -> torch.nn.Module:
@@ -22,13 +23,14 @@ def attach(model: Any, spec: IA3Spec, base_path: str) -> torch.nn.Module:
     if (spec.target_modules is None) != (spec.feedforward_modules is None):
         raise SpecError("method: give target_modules and feedforward_modules both, or neither")
     config = IA3Config(
-        task_type="CAUSAL_LM",
+        task_type=peft_task_type(model),
         target_modules=list(spec.target_modules) if spec.target_modules else None,
         feedforward_modules=list(spec.feedforward_modules) if spec.feedforward_modules else None,
+        modules_to_save=list(head_modules(model)) or None,
         base_model_name_or_path=base_path,
     )
     try:
-        return get_peft_model(model, config)
+        return in_float32(get_peft_model(model, config))
     except ValueError as error:
         raise SpecError(
             f"method: PEFT refuses IA3 on {base_path} ({error}); name method.target_modules and "

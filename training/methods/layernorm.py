@@ -7,7 +7,10 @@ from typing import Any
 import torch
 
 from cluster.errors import SpecError
+from cluster.tasks import head_modules, peft_task_type
 from training.method_spec import LayerNormSpec
+from training.methods.head import is_of_head
+from training.methods.placement import in_float32
 
 
 def attach(model: Any, spec: LayerNormSpec, base_path: str) -> torch.nn.Module:
@@ -24,9 +27,10 @@ def attach(model: Any, spec: LayerNormSpec, base_path: str) -> torch.nn.Module:
     if targets == "all":
         targets = tuple(last_names)
     config = LNTuningConfig(
-        task_type="CAUSAL_LM",
+        task_type=peft_task_type(model),
         target_modules=targets if isinstance(targets, str) else list(targets),
         base_model_name_or_path=base_path,
+        modules_to_save=list(head_modules(model)) or None,
     )
     try:
         adapted: Any = get_peft_model(model, config)
@@ -41,18 +45,16 @@ def attach(model: Any, spec: LayerNormSpec, base_path: str) -> torch.nn.Module:
             f"method.target_modules: {wrong[0]!r} is no norm; the norms of {base_path} are "
             f"{', '.join(last_names)}"
         )
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return adapted
+    return in_float32(adapted)
 
 
 def norm_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The norms of `model` that have something to train, by name; families name their classes
-    alike (LayerNorm, LlamaRMSNorm, …)."""
+    """The norms of `model` that have something to train, by name, but a classifier's head's;
+    families name their classes alike (LayerNorm, LlamaRMSNorm, …)."""
     return {
         name: module
         for name, module in model.named_modules()
         if "norm" in type(module).__name__.lower()
         and next(module.parameters(recurse=False), None) is not None
+        and not is_of_head(model, name)
     }

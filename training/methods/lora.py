@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from cluster.adapter_folder import CONFIG, WEIGHTS
 from cluster.errors import SpecError
 from training.method_spec import LoraSpec
+from training.methods.head import is_of_head
 from training.methods.placement import attach_low_rank, check_patterns, peft_placement
 
 _START = "graft_start"  # of a model: its first factors, where they were taken from the base
@@ -99,7 +100,8 @@ def _check_can_take(model: Any, spec: LoraSpec) -> None:
         if type(module).__name__ not in ("Linear", "Conv1D"):
             continue
         smallest = min(module.weight.shape)
-        if rank > smallest and module is not model.get_output_embeddings():
+        is_head = module is model.get_output_embeddings() or is_of_head(model, name)
+        if rank > smallest and not is_head:
             raise SpecError(
                 f"method.r: {rank} is above what {name!r} of shape {tuple(module.weight.shape)} "
                 f"has; with init {spec.init!r} set it to at most {smallest}"

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from cluster.errors import SpecError
+from cluster.tasks import head_modules, peft_task_type
 from training.method_spec import LowRankSpec
+from training.methods.head import is_of_head
 
 # Of torch, of GPT-2, and of bitsandbytes.
 _LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
@@ -38,8 +40,9 @@ def peft_placement(model: Any, spec: LowRankSpec, base_path: str) -> dict[str, A
     _check_names("modules_to_save", spec.modules_to_save, names)
     # In full: PEFT would take `norm` for the end of `input_layernorm` too.
     saved = [n for n in names for suffix in spec.modules_to_save if f".{n}".endswith(f".{suffix}")]
+    saved += [name for name in head_modules(model) if name not in saved]
     return {
-        "task_type": "CAUSAL_LM",
+        "task_type": peft_task_type(model),
         "base_model_name_or_path": base_path,
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "exclude_modules": excluded if isinstance(excluded, str) else list(excluded) or None,
@@ -80,9 +83,14 @@ def attach_low_rank(model: Any, config: Any, spec: LowRankSpec, base_path: str) 
         raise SpecError(
             f"method.bias: {spec.bias!r}, but {base_path} has no such bias; set it to none"
         )
+    return in_float32(adapted)
+
+
+def in_float32(adapted: torch.nn.Module) -> torch.nn.Module:
+    """`adapted` with all that is trained in float32: updates of a bias or a head are far below
+    bf16's resolution."""
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            # Updates of a bias or a head are far below bf16's resolution.
             parameter.data = parameter.data.float()
     return adapted
 
@@ -115,12 +123,13 @@ def check_patterns(field: str, patterns: Iterable[str], adapted: Any) -> None:
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
-    """The distinct last names of the linear modules but the output embedding."""
+    """The distinct last names of the linear modules but the output embedding, or a classifier's
+    head."""
     whole: Any = model
     head = whole.get_output_embeddings()
     named: Mapping[str, Any] = dict(model.named_modules())
     found = (n for n, m in named.items() if type(m).__name__ in _LINEAR and m is not head)
-    return sorted({name.rsplit(".", 1)[-1] for name in found})
+    return sorted({name.rsplit(".", 1)[-1] for name in found if not is_of_head(model, name)})
 
 
 def _check_names(

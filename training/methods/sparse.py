@@ -29,13 +29,15 @@ from safetensors.torch import load_file, save_file
 from cluster.adapter_folder import CONFIG, WEIGHTS, open_adapter_folder
 from cluster.base_model import load_base
 from cluster.errors import AdapterError, SpecError
+from cluster.tasks import head_modules, peft_task_type, task_of
 from training.method_spec import ChildTuningSpec, FishMaskSpec, FullSpec
+from training.methods.head import head_tensors, is_of_head, load_head, train_head
 from training.methods.targets import is_targeted
 
 PEFT_TYPE = "SPARSE_DELTA"
 SCHEMA = 1
 _PREFIX = "base_model.model."
-_VALUES, _INDICES = "_values", "_indices"
+VALUES, _INDICES = "_values", "_indices"
 # The modules that use one parameter, and its name in each: tied parameters have several.
 _Users = Sequence[tuple[torch.nn.Module, str]]
 
@@ -61,6 +63,7 @@ def attach_masked(
         taken += own
         masks[name] = torch.arange(own) * parameter.numel() // max(1, own)
     set_masks(found, masks)
+    train_head(model)
     model.config._name_or_path = base_path
     return model
 
@@ -80,7 +83,8 @@ def attach_child(model: Any, spec: ChildTuningSpec, base_path: str) -> torch.nn.
 def maskable(
     model: torch.nn.Module, targets: str | tuple[str, ...], base_path: str
 ) -> dict[str, tuple[torch.nn.Parameter, _Users]]:
-    """The base's parameters in the targeted modules and who uses each, by first name.
+    """The base's parameters in the targeted modules and who uses each, by first name; not those
+    of a classifier's head, which are trained whole.
 
     Raises:
         SpecError: there are none.
@@ -88,8 +92,10 @@ def maskable(
     users: dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]] = defaultdict(list)
     names: dict[torch.nn.Parameter, str] = {}
     for module_name, module in model.named_modules():
+        if is_of_head(model, module_name):
+            continue
         for name, parameter in module.named_parameters(recurse=False):
-            if not name.endswith(_VALUES):
+            if not name.endswith(VALUES):
                 users[parameter].append((module, name))
                 if is_targeted(module_name, targets):
                     names.setdefault(parameter, f"{module_name}.{name}")
@@ -112,7 +118,7 @@ def set_masks(
         values_K = torch.nn.Parameter(torch.zeros(len(indices_K), device=parameter.device))
         for module, own_name in users:
             is_empty = not len(indices_K)
-            module.register_parameter(own_name + _VALUES, None if is_empty else values_K)
+            module.register_parameter(own_name + VALUES, None if is_empty else values_K)
             module.register_buffer(own_name + _INDICES, indices_K, persistent=False)
             module.forward = partial(_forward, module)
 
@@ -120,7 +126,7 @@ def set_masks(
 def _masked(module: torch.nn.Module) -> list[str]:
     """The names of the module's parameters that have values to train."""
     names = (name for name, _ in module.named_parameters(recurse=False))
-    return [name.removesuffix(_VALUES) for name in names if name.endswith(_VALUES)]
+    return [name.removesuffix(VALUES) for name in names if name.endswith(VALUES)]
 
 
 def _forward(module: torch.nn.Module, *args: Any, **options: Any) -> Any:
@@ -169,7 +175,7 @@ def _view(
 
 
 def _changed(module: torch.nn.Module, name: str) -> torch.Tensor:
-    parts = (getattr(module, name + part) for part in ("", _INDICES, _VALUES))
+    parts = (getattr(module, name + part) for part in ("", _INDICES, VALUES))
     changed: Any = _Scatter.apply(*parts)
     return changed
 
@@ -195,19 +201,20 @@ class _Scatter(torch.autograd.Function):
 
 def save(model: Any, folder: Path) -> None:
     """Write the adapter folder of a model that an `attach` here made and training changed."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = head_tensors(model)
     is_full = all(parameter.requires_grad for parameter in model.parameters())
     if is_full:
-        base = load_base(model.config._name_or_path, model.config.dtype)
-        before: Mapping[str, torch.Tensor] = dict(base.named_parameters())
+        before = _untrained(model)
         for name, parameter in model.named_parameters():
+            if is_of_head(model, name):
+                continue
             delta = parameter.detach().cpu() - before[name].float()
             indices_K = delta.flatten().nonzero().flatten()
             tensors |= _stored(name, delta.shape, indices_K, delta.flatten()[indices_K])
     else:
         for name, (parameter, users) in maskable(model, "all", "").items():
             module, own_name = users[0]
-            values_K = getattr(module, own_name + _VALUES)
+            values_K = getattr(module, own_name + VALUES)
             indices_K = getattr(module, own_name + _INDICES)
             if values_K is not None:
                 shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -215,12 +222,20 @@ def save(model: Any, folder: Path) -> None:
     config = {
         "peft_type": PEFT_TYPE,
         "graft_schema": SCHEMA,
-        "task_type": "CAUSAL_LM",
+        "task_type": peft_task_type(model),
         "base_model_name_or_path": model.config._name_or_path,
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
+
+
+def _untrained(model: Any) -> Mapping[str, torch.Tensor]:
+    """The base's own parameters, by name; a new head's are none."""
+    labels: Mapping[int, str] = model.config.id2label if head_modules(model) else {}
+    path, dtype = model.config._name_or_path, model.config.dtype
+    base = load_base(path, dtype, task=task_of(model), labels=[*labels.values()])
+    return dict(base.named_parameters())
 
 
 def _stored(
@@ -240,7 +255,7 @@ def load(model: Any, folder: Path) -> torch.nn.Module:
     """Add the changes of a folder to `model`, for inference. Raises AdapterError."""
     opened = open_adapter_folder(folder)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_head(model, load_file(folder / WEIGHTS))
     with torch.no_grad():
         for key, change in tensors.items():
             name, _, part = key.removeprefix(_PREFIX).rpartition(".")

@@ -1,0 +1,55 @@
+"""A classifier's head, which every method trains and saves whole: it is new, so no change of it
+would mean anything.
+
+PEFT's own methods do this by `modules_to_save`; these are for the others. The folder has the head
+under PEFT's names, `base_model.model.<module>.<parameter>`, as the only whole parameters in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cluster.tasks import head_modules
+
+PREFIX = "base_model.model."
+
+
+def head_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """By their names in the model; empty unless it is a classifier."""
+    return {
+        f"{name}.{part}": parameter
+        for name, module in head_modules(model).items()
+        for part, parameter in module.named_parameters()
+    }
+
+
+def is_of_head(model: Any, name: str) -> bool:
+    """Whether a module, or a parameter, of this name is in the head."""
+    return any(f"{name}.".startswith(f"{head}.") for head in head_modules(model))
+
+
+def train_head(model: Any) -> None:
+    """Train the head beside the method, in float32 whatever the base's dtype."""
+    for parameter in head_parameters(model).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+
+def head_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """What a folder holds of it, by key."""
+    return {
+        PREFIX + name: parameter.detach().float().cpu().contiguous()
+        for name, parameter in head_parameters(model).items()
+    }
+
+
+@torch.no_grad()
+def load_head(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put a folder's head onto `model`; returns the other tensors."""
+    own = {PREFIX + name: parameter for name, parameter in head_parameters(model).items()}
+    for key in own.keys() & tensors.keys():
+        own[key].copy_(tensors[key])
+    return {key: tensor for key, tensor in tensors.items() if key not in own}

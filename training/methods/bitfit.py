@@ -157,4 +157,6 @@ def _trainable_bias(module: Any) -> torch.nn.Parameter:
         bias = torch.zeros(module.out_features, dtype=torch.float32, device=module.weight.device)
     # In fp32 whatever the base's dtype: updates of a bias are far below bf16's resolution.
     module.bias = torch.nn.Parameter(bias.detach().float(), requires_grad=True)
+    if isinstance(module, torch.nn.LayerNorm):  # takes both in one dtype
+        module.weight.data = module.weight.data.float()
     return module.bias

@@ -26,6 +26,7 @@ from training.evaluation import Answer, Evaluation, Evaluator
 from training.methods.course import Course
 from training.rows import IGNORE, TokenRows, epoch_batches, micro_batches
 from training.spec import OptimizerSpec, TrainingSpec
+from training.step import Batch
 from training.tasks import TASK_PARTS
 
 

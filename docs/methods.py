@@ -123,7 +123,11 @@ def rows_of(page: Path) -> dict[str, list[str]]:
 
 def main() -> None:
     """Measure the presets named, or all, and write the page."""
-    presets = {path.stem: path for path in (ROOT / "configs" / "training").glob("*.yaml")}
+    presets = {
+        path.stem: path
+        for path in (ROOT / "configs" / "training").glob("*.yaml")
+        if load_spec(TrainingSpec, path).task == "causal_lm"  # what the engine can answer with it
+    }
     chosen = sys.argv[1:] or sorted(presets)
     held_out = HeldOut(str(ROOT / "configs" / "demo" / "base"))
     with tempfile.TemporaryDirectory() as store, session(None, num_cpus=NUM_CPUS) as ray:

@@ -101,8 +101,11 @@ def estimate(spec: TrainingSpec, shape: Shape, stages: Sequence[int] = STAGES) -
 
     Raises:
         CallerError: the base or the method does not fit.
-        SpecError: the spec has a quantised base or several adapters, which cannot be predicted.
+        SpecError: the spec has another task than causal_lm, a quantised base or several adapters,
+            which cannot be predicted.
     """
+    if spec.task != "causal_lm":
+        raise SpecError(f"task: the memory of {spec.task} cannot be predicted yet")
     for field in ("quantization", "adapters"):
         if getattr(spec, field):
             raise SpecError(f"{field}: its memory cannot be predicted yet; estimate without it")

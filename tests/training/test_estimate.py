@@ -150,7 +150,11 @@ def test_the_command_takes_the_longest_row_and_prints_every_stage(
     assert only["total"] == pytest.approx(sum(only["parts"].values()))
 
 
-def test_what_cannot_be_predicted_is_refused_by_name(base: Path) -> None:
-    spec = make_spec(base, {"kind": "lora"}, quantization={"bits": 4}, workers=TENSORS_ALONE)
-    with pytest.raises(SpecError, match="quantization: its memory cannot be predicted"):
+@pytest.mark.parametrize("field", ["quantization", "task"])
+def test_what_cannot_be_predicted_is_refused_by_name(base: Path, field: str) -> None:
+    change: Any = {"quantization": {"bits": 4}} if field == "quantization" else {}
+    spec = make_spec(base, {"kind": "lora"}, workers=TENSORS_ALONE, **change)
+    if field == "task":
+        spec = spec.model_copy(update={"task": "sequence_classification"})
+    with pytest.raises(SpecError, match=f"{field}: .*cannot be predicted"):
         estimate(spec, Shape(1, 8), [0])

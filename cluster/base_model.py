@@ -110,11 +110,11 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+def encode_prompt(tokenizer: Any, text: str, *, is_whole: bool = True) -> list[int]:
     """The ids of a prompt: with the tokenizer's opening tokens, without a closing one unless an
-    encoder reads it."""
+    encoder reads it and it `is_whole` (nothing follows)."""
     ids: list[int] = list(tokenizer(text)["input_ids"])
-    if getattr(tokenizer, "closes_prompts", False):
+    if is_whole and getattr(tokenizer, "closes_prompts", False):
         return ids
     if (
         len(ids) > 1

@@ -47,8 +47,8 @@ def attach(model: Any, spec: HardPromptSpec, base_path: str) -> torch.nn.Module:
 
 
 def count_tokens(text: str, tokenizer: Any) -> int:
-    """How many positions `text` takes, with the tokenizer's opening tokens."""
-    return len(encode_prompt(tokenizer, text))
+    """How many positions `text` takes in front of a prompt, with the tokenizer's opening tokens."""
+    return len(encode_prompt(tokenizer, text, is_whole=False))
 
 
 def with_text(spec: HardPromptSpec, data: DataSpec, seed: int, tokenizer: Any) -> HardPromptSpec:

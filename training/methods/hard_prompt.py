@@ -39,11 +39,7 @@ def attach(model: Any, spec: HardPromptSpec, base_path: str) -> torch.nn.Module:
         tokenizer_name_or_path=base_path,
         base_model_name_or_path=base_path,
     )
-    adapted: Any = get_peft_model(model, config).requires_grad_(False)
-    # PEFT takes an embedding's rows, which some families' module multiplies.
-    scale = getattr(model.get_input_embeddings(), "embed_scale", 1.0)
-    adapted.prompt_encoder["default"].embedding.weight.mul_(scale)
-    return adapted
+    return get_peft_model(model, config).requires_grad_(False)
 
 
 def count_tokens(text: str, tokenizer: Any) -> int:

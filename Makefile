@@ -6,7 +6,8 @@
 #   make check     ruff, format and pyright (strict)
 #   make format    let ruff write the format
 #   make bench     measure; asserts nothing
-#   make docs      regenerate the reference pages from the code
+#   make docs      regenerate the reference from the code, and the table of methods and ZeRO
+#                  stages from the tests (minutes)
 #   make lock      resolve requirements.lock anew from pyproject.toml
 #
 #   TORCH=cpu  (default) the CPU build of torch, if an index or wheel folder known to pip has it
@@ -63,6 +64,7 @@ bench: install
 
 docs: install
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/stages.py
 
 # torch stays in the lock; the CUDA libraries do not, since torch itself pins each of them and
 # the CPU build has none.

@@ -1,64 +1,79 @@
-"""Training runs in real processes over gloo, without Ray: several runs in one set of processes."""
+"""Training runs in real processes over gloo, without Ray: many runs in one set of processes."""
 
+import gc
+import json
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cluster.spec import parse_spec
-from training.assembly import assemble
+from training.assembly import Assembly, assemble
 from training.checkpoint import write_checkpoint
-from training.loop import LogLine, Place, as_work, run
+from training.loop import LogLine, Place, as_work, precision, run
 from training.methods import METHODS
 from training.rows import TokenRows, split
 from training.several import Rows, Runner, assemble_several, run_several
 from training.spec import TrainingSpec
+from training.step import Continuation
+
+_LOG, _LOGITS = "log.json", "logits.safetensors"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: a spec, where it writes, and the checkpoint folder that it goes on from."""
+    """One run: a spec, where it writes, and the checkpoint folder that it goes on from.
+
+    With `asked`, token ids, the trained model's logits of the next token are written too.
+    """
 
     spec: Mapping[str, Any]
     folder: Path
     resume: Path | None = None
+    asked: Sequence[int] = ()
 
 
 def run_case(case: Case, tokens: Path, place: Place) -> list[float]:
-    """Train; rank 0 writes checkpoint-<step>/ and adapter/ into the case's folder."""
+    """Train; rank 0 writes checkpoint-<step>/, adapter/, its log and logits into the case's
+    folder. Returns the logged losses."""
     spec = parse_spec(TrainingSpec, case.spec)
     rows, validation = TokenRows(tokens), None
     if isinstance(spec.data.validation, float):
         rows, validation = split(rows, spec.data.validation, spec.seed)
     made = assemble(spec, place, rows, case.resume, validation)
-    losses: list[float] = []
+    lines: list[LogLine] = []
 
     def on_checkpoint(progress: Any) -> None:
         state = made.full_state()
         if place.rank == 0:
             write_checkpoint(case.folder / f"checkpoint-{progress.step}", state, progress)
 
-    def on_log(line: LogLine) -> None:
-        losses.append(line.loss)
-
     reached = run(
         spec, made.backend, rows, course=made.course, place=place, start=made.start,
-        evaluator=made.evaluator, on_log=on_log, on_checkpoint=on_checkpoint,
+        evaluator=made.evaluator, on_log=lines.append, on_checkpoint=on_checkpoint,
     )  # fmt: skip
     made.take_best(reached.step)
+    # Before the save: PEFT asks some modules for their output there, on the first worker alone,
+    # after which ZeRO 3's forward would wait for the others for ever.
+    logits_V = _answer(made, spec, case.asked, place) if case.asked else None
     with made.backend.whole_parameters():
         if place.rank == 0:
             METHODS[spec.method.kind].save(made.backend.adapted, case.folder / "adapter")
-    return losses
+            (case.folder / _LOG).write_text(json.dumps([asdict(line) for line in lines]))
+            if logits_V is not None:
+                save_file({"logits_V": logits_V}, case.folder / _LOGITS)
+    return [line.loss for line in lines]
 
 
 @dataclass(frozen=True)
@@ -106,16 +121,90 @@ def run_together(together: Together, tokens: Path, place: Place) -> dict[str, st
     return {name: runner.failure for name, runner in runners.items() if runner.failure}
 
 
-def _process(
-    rank: int, world_size: int, port: int, cases: Sequence[Case | Together], tokens: Path
-) -> None:
+@torch.no_grad()
+def _answer(made: Assembly, spec: TrainingSpec, asked: Sequence[int], place: Place) -> torch.Tensor:
+    """Collective: under ZeRO 3 each worker has a part of the model."""
+    made.backend.model.eval()
+    with precision(spec, place.device):
+        return made.backend.model(Continuation(list(asked))).float().contiguous()
+
+
+class Workers:
+    """Processes joined by gloo that live from one call to the next.
+
+    A call that fails leaves them out of step: they are killed, and the next one starts others.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in self._connections:
+            connection.send(None)
+        for process in self._processes:
+            process.join()
+
+    def run(self, cases: Sequence[Case | Together], tokens: Path) -> None:
+        """Do every case in all processes. Raises RuntimeError with the first one's traceback."""
+        if not self._processes:
+            self._start()
+        try:
+            for connection in self._connections:
+                connection.send((cases, tokens))
+            waiting = list(self._connections)
+            while waiting:
+                for ready in wait(waiting):
+                    assert isinstance(ready, Connection)
+                    waiting.remove(ready)
+                    if failure := ready.recv():
+                        raise RuntimeError(failure)
+        except BaseException:
+            self._kill()
+            raise
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self._world_size):
+            ours, theirs = context.Pipe()
+            arguments = (rank, self._world_size, port, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()  # so that a worker's death is the end of its pipe
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._connections = [], []
+
+
+def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+    """A worker: does what it is sent and replies with a traceback or None, until it gets None."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
                    "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}  # fmt: skip
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    for case in cases:
-        run: Any = run_together if isinstance(case, Together) else run_case
-        run(case, tokens, Place(rank, world_size))
+    while (call := connection.recv()) is not None:
+        cases, tokens = call
+        try:
+            for case in cases:
+                # DeepSpeed collects garbage at every start: longer, the more there is alive.
+                gc.freeze()
+                do: Any = run_together if isinstance(case, Together) else run_case
+                do(case, tokens, Place(rank, world_size))
+            connection.send(None)
+        except Exception:
+            connection.send(f"worker {rank}: {traceback.format_exc()}")
     dist.destroy_process_group()
     sys.stdout.flush()
     # Now and then gloo's threads outlive the interpreter's end, which then aborts.
@@ -124,10 +213,8 @@ def _process(
 
 def run_cases(world_size: int, cases: Sequence[Case | Together], tokens: Path) -> None:
     """Every case in `world_size` processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_process, (world_size, port, cases, tokens), world_size)
+    with Workers(world_size) as workers:
+        workers.run(cases, tokens)
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -139,3 +226,13 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter's weights."""
     return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    """What the trained model said to `asked`: [V], float32."""
+    return load_file(folder / _LOGITS)["logits_V"]
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    """The fields of each log line."""
+    return json.loads((folder / _LOG).read_text())

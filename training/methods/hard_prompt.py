@@ -21,6 +21,7 @@ from training.data_spec import DataSpec
 from training.encoding import render_row
 from training.formats import detect_format, iterate_rows
 from training.method_spec import HardPromptSpec
+from training.methods.soft_prompt import attention_heads
 
 
 def attach(model: Any, spec: HardPromptSpec, base_path: str) -> torch.nn.Module:
@@ -37,6 +38,7 @@ def attach(model: Any, spec: HardPromptSpec, base_path: str) -> torch.nn.Module:
         prompt_tuning_init="TEXT",
         prompt_tuning_init_text=spec.text,
         tokenizer_name_or_path=base_path,
+        num_attention_heads=attention_heads(model),
         base_model_name_or_path=base_path,
     )
     return get_peft_model(model, config).requires_grad_(False)

@@ -32,6 +32,7 @@ def attach_prompt_tuning(model: Any, spec: PromptTuningSpec, base_path: str) -> 
         prompt_tuning_init=_INITS[spec.init],
         prompt_tuning_init_text=spec.init_text,
         tokenizer_name_or_path=base_path if spec.init == "text" else None,
+        num_attention_heads=attention_heads(model),
         base_model_name_or_path=base_path,
     )
     return _attached(model, config, base_path)
@@ -50,6 +51,7 @@ def attach_p_tuning(model: Any, spec: PTuningSpec, base_path: str) -> torch.nn.M
         encoder_hidden_size=spec.encoder_hidden_size or hidden_size,
         # PEFT's MLP has a fixed depth and warns of any other than its default.
         encoder_num_layers=spec.encoder_layers if spec.encoder == "lstm" else 2,
+        num_attention_heads=attention_heads(model),
         base_model_name_or_path=base_path,
     )
     return _attached(model, config, base_path)
@@ -64,14 +66,19 @@ def attach_prefix_tuning(model: Any, spec: PrefixTuningSpec, base_path: str) -> 
     """
     from peft import PrefixTuningConfig
 
-    hidden_size: int = model.config.get_text_config().hidden_size
     _check_takes_prefix(model, base_path)
+    text: Any = model.config.get_text_config()
+    heads, hidden_size = attention_heads(model), text.hidden_size
+    shape: dict[str, Any] = {"num_attention_heads": heads}
+    if heads and _has_one_key_head(text):
+        shape = {"num_attention_heads": 1, "token_dim": hidden_size // heads}
     config = PrefixTuningConfig(
         **_shared(model),
         num_virtual_tokens=spec.num_virtual_tokens,
         prefix_projection=spec.projection,
         encoder_hidden_size=spec.projection_hidden_size or hidden_size,
         base_model_name_or_path=base_path,
+        **shape,
     )
     return _attached(model, config, base_path)
 
@@ -104,3 +111,14 @@ def _check_takes_prefix(model: Any, base_path: str) -> None:
             f"method: {type(model).__name__} of {base_path} takes no prefix of keys and values; "
             "use prompt_tuning or p_tuning"
         )
+
+
+def attention_heads(model: Any) -> int | None:
+    """By transformers' name for it in any family; PEFT knows some families' own names alone."""
+    return getattr(model.config.get_text_config(), "num_attention_heads", None)
+
+
+def _has_one_key_head(text: Any) -> bool:
+    """In Falcon's words for it: PEFT knows num_key_value_heads alone."""
+    is_falcon = text.model_type == "falcon"
+    return is_falcon and text.multi_query and not text.new_decoder_architecture

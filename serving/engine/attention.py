@@ -152,14 +152,32 @@ def _decode(
     num_kv_heads, size = keys.shape[1], keys.shape[2]
     query_BH = query_TH[plan.decode_B]
     query_BKG = query_BH.view(len(query_BH), num_kv_heads, -1, size)
-    output = scaled_dot_product_attention(
+    output = _attend(
         query_BKG,
         keys[plan.decode_slots_BS].transpose(1, 2),
         values[plan.decode_slots_BS].transpose(1, 2),
-        attn_mask=plan.decode_mask(window),
-        scale=scaling,
+        plan.decode_mask(window),
+        size**-0.5 if scaling is None else scaling,
     )
     return output.reshape(query_BH.shape)
+
+
+def _attend(
+    query_BKGD: torch.Tensor,
+    key_BKSD: torch.Tensor,
+    value_BKSD: torch.Tensor,
+    mask_B11S: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Each row's few queries against its context, [B, K, G, D]."""
+    if query_BKGD.device.type != "cpu" or query_BKGD.dtype == torch.float32:
+        return scaled_dot_product_attention(
+            query_BKGD, key_BKSD, value_BKSD, attn_mask=mask_B11S, scale=scaling
+        )
+    # torch's kernel for half precision on CPU takes four times as long for one query (docs/log.md).
+    score_BKGS = (query_BKGD * scaling) @ key_BKSD.transpose(-1, -2)
+    weight_BKGS = score_BKGS.float().masked_fill(~mask_B11S, -torch.inf).softmax(-1)
+    return weight_BKGS.to(value_BKSD.dtype) @ value_BKSD
 
 
 AttentionInterface.register(NAME, paged_attention)

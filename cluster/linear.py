@@ -42,7 +42,10 @@ class Conv1D(_Conv1D):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., I] -> [..., O]."""
-        return _forward(self, x, self.weight.T)
+        weight_OI = self.weight.T
+        if self.packed is None and not _suits(x, weight_OI):
+            return super().forward(x)
+        return _forward(self, x, weight_OI)
 
 
 _OURS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
@@ -64,9 +67,15 @@ def pack(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (Linear, Conv1D)) and _HAS_ONEDNN:
             weight = module.weight.detach()
-            if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+            if weight.device.type == "cpu" and weight.dtype in _packable():
                 weight_OI = weight if isinstance(module, Linear) else weight.T.contiguous()
                 module.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _PACKED_ROWS)
+
+
+def _packable() -> tuple[torch.dtype, ...]:
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32, torch.bfloat16
+    return (torch.float32,)
 
 
 def is_plain(module: torch.nn.Module) -> bool:

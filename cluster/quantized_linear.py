@@ -53,6 +53,7 @@ def settle(model: torch.nn.Module) -> None:
         if is_quantized(module):
             if hasattr(module, "init_8bit_state"):
                 module.init_8bit_state()  # the scales go from the weight to module.state
+                module.state.CB = None  # the weight again, which copies of a module would copy
             module.forward = MethodType(_forward, module)
 
 
@@ -70,10 +71,11 @@ def was_transposed(module: Any) -> bool:
 
 @torch.no_grad()
 def unpacked_weight(module: Any) -> torch.Tensor:
-    """The weight of a quantised module, [O, I], float32 on its device."""
+    """The weight of a quantised module, [O, I], float32 on its device; never one that stands in
+    its place for a call."""
     from bitsandbytes.functional import dequantize_4bit
 
-    weight = module.weight
+    weight: Any = dict(module.named_parameters(recurse=False))["weight"]
     if (state := getattr(weight, "quant_state", None)) is None:
         return _from_int8(weight.data, module.state.SCB, torch.float32)
     state = copy.copy(state)

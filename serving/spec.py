@@ -135,10 +135,12 @@ class GatewaySpec(Spec):
         4096, description="Requests in progress and waiting per gateway; more get 429."
     )
     request_timeout_s: PositiveFloat = Field(
-        600.0, description="Seconds for a whole answer; a later one gets 504."
+        600.0,
+        description="Seconds from a request's arrival to its whole answer; a later one gets 504.",
     )
     first_token_timeout_s: PositiveFloat = Field(
-        300.0, description="Seconds for the first token of a stream; a later one gets 504."
+        300.0,
+        description="Seconds from its arrival to a stream's first token; a later one gets 504.",
     )
     keys: StoreUri | None = Field(
         None,

@@ -80,7 +80,8 @@ def train(
     anything starts. On a cluster that this command itself starts, it follows to the end.
     --resume goes on from the last checkpoint of a job, named by the id that it was shown with;
     --set may change how it goes on, as workers.count=1, optimizer.learning_rate=1e-5 or
-    max_steps=900; not the base, method, data, batch size, seed or evaluation.
+    max_steps=900; not the base, its quantisation, task, method, data, batch size, seed or
+    evaluation.
     """
     from cluster.session import session
     from cluster.spec import load_spec

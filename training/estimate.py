@@ -93,6 +93,15 @@ class Estimate:
     stages: Sequence[StageEstimate]
 
 
+def check_predictable(spec: TrainingSpec) -> None:
+    """Raise SpecError for another task than causal_lm, a quantised base or several adapters."""
+    if spec.task != "causal_lm":
+        raise SpecError(f"task: the memory of {spec.task} cannot be predicted yet")
+    for field in ("quantization", "adapters"):
+        if getattr(spec, field):
+            raise SpecError(f"{field}: its memory cannot be predicted yet; estimate without it")
+
+
 def estimate(spec: TrainingSpec, shape: Shape, stages: Sequence[int] = STAGES) -> Estimate:
     """Predict the peak memory of a worker of `spec` at each of `stages`.
 
@@ -104,11 +113,7 @@ def estimate(spec: TrainingSpec, shape: Shape, stages: Sequence[int] = STAGES) -
         SpecError: the spec has another task than causal_lm, a quantised base or several adapters,
             which cannot be predicted.
     """
-    if spec.task != "causal_lm":
-        raise SpecError(f"task: the memory of {spec.task} cannot be predicted yet")
-    for field in ("quantization", "adapters"):
-        if getattr(spec, field):
-            raise SpecError(f"{field}: its memory cannot be predicted yet; estimate without it")
+    check_predictable(spec)
     count, on_cpu = spec.workers.count, not spec.workers.gpus
     world_size = count if isinstance(count, int) else count[0]  # then each holds most
     found: list[StageEstimate] = []

@@ -48,11 +48,13 @@ def estimate(
     """
     from cluster.spec import load_spec
     from training.command import resolved
-    from training.estimate import STAGES
+    from training.estimate import STAGES, check_predictable
     from training.estimate import estimate as predict
     from training.spec import TrainingSpec
 
-    job = resolved(load_spec(TrainingSpec, spec, set_ or ()))
+    job = load_spec(TrainingSpec, spec, set_ or ())
+    check_predictable(job)
+    job = resolved(job)
     found = predict(job, _shape(job, tokens), sorted(set(stage or STAGES)))
     if as_json:
         stages = [asdict(at) | {"total": at.total} for at in found.stages]

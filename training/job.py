@@ -117,7 +117,10 @@ def _check_all_ended_well(run: Run, failed: Mapping[str, str]) -> None:
         return
     lines = [f"{len(failed)} of {len(run.spec.adapters)} adapters failed:"]
     lines += [f"  {name}: {reason}" for name, reason in failed.items()]
-    lines += [f"They go on from their last checkpoint with: graft train --resume {run.job_id}"]
+    lines += [
+        f"Those that have a checkpoint go on from it with: graft train --resume {run.job_id}; one "
+        "that diverged needs a lower rate: --set adapters.NAME.optimizer.learning_rate=…"
+    ]
     raise JobFailedError("\n".join(lines))
 
 

@@ -19,9 +19,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from cluster.errors import BaseModelError, SpecError
+from cluster.linear import is_plain
 from cluster.quantized_linear import is_quantized
 from training.lora_linear import LoraLinear, Segment, plain_lora, weight_and_bias
 from training.rows import IGNORE
@@ -158,7 +158,7 @@ class SharedPass:
         x: torch.Tensor = args[0]
         dim = self._token_dim(module, x)
         is_flat = dim == x.ndim - 2 and x.numel() == x.shape[dim] * x.shape[-1]
-        is_linear = type(module) in (torch.nn.Linear, Conv1D) or is_quantized(module)
+        is_linear = is_plain(module) or is_quantized(module)
         if is_linear and is_flat:
             return self._linear(module, own, unchanged, x, dim)
         outputs: list[torch.Tensor] = []

@@ -316,13 +316,14 @@ class TrainingSpec(Spec):
             knobs.append(f"train fewer adapters at once ({len(self.adapters)})")
         if self.precision == "fp32":
             knobs.append("set precision to bf16")
-        if self.quantization is None and not needs_whole_weights(self.method):
+        can_quantize = self.task == "causal_lm" and self.zero.stage < 3
+        if self.quantization is None and can_quantize and not needs_whole_weights(self.method):
             knobs.append("train anew with quantization.bits 4")
         if not self.gradient_checkpointing:
             knobs.append("set gradient_checkpointing")
-        if self.zero.stage < (3 if self.quantization is None else 2):
+        if not self.adapters and self.zero.stage < (3 if self.quantization is None else 2):
             knobs.append(f"raise zero.stage ({self.zero.stage})")
-        if self.workers.gpus and not self.zero.offload_optimizer:
+        if self.workers.gpus and not self.adapters and not self.zero.offload_optimizer:
             knobs.append("set zero.offload_optimizer")
         return ", or ".join(knobs)
 

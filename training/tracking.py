@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -26,7 +27,8 @@ from training.tracking_spec import MlflowSpec, TrackingSpec, WandbSpec
 # Figures that may wait for a tracker which is slow or stuck; and how long an ended run waits.
 _ROOM, _END_S = 10_000, 30.0
 _MEASURED = {"loss": "loss/validation", "perplexity": "validation/perplexity",
-             "exact_match": "validation/exact_match", "rouge_l": "validation/rouge_l"}  # fmt: skip
+             "exact_match": "validation/exact_match", "rouge_l": "validation/rouge_l",
+             "accuracy": "validation/accuracy", "macro_f1": "validation/macro_f1"}  # fmt: skip
 
 
 class Tracker(Protocol):
@@ -117,10 +119,15 @@ class Tracking:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait for the trackers, if they do not take too long."""
+        self.end(is_whole=kind is None)
+        deadline = time.monotonic() + _END_S
         for channel in self._channels:
-            channel.put(kind is None)
+            channel.thread.join(max(0.0, deadline - time.monotonic()))
+
+    def end(self, *, is_whole: bool) -> None:
+        """The run is over; only the first call counts."""
         for channel in self._channels:
-            channel.thread.join(_END_S)
+            channel.put(is_whole)
 
 
 class _Channel:
@@ -221,6 +228,7 @@ class WandbTracker:
             id=job_id,
             name=job_id,
             resume="allow" if asked.mode == "online" else None,
+            reinit="create_new",  # each of several adapters has a run of its own in this process
             config=spec.model_dump(mode="json"),
             settings=library.Settings(console="off", silent=True),
         )

@@ -148,6 +148,9 @@ def _train_several(
 
     with _followed(adapters.values()):
         run_several(spec, several.shared, runners, place, after_round)
+        for name, runner in runners.items():
+            if runner.failure is not None and (tracking := adapters[name].tracking) is not None:
+                tracking.end(is_whole=False)
     return {
         name: {FAILURE: runner.failure}
         if runner.end is None

@@ -79,6 +79,7 @@ def describe(model: Any, name: str) -> Target:
         heads: int = config.num_attention_heads
         size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
+        layers = _decoder_layers(config)
     except (AttributeError, TypeError) as error:
         raise BaseModelError(
             f"base_model {name}: {type(model).__name__} is not served: its layers do not all "
@@ -88,7 +89,7 @@ def describe(model: Any, name: str) -> Target:
     return Target(
         name=name,
         modules={n: shape for n, m in model.named_modules() if (shape := _shape(m)) is not None},
-        num_layers=_decoder_layers(config),
+        num_layers=layers,
         num_kv_heads=kv_heads,
         head_size=size,
         hidden_size=config.hidden_size,
@@ -101,7 +102,10 @@ def describe(model: Any, name: str) -> Target:
 
 def _decoder_layers(config: Any) -> int:
     names = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
-    return next(getattr(config, name) for name in names if getattr(config, name, None))
+    found = next((count for name in names if (count := getattr(config, name, None))), None)
+    if found is None:
+        raise AttributeError(f"its config has none of {', '.join(names)}")
+    return found
 
 
 def bare_name(folder: AdapterFolder, key: str) -> str:
@@ -161,9 +165,10 @@ def _quantized_shape(module: Any, own: dict[str, torch.Tensor]) -> ModuleShape:
 
 
 def _read_weight(module: torch.nn.Module) -> torch.Tensor:
-    """[out, in], float32 on CPU."""
+    """[out, in], float32 on CPU. Of the base itself: while another thread computes a step, the
+    attribute may hide it behind an adapter's."""
     if is_quantized(module):
         return unpacked_weight(module).cpu()
-    weight: Any = module.weight
+    weight = dict(module.named_parameters(recurse=False))["weight"]
     weight = weight.detach().float().cpu()
     return weight if isinstance(module, torch.nn.Linear) else weight.T

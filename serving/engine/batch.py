@@ -1,7 +1,7 @@
 """One step's chunks as flat arrays: tokens, positions, slots, and which adapter's rows are where.
 
 A slot is one token's place in the KV memory: page * page_tokens + offset. Positions count from
-the adapter's prefix on. NumPy arrays; the runner makes tensors of them.
+the adapter's prefix on. NumPy arrays; the passes (flat, padded) make tensors of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LoadedAdapter:
 
 @dataclass(frozen=True)
 class Row:
-    """One chunk in the flat step: tokens `start` to `end`, the slots of its whole context, and what
+    """One chunk of the step: tokens `start` to `end`, the slots of its whole context, and what
     its adapter changes. The first `source_tokens` slots are what a decoder has of its encoder."""
 
     start: int

@@ -117,7 +117,9 @@ class Engine:
             generated_tokens=self._generated,
             cached_tokens=self._scheduler.cached_tokens,
             preemptions=self._preemptions,
-            outstanding_tokens=sum(end - sequence.num_computed for sequence, end in left),
+            outstanding_tokens=sum(
+                end - sequence.num_computed + sequence.unread_source for sequence, end in left
+            ),
         )
 
     def lower(self, path: str | Path) -> LoweredAdapter:

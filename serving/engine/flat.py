@@ -18,6 +18,7 @@ from cluster.errors import BaseModelError
 from serving.adapters import DeltaHooks
 from serving.engine.attention import AttentionPlan, Span, attend_by
 from serving.engine.batch import Batch, Row, Source
+from serving.engine.columns import side_by_side
 from serving.engine.kv_memory import KVMemory
 from serving.engine.logit_rows import LogitRows
 
@@ -77,14 +78,10 @@ class FlatPass:
         )
         single = [row for row in rows if row.end - row.start == 1]
         if single:
-            lengths = np.array([len(row.slots) for row in single])
-            # With slots of its own: what is masked must still be finite, or 0 x NaN is NaN.
-            padded = np.repeat([row.slots[:1] for row in single], lengths.max(), axis=1)
-            for index, row in enumerate(single):
-                padded[index, : len(row.slots)] = row.slots
+            padded, mask = side_by_side([row.slots for row in single], on_left=False)
             plan.decode_B = torch.tensor([row.start for row in single], device=self._device)
             plan.decode_slots_BS = self._tensor(padded)
-            plan.decode_lengths_B = self._tensor(lengths)
+            plan.decode_lengths_B = self._tensor(mask.sum(1))
         return plan
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

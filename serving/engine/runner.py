@@ -2,11 +2,11 @@
 
     N rows with logits    V vocabulary    P prefix tokens
 
-The base is transformers' own module, untouched but for its attention function and the hooks of
-loaded adapters. At start it is proved against itself (`proof`): first flat, with all rows end to
-end and our attention; where the family's attention does not go through AttentionInterface, or is
-of a kind that ours does not compute, padded, through transformers' own Cache. A base that neither
-of them can run is refused by name.
+The base is transformers' own module, untouched but for its attention function, the way its linear
+modules multiply (cluster.linear), and the hooks of loaded adapters. At start it is proved against
+itself (`proof`): first flat, with all rows end to end and our attention; where the family's
+attention does not go through AttentionInterface, or is of a kind that ours does not compute,
+padded, through transformers' own Cache. A base that neither of them can run is refused by name.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from training.checkpoint import read_checkpoint, write_checkpoint
 from training.data import tokenize
 from training.data_spec import DataSpec
 from training.loop import Place
+from training.shared_pass import SharedPass
 from training.spec import TrainingSpec
 
 # By name: what is other than in COMMON. Other ranks, rates, lengths, batches, rows and methods.
@@ -112,6 +113,23 @@ def together(
     every = Together(cases(bases("llama"), folder, ADAPTERS))
     assert run_together(every, tokens, Place()) == {}
     return folder
+
+
+def test_the_base_multiplies_once_for_all(
+    bases: Callable[[str], Path], tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[int] = []
+    multiply: Any = SharedPass._linear
+
+    def spy(self: SharedPass, module: Any, own: Mapping[str, Any], *rest: Any) -> torch.Tensor:
+        shared.append(len(own))
+        return multiply(self, module, own, *rest)
+
+    monkeypatch.setattr(SharedPass, "_linear", spy)
+    names = list(ADAPTERS)[:3]
+    every = Together(cases(bases("llama"), tmp_path, names, max_steps=1))
+    assert run_together(every, tokens, Place()) == {}
+    assert shared.count(3) >= 14  # of two layers
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cluster.errors import AdapterError
 from cluster.tasks import head_modules
 
 PREFIX = "base_model.model."
@@ -48,8 +49,19 @@ def head_tensors(model: Any) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_head(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Put a folder's head onto `model`; returns the other tensors."""
+    """Put a folder's head onto `model`; returns the other tensors.
+
+    Raises:
+        AdapterError: the folder has none, or one of another shape.
+    """
     own = {PREFIX + name: parameter for name, parameter in head_parameters(model).items()}
-    for key in own.keys() & tensors.keys():
-        own[key].copy_(tensors[key])
+    for key, parameter in own.items():
+        found = tensors.get(key)
+        if found is None or found.shape != parameter.shape:
+            raise AdapterError(
+                f"the classifier's {key} is {'missing' if found is None else list(found.shape)} in "
+                f"the folder, and {list(parameter.shape)} in the model; load it onto a model with "
+                "the classes that it was trained for"
+            )
+        parameter.copy_(found)
     return {key: tensor for key, tensor in tensors.items() if key not in own}

@@ -26,7 +26,7 @@ def test_every_class_is_mapped_and_drawn(cls: type[GraftError]) -> None:
 def test_a_retry_helps_exactly_where_the_fault_is_ours(cls: type[GraftError]) -> None:
     assert cls.retryable == issubclass(cls, OperationError)
     if cls is not GraftError:
-        assert (OUTCOMES[cls].status in (429, *range(500, 600))) == cls.retryable
+        assert (OUTCOMES[cls].status in (408, 429, *range(500, 600))) == cls.retryable
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -53,13 +53,32 @@ def rank(
     return sorted(loads, key=cost)
 
 
+class Sent:
+    """Where each adapter was last sent, for as long as it may be on its way into that replica."""
+
+    def __init__(self) -> None:
+        self._places: OrderedDict[str, tuple[str, float]] = OrderedDict()
+
+    def note(self, adapter: str, replica: str, now_s: float) -> None:
+        """A request for `adapter` goes to `replica`."""
+        self._places[adapter] = replica, now_s
+        self._places.move_to_end(adapter)
+        if len(self._places) > _REMEMBERED:
+            self._places.popitem(last=False)
+
+    def place(self, adapter: str, now_s: float) -> str | None:
+        """The replica that is loading it, if one may be."""
+        replica, sent_s = self._places.get(adapter, ("", now_s - _LOADING_S))
+        return replica if now_s - sent_s < _LOADING_S else None
+
+
 class AdapterRouter(FIFOMixin, RequestRouter):
     """Routes by `rank`. Which replica holds what comes from their statistics, and until those
     arrive from where the last request for that adapter went."""
 
     def initialize_state(self, **kwargs: Any) -> None:
         """Called by Ray Serve once."""
-        self._sent: OrderedDict[str, tuple[str, float]] = OrderedDict()  # replica, monotonic time
+        self._sent = Sent()
 
     async def choose_replicas(
         self,
@@ -72,9 +91,9 @@ class AdapterRouter(FIFOMixin, RequestRouter):
         loads = {i: queue_lengths.get(r.replica_id) or 0 for i, r in by_id.items()}
         adapter = _adapter_of(pending_request)
         holders = {i for i, r in by_id.items() if adapter in _held(r)}
-        replica, sent_s = self._sent.get(adapter, ("", -_LOADING_S))
-        if time.monotonic() - sent_s < _LOADING_S:
-            holders.add(replica)
+        loading = self._sent.place(adapter, time.monotonic())
+        if loading is not None:
+            holders.add(loading)
         return [[by_id[replica]] for replica in rank(loads, holders, adapter)]
 
     def on_request_routed(
@@ -83,10 +102,7 @@ class AdapterRouter(FIFOMixin, RequestRouter):
         """Called by Ray Serve: remember who will now load the adapter."""
         adapter = _adapter_of(pending_request)
         if adapter:
-            self._sent[adapter] = replica_id.unique_id, time.monotonic()
-            self._sent.move_to_end(adapter)
-            if len(self._sent) > _REMEMBERED:
-                self._sent.popitem(last=False)
+            self._sent.note(adapter, replica_id.unique_id, time.monotonic())
 
 
 def _hash(adapter: str, replica: str) -> int:

@@ -298,6 +298,17 @@ def test_a_body_that_does_not_arrive_is_given_up(bases: Bases, tmp_path: Path) -
     assert b"body was not there after 0.3 s" in answer
 
 
+def test_a_deadline_counts_from_the_arrival(bases: Bases, tmp_path: Path) -> None:
+    def slowly() -> Iterator[bytes]:
+        yield b'{"prompt": "x", "max_tokens": 1, '
+        time.sleep(0.8)
+        yield b'"model": "%s"}' % BASE_NAME.encode()
+
+    with running(bases("llama"), tmp_path, gateway={"request_timeout_s": 0.7}) as slow:
+        late = httpx2.post(f"{slow.url}/v1/completions", content=slowly(), timeout=60)
+    assert "answer was not there after 0.7 s" in error(late, 504)["message"]
+
+
 def test_what_the_guard_answers_itself_is_counted_and_has_an_id(tmp_path: Path) -> None:
     async def broken(*_: object) -> None:
         raise ValueError("a fault of ours")

@@ -10,7 +10,7 @@ from statistics import quantiles
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.router import rank
+from serving.router import Sent, rank
 
 REPLICAS, ADAPTERS, REQUESTS = 8, 1000, 20_000
 HELD, SLOTS = 64, 16  # adapters that a replica holds; requests that it runs at once
@@ -32,6 +32,17 @@ def test_a_cold_adapter_has_one_place_that_a_new_replica_rarely_changes() -> Non
     moved = [a for a, place in before.items() if rank(loads | {"8": 0}, set(), a)[0] != place]
     assert len(moved) < 160
     assert all(rank(loads | {"8": 0}, set(), a)[0] == "8" for a in moved)
+
+
+def test_a_replica_counts_as_loading_for_a_while() -> None:
+    sent = Sent()
+    sent.note("x", "a", 100.0)
+    assert (sent.place("x", 100.0), sent.place("y", 100.0)) == ("a", None)
+    sent.note("x", "b", 110.0)
+    assert (sent.place("x", 139.0), sent.place("x", 140.0)) == ("b", None)
+    for number in range(10_000):
+        sent.note(str(number), "c", 120.0)
+    assert (sent.place("x", 120.0), sent.place("0", 120.0)) == (None, "c")
 
 
 @given(

@@ -336,7 +336,7 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("prompt_tuning", "length", edit_config(lambda c: c.update(num_virtual_tokens=6)), "shape"),
     ("prompt_tuning", "extra", edit_tensors(lambda t: t.update({"x": torch.ones(1)})), "alone"),
     ("prefix_tuning", "encoder", edit_config(lambda c: c.update(num_transformer_submodules=2)),
-     "encoder-decoder"),
+     "num_transformer_submodules = 2, where the base"),
     ("bitfit", "a weight", edit_tensors(lambda t: t.update({A: torch.ones(2)})), "no bias"),
 ]  # fmt: skip
 

@@ -107,7 +107,8 @@ def test_a_base_of_70_billion_parameters_is_estimated_without_memory(tmp_path: P
         tmp_path, {"kind": "prompt_tuning"}, precision="bf16", workers=TENSORS_ALONE
     ).model_dump_json()
     code = """if True:
-        import resource, sys
+        import sys
+        from cluster.memory import peak_memory_mib
         from cluster.spec import parse_spec
         from training.estimate import Shape, estimate
         from training.spec import TrainingSpec
@@ -115,7 +116,7 @@ def test_a_base_of_70_billion_parameters_is_estimated_without_memory(tmp_path: P
         spec = parse_spec(TrainingSpec, json.loads(sys.argv[1]))
         found = estimate(spec, Shape(1, 512), [0])
         print(found.all_parameters, found.stages[0].parts["weights"])
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        print(peak_memory_mib())
     """
     result = subprocess.run(
         [sys.executable, "-c", code, document], cwd=ROOT, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""One step's chunks as flat arrays: tokens, positions, slots, and which adapter's rows are where.
+"""One step's chunks as flat arrays: tokens, positions, slots, and what each row's adapter changes.
 
 A slot is one token's place in the KV memory: page * page_tokens + offset. Positions count from
 the adapter's prefix on. NumPy arrays; the passes (flat, padded) make tensors of them.
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import numpy as np
 import torch
 
-from serving.adapters import Delta, LoweredAdapter, Segment
+from serving.adapters import Delta, LoweredAdapter
 from serving.engine.sequence import Chunk
 from serving.engine.sequence import Sequence as Scheduled
 
@@ -61,8 +60,6 @@ class Batch:
     write_slots: np.ndarray
     rows: Sequence[Row]
     wanted: np.ndarray
-    body: Sequence[Segment]
-    head: Sequence[Segment]
 
 
 def build(
@@ -88,17 +85,12 @@ def build(
         deltas = adapters[name].lowered.deltas if name else nothing
         rows.append(Row(begin, len(ids), slots[:last], deltas, sequence.source_tokens))
         wanted += (begin + offset for offset in chunk.wanted)
-    names = [chunk.sequence.adapter for chunk in chunks]
-    spans = [(row.start, row.end) for row in rows]
-    places = np.searchsorted(np.array(wanted, dtype=np.int64), np.array(spans, dtype=np.int64))
     return Batch(
         ids=np.array(ids, dtype=np.int64),
         positions=np.concatenate(positions),
         write_slots=np.concatenate(writes),
         rows=rows,
         wanted=np.array(wanted, dtype=np.int64),
-        body=_segments(names, spans, adapters),
-        head=_segments(names, [(int(a), int(b)) for a, b in places], adapters),
     )
 
 
@@ -114,16 +106,3 @@ def page_slots(pages: Sequence[int], page_tokens: int) -> np.ndarray:
     """The slots of `pages` in order, int64 [pages * page_tokens]."""
     first = np.array(pages, dtype=np.int64) * page_tokens
     return (first[:, None] + np.arange(page_tokens)).ravel()
-
-
-def _segments(
-    names: Sequence[str], spans: Sequence[tuple[int, int]], adapters: Mapping[str, LoadedAdapter]
-) -> list[Segment]:
-    """The contiguous rows of each adapter that has deltas; empty ones left out."""
-    found: list[Segment] = []
-    for name, group in groupby(zip(names, spans, strict=True), key=lambda pair: pair[0]):
-        parts = [span for _, span in group]
-        deltas = adapters[name].lowered.deltas if name else {}
-        if deltas and parts[-1][1] > parts[0][0]:
-            found.append(Segment(parts[0][0], parts[-1][1], deltas))
-    return found

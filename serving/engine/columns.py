@@ -1,4 +1,4 @@
-"""Rows of a padded batch: which are of about one length, and how they lie side by side.
+"""Rows of a batch: which are of about one length or of one adapter, and how they lie side by side.
 
 B rows    S columns
 """
@@ -19,13 +19,22 @@ def bucket(tokens: int) -> int:
     return (tokens - 1).bit_length()
 
 
-def segments(owners: Sequence[Mapping[str, Delta]]) -> list[Segment]:
-    """The contiguous rows of each adapter that has deltas, of each row's."""
+def segments(
+    owners: Sequence[Mapping[str, Delta]], spans: Sequence[tuple[int, int]] | None = None
+) -> list[Segment]:
+    """Where the rows of each adapter that has deltas lie, empty ones left out.
+
+    Args:
+        owners: Each row's deltas; rows of one adapter stand together.
+        spans: Each row's first element and the one behind its last; if None, it is one element.
+    """
+    spans = spans or [(place, place + 1) for place in range(len(owners))]
     found: list[Segment] = []
-    for _, group in groupby(enumerate(owners), key=lambda pair: id(pair[1])):
-        places = list(group)
-        if places[0][1]:
-            found.append(Segment(places[0][0], places[-1][0] + 1, places[0][1]))
+    for _, group in groupby(zip(owners, spans, strict=True), key=lambda row: id(row[0])):
+        rows = list(group)
+        (deltas, (start, _)), (_, end) = rows[0], rows[-1][1]
+        if deltas and end > start:
+            found.append(Segment(start, end, deltas))
     return found
 
 

@@ -18,7 +18,7 @@ from cluster.errors import BaseModelError
 from serving.adapters import DeltaHooks
 from serving.engine.attention import AttentionPlan, Span, attend_by
 from serving.engine.batch import Batch, Row, Source
-from serving.engine.columns import side_by_side
+from serving.engine.columns import segments, side_by_side
 from serving.engine.kv_memory import KVMemory
 from serving.engine.logit_rows import LogitRows
 
@@ -53,8 +53,12 @@ class FlatPass:
         inputs = {"input_ids": self._tensor(step.ids)[None]}
         if embeddings_PH is not None:
             inputs = {"inputs_embeds": embeddings_PH[None]}
+        owners = [row.deltas for row in step.rows]
+        spans = [(row.start, row.end) for row in step.rows]
+        # Which of the logits are a row's.
+        wanted = [(int(a), int(b)) for a, b in np.searchsorted(step.wanted, spans)]
         with (
-            self._hooks.active(step.body, step.head),
+            self._hooks.active(segments(owners, spans), segments(owners, wanted)),
             self._logit_rows.wanted(self._tensor(step.wanted)),
             attend_by(self._plan(self._tensor(step.write_slots), step.rows, memory)),
         ):

@@ -146,6 +146,4 @@ def _step(
         write_slots=np.concatenate([row.slots[row.start - row.end :] for row in rows]),
         rows=rows,
         wanted=ends - 1,
-        body=(),
-        head=(),
     )

@@ -105,8 +105,6 @@ class Runner:
             write_slots=slots,
             rows=[Row(0, count, slots)],
             wanted=np.array([count - 1]),
-            body=(),
-            head=(),
         )
         self._pass.run(step, self.memory, prefix.embeddings_PH)
 

@@ -470,7 +470,7 @@ def test_a_pass_that_raises_fails_its_own_adapter_alone(
     shift = engine._bank.get("bitfit").lowered
 
     def fail(batch: Any) -> torch.Tensor:
-        if any(segment.deltas is shift.deltas for segment in batch.body):
+        if any(row.deltas is shift.deltas for row in batch.rows):
             raise RuntimeError("device error")
         return forward(batch)
 

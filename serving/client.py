@@ -11,15 +11,18 @@ the class of cluster.errors that it was there. No torch, no Ray.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import httpx2
+import numpy as np
 from anyio.from_thread import start_blocking_portal
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_random_exponential
@@ -40,8 +43,11 @@ from serving.batch_file import BatchReport, run_batch
 from serving.protocol import DONE, ModelCard
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+T = TypeVar("T")
 R = TypeVar("R")
 
+# Vectors of one answer; texts of a few thousand tokens stay far below a service's body limit.
+_INPUTS_AT_ONCE = 32
 _GROWING = wait_random_exponential(multiplier=0.2, max=10)
 _BY_CODE = {o.code: cls for cls, o in OUTCOMES.items() if o.code is not None}
 _BY_STATUS: Mapping[int, type[GraftError]] = {
@@ -141,18 +147,48 @@ class AsyncClient:
         Raises:
             GraftError: the first that failed; the others are dropped.
         """
-        gate = asyncio.Semaphore(self.concurrency)
 
         async def one(prompt: Prompt) -> Generation:
-            async with gate:
-                return await self.generate_one(prompt, adapter=adapter, **options)
+            return await self.generate_one(prompt, adapter=adapter, **options)
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(prompt)) for prompt in prompts]
-        except* GraftError as failures:
-            raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
+        return await self._all(one, prompts)
+
+    async def embed(
+        self,
+        inputs: Sequence[str | Sequence[int]],
+        *,
+        adapter: str | None = None,
+        dimensions: int | None = None,
+    ) -> np.ndarray:
+        """A vector of length 1 for each input (a text, or token ids), float32 [inputs, dimensions].
+
+        Args:
+            adapter: As in `generate`.
+            dimensions: Keep only the first so many numbers of each, made to length 1 again.
+
+        Raises:
+            GraftError: the first that failed; the others are dropped.
+        """
+        # A request has texts or token ids, never both.
+        kinds = [list(kind) for _, kind in groupby(inputs, key=lambda part: isinstance(part, str))]
+        parts = [
+            kind[at : at + _INPUTS_AT_ONCE]
+            for kind in kinds
+            for at in range(0, len(kind), _INPUTS_AT_ONCE)
+        ]
+        model = await self._model(adapter)
+        asked: dict[str, Any] = {"model": model, "encoding_format": "base64"}
+        if dimensions is not None:
+            asked["dimensions"] = dimensions
+
+        async def one(part: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
+            body = {**asked, "input": list(part)}
+            answer = await self._retrying(lambda: self._json("POST", "/v1/embeddings", body))
+            texts = [vector["embedding"] for vector in answer["data"]]
+            return [np.frombuffer(base64.b64decode(text), dtype="<f4") for text in texts]
+
+        found = [vector for part in await self._all(one, parts) for vector in part]
+        return np.stack(found) if found else np.zeros((0, dimensions or 0), dtype=np.float32)
 
     async def generate_one(
         self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[Options]
@@ -232,13 +268,34 @@ class AsyncClient:
         self, prompt: Prompt, adapter: str | None, options: Options
     ) -> tuple[str, dict[str, Any]]:
         """Path and body for a prompt."""
-        if adapter is None and self._base_name is None:
-            self._base_name = (await self.models())[0].id
-        model = self._base_name if adapter is None else adapter
+        model = await self._model(adapter)
         body: dict[str, Any] = {"model": model, "max_tokens": 64, "temperature": 0.0, **options}
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             return "/v1/chat/completions", {**body, "messages": list(prompt)}
         return "/v1/completions", {**body, "prompt": prompt}
+
+    async def _model(self, adapter: str | None) -> str:
+        """The name of an adapter, or of the base, which the service tells."""
+        if adapter is not None:
+            return adapter
+        if self._base_name is None:
+            self._base_name = (await self.models())[0].id
+        return self._base_name
+
+    async def _all(self, one: Callable[[T], Awaitable[R]], given: Sequence[T]) -> list[R]:
+        """What `one` makes of each, so many at once. Raises the first GraftError."""
+        gate = asyncio.Semaphore(self.concurrency)
+
+        async def gated(each: T) -> R:
+            async with gate:
+                return await one(each)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(gated(each)) for each in given]
+        except* GraftError as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     async def _json(self, method: str, path: str, body: Any = None) -> Any:
         try:
@@ -306,6 +363,18 @@ class Client:
     ) -> list[Generation]:
         """See AsyncClient."""
         return self._portal.call(lambda: self._async.generate(prompts, adapter=adapter, **options))
+
+    def embed(
+        self,
+        inputs: Sequence[str | Sequence[int]],
+        *,
+        adapter: str | None = None,
+        dimensions: int | None = None,
+    ) -> np.ndarray:
+        """See AsyncClient."""
+        return self._portal.call(
+            lambda: self._async.embed(inputs, adapter=adapter, dimensions=dimensions)
+        )
 
     def stream(
         self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[Options]

@@ -142,6 +142,12 @@ class GatewaySpec(Spec):
         300.0,
         description="Seconds from its arrival to a stream's first token; a later one gets 504.",
     )
+    pooling: Literal["last", "mean"] = Field(
+        "last",
+        description="What /v1/embeddings makes its vector of: the last hidden state (after the "
+        "final norm) of the prompt's last token, as bases trained to embed have it, or the mean "
+        "over the prompt's tokens. Either is divided by its length.",
+    )
     keys: StoreUri | None = Field(
         None,
         description="Store of the API keys (`graft keys create`). If not given, no key is asked "

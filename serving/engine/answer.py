@@ -8,6 +8,7 @@ import torch
 
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.grammar import Grammar
+from serving.engine.pooling import Pooled
 from serving.engine.request import FinishReason, GenerationRequest, TokenLogprobs, TokenOutput
 from serving.engine.sampler import Sampled, Sampling, logprobs_of
 from serving.engine.sequence import Chunk, Sequence
@@ -29,6 +30,7 @@ class Answer:
     end_tokens: frozenset[int]
     detokenizer: Detokenizer | None
     grammar: Grammar | None
+    pooled: Pooled | None = None
     _prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
 
     @property
@@ -58,6 +60,21 @@ class Answer:
             self._prompt_logprobs += logprobs_of(rows_NV, predicted[done:], counts)
         if len(self._prompt_logprobs) == self.prompt_tokens - 1:
             self.sequence.scored_tokens = 0
+
+    def pool(self, chunk: Chunk, states_MH: torch.Tensor) -> None:
+        """Take the hidden states of `chunk.pooled`."""
+        assert self.pooled is not None
+        first = self.sequence.pooled_from
+        assert first is not None
+        self.pooled.add(states_MH, is_first=chunk.start <= first)
+
+    def embed(self) -> TokenOutput | None:
+        """The vector of a prompt that has been read to its end; None if it is not finite."""
+        assert self.pooled is not None
+        vector = self.pooled.vector()
+        if vector is None:
+            return None
+        return TokenOutput(self.sequence.id, (), "", FinishReason.STOP, embedding=vector)
 
     def accept(self, sampled: Sampled) -> TokenOutput:
         """Take the next token; its output has a finish reason if it is the last. Raises EngineError

@@ -53,13 +53,24 @@ class Source:
 
 @dataclass(frozen=True)
 class Batch:
-    """A step. All arrays int64: [T] tokens, positions, write slots; [N] rows to make logits of."""
+    """A step. All arrays int64: [T] tokens, positions, write slots; [N] rows to make logits of, [M]
+    rows to keep the last hidden states of."""
 
     ids: np.ndarray
     positions: np.ndarray
     write_slots: np.ndarray
     rows: Sequence[Row]
     wanted: np.ndarray
+    pooled: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a step gives: logits, float32 [N, V], and what the output embedding reads of the pooled
+    rows, in the base's dtype [M, hidden]."""
+
+    logits_NV: torch.Tensor
+    states_MH: torch.Tensor
 
 
 def build(
@@ -72,6 +83,7 @@ def build(
     writes: list[np.ndarray] = []
     rows: list[Row] = []
     wanted: list[int] = []
+    pooled: list[int] = []
     nothing: Mapping[str, Delta] = {}
     for chunk in chunks:
         sequence, begin = chunk.sequence, len(ids)
@@ -85,12 +97,14 @@ def build(
         deltas = adapters[name].lowered.deltas if name else nothing
         rows.append(Row(begin, len(ids), slots[:last], deltas, sequence.source_tokens))
         wanted += (begin + offset for offset in chunk.wanted)
+        pooled += (begin + offset for offset in chunk.pooled)
     return Batch(
         ids=np.array(ids, dtype=np.int64),
         positions=np.concatenate(positions),
         write_slots=np.concatenate(writes),
         rows=rows,
         wanted=np.array(wanted, dtype=np.int64),
+        pooled=np.array(pooled, dtype=np.int64),
     )
 
 

@@ -18,7 +18,7 @@ from cluster.errors import ConflictError, EngineError
 from serving.adapters import EmbeddingPrefix, KVPrefix, LoweredAdapter, lower
 from serving.engine.answer import Answer
 from serving.engine.bank import AdapterBank
-from serving.engine.batch import LoadedAdapter, Source, build, context_slots
+from serving.engine.batch import Computed, LoadedAdapter, Source, build, context_slots
 from serving.engine.intake import Intake
 from serving.engine.offset import SmallBases
 from serving.engine.pages import PagePool
@@ -194,7 +194,7 @@ class Engine:
         outputs: list[TokenOutput] = []
         for chunk, sampled in self._compute(chunks, outputs):
             self._scheduler.advance(chunk)
-            if chunk.is_sampled:
+            if chunk.is_last:
                 answer = self._answers[chunk.sequence.id]
                 try:
                     outputs.append(self._accept(answer, sampled))
@@ -248,7 +248,7 @@ class Engine:
             try:
                 while answer.sequence.num_left:
                     chunks = self._scheduler.schedule()
-                    parts.append(self._forward(chunks).cpu())
+                    parts.append(self._forward(chunks).logits_NV.cpu())
                     self._scheduler.advance(chunks[0])
             finally:
                 self._end(answer)
@@ -286,8 +286,9 @@ class Engine:
         """Each chunk with the token sampled behind it. Where a pass fails, its adapters are tried
         one by one, so that only requests of the guilty one fail; their ends go to `outputs`."""
         try:
-            logits_NV = self._forward(chunks)
-            sampled = self._sample(chunks, logits_NV)
+            computed = self._forward(chunks)
+            self._gather(chunks, computed.states_MH)
+            sampled = self._sample(chunks, computed.logits_NV)
         except Exception as error:
             names = sorted({chunk.sequence.adapter for chunk in chunks})
             if len(names) == 1:
@@ -298,14 +299,15 @@ class Engine:
             return [pair for group in groups for pair in self._compute(group, outputs)]
         return [(chunk, sampled.get(chunk.sequence.id)) for chunk in chunks]
 
-    def _forward(self, chunks: list[Chunk]) -> torch.Tensor:
-        """Logits of the rows that chunks want, behind the prefixes that are not there yet."""
+    def _forward(self, chunks: list[Chunk]) -> Computed:
+        """Logits and states of the rows that chunks want, behind the prefixes that are not there
+        yet."""
         fresh = [c.sequence for c in chunks if c.sequence.prefix_tokens]
         self._write_prefixes([sequence for sequence in fresh if not sequence.has_prefix])
         own = self._small_bases.without_prefixes(chunks)
-        logits_NV = self.runner.forward(build(own, self._bank.held, self.spec.page_tokens))
-        self._small_bases.add(logits_NV, chunks)
-        return logits_NV
+        computed = self.runner.forward(build(own, self._bank.held, self.spec.page_tokens))
+        self._small_bases.add(computed.logits_NV, chunks)
+        return computed
 
     def _write_prefixes(self, fresh: Many[Sequence]) -> None:
         """Fill the slots in front of sequences, which are sorted by adapter: what an encoder reads,
@@ -329,6 +331,14 @@ class Engine:
         if sources:
             self.runner.encode(sources)
 
+    def _gather(self, chunks: list[Chunk], states_MH: torch.Tensor) -> None:
+        """Give each embedding its chunk's hidden states."""
+        ends = np.cumsum([len(chunk.pooled) for chunk in chunks]).tolist()
+        for chunk, end in zip(chunks, ends, strict=True):
+            if chunk.pooled:
+                own_MH = states_MH[end - len(chunk.pooled) : end]
+                self._answers[chunk.sequence.id].pool(chunk, own_MH)
+
     def _sample(self, chunks: list[Chunk], logits_NV: torch.Tensor) -> dict[str, Sampled | None]:
         """What follows each sequence that has been read to its end; prompts' own logits go to the
         answers that asked for them."""
@@ -344,9 +354,14 @@ class Engine:
         return dict(zip(last, sampled, strict=True))
 
     def _accept(self, answer: Answer, sampled: Sampled | None) -> TokenOutput:
-        if sampled is None:
-            return self._fail(answer, "the logits are not finite; the adapter or base is damaged")
-        output = answer.accept(sampled)
+        if answer.pooled is not None:
+            output = answer.embed()
+        else:
+            output = None if sampled is None else answer.accept(sampled)
+        if output is None:
+            return self._fail(
+                answer, "logits or states are not finite; the adapter or base is damaged"
+            )
         self._generated += len(output.token_ids)
         if output.finish_reason is not None:
             self._end(answer)

@@ -1,6 +1,6 @@
 """A step as one flat sequence: all rows end to end, attention by a plan over paged slots.
 
-    T tokens of the step    N rows with logits    V vocabulary    P prefix tokens
+    T tokens of the step    P prefix tokens
 
 Nothing is padded but the slots of rows that decode. For every base whose attention goes through
 transformers' AttentionInterface.
@@ -17,7 +17,7 @@ import torch
 from cluster.errors import BaseModelError
 from serving.adapters import DeltaHooks
 from serving.engine.attention import AttentionPlan, Span, attend_by
-from serving.engine.batch import Batch, Row, Source
+from serving.engine.batch import Batch, Computed, Row, Source
 from serving.engine.columns import segments, side_by_side
 from serving.engine.kv_memory import KVMemory
 from serving.engine.logit_rows import LogitRows
@@ -44,8 +44,9 @@ class FlatPass:
     @torch.inference_mode()
     def run(
         self, step: Batch, memory: KVMemory, embeddings_PH: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Logits of the wanted rows, float32 [N, V]; new keys and values are in their slots.
+    ) -> Computed:
+        """Logits of the wanted rows and states of the pooled ones; new keys and values are in their
+        slots.
 
         Args:
             embeddings_PH: In place of the tokens' own.
@@ -53,19 +54,20 @@ class FlatPass:
         inputs = {"input_ids": self._tensor(step.ids)[None]}
         if embeddings_PH is not None:
             inputs = {"inputs_embeds": embeddings_PH[None]}
+        inputs["position_ids"] = self._tensor(step.positions)[None]
         owners = [row.deltas for row in step.rows]
         spans = [(row.start, row.end) for row in step.rows]
         # Which of the logits are a row's.
         wanted = [(int(a), int(b)) for a, b in np.searchsorted(step.wanted, spans)]
         with (
             self._hooks.active(segments(owners, spans), segments(owners, wanted)),
-            self._logit_rows.wanted(self._tensor(step.wanted)),
             attend_by(self._plan(self._tensor(step.write_slots), step.rows, memory)),
         ):
-            output = self._model(
-                **inputs, position_ids=self._tensor(step.positions)[None], use_cache=False
+            return self._logit_rows.run(
+                lambda: self._model(**inputs, use_cache=False),
+                self._tensor(step.wanted),
+                self._tensor(step.pooled),
             )
-        return output.logits[0].float()
 
     def _plan(self, write_T: torch.Tensor, rows: Sequence[Row], memory: KVMemory) -> AttentionPlan:
         """Rows of one token go together, padded to the longest; longer ones each alone."""

@@ -18,6 +18,7 @@ from serving.engine.batch import LoadedAdapter
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.grammar import Grammar, Grammars
 from serving.engine.pages import next_key, root_key
+from serving.engine.pooling import Pooled
 from serving.engine.ranges import check_token_ids
 from serving.engine.request import GenerationRequest
 from serving.engine.runner import Runner
@@ -34,7 +35,7 @@ class Intake:
         self.tokenizer: Any = load_tokenizer(spec.base_model) if has_tokenizer else None
         self._is_caching = spec.prefix_cache
         self._vocabulary = runner.vocabulary
-        self._context = runner.max_context_tokens
+        self._context, self._hidden = runner.max_context_tokens, runner.hidden_size
         self._end_tokens = _end_tokens(runner.model, self.tokenizer)
         self._is_seq2seq, self._start_ids = runner.target.is_seq2seq, runner.start_ids
         self._grammars = Grammars(self.tokenizer, self._vocabulary, self._end_tokens)
@@ -60,6 +61,8 @@ class Intake:
                 "encoder reads the prompt, and nothing predicts it; leave them out",
                 param="prompt_logprobs",
             )
+        if request.pooling is not None:
+            self._check_pooling(request, adapter)
         ids, param = self._prompt_ids(request)
         # The length goes first: it bounds what the rest costs.
         max_tokens = self._room(request, len(ids), adapter.taken_tokens if adapter else 0)
@@ -81,6 +84,8 @@ class Intake:
         sequence = self._sequence(request, request_id, adapter, ids if self._is_seq2seq else ())
         sequence.tokens = [*before, *generated]
         sequence.scored_tokens = len(before) + len(scored or ()) if is_scored else 0
+        if request.pooling is not None:
+            sequence.pooled_from = 0 if request.pooling == "mean" else len(ids) - 1
         return Answer(
             request,
             sequence,
@@ -90,7 +95,29 @@ class Intake:
             end_tokens=ends | frozenset(request.stop_token_ids),
             detokenizer=detokenizer,
             grammar=grammar,
+            pooled=None if request.pooling is None else Pooled(request.dimensions),
         )
+
+    def _check_pooling(self, request: GenerationRequest, adapter: LoadedAdapter | None) -> None:
+        """Raise RequestError unless the base and the adapter have such a vector."""
+        if self._is_seq2seq:
+            raise RequestError(
+                "embeddings are of decoders alone, and this base is an encoder-decoder; ask "
+                "another service",
+                param="pooling",
+            )
+        if adapter is not None and adapter.lowered.offset is not None:
+            raise RequestError(
+                f"adapter {request.adapter!r} is proxy-tuned: it changes logits and no hidden "
+                "state; ask for the base's embedding",
+                param="adapter",
+            )
+        if request.dimensions is not None and request.dimensions > self._hidden:
+            raise RequestError(
+                f"dimensions is {request.dimensions}, and this base's vectors have {self._hidden}; "
+                "lower it, or leave it out",
+                param="dimensions",
+            )
 
     def _sequence(
         self,
@@ -166,9 +193,10 @@ class Intake:
             who = "adapter and decoder take" if self._is_seq2seq else "the adapter takes"
             beside = f" + {taken_tokens} that {who}" if taken_tokens else ""
             is_full = prompt_tokens + taken_tokens >= self._context
+            remedy = "shorten the prompt" + (" or lower max_tokens" if wanted else "")
             raise ContextLengthError(
                 f"the prompt has {prompt_tokens} tokens{beside} and max_tokens is {wanted}, over "
-                f"the context of {self._context}; shorten the prompt or lower max_tokens",
+                f"the context of {self._context}; {remedy}",
                 param="prompt" if is_full else "max_tokens",
             )
         return wanted

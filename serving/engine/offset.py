@@ -132,7 +132,7 @@ class SmallBases:
                 {expert.loaded.name: expert.loaded for _, _, expert in own},
                 runner.page_tokens,
             )
-            bare_NV, expert_NV = runner.forward(batch).chunk(2)
+            bare_NV, expert_NV = runner.forward(batch).logits_NV.chunk(2)
             rows = [row for _, rows, _ in own for row in rows]
             alpha = [expert.alpha for _, rows, expert in own for _ in rows]
             alpha_N1 = torch.tensor(alpha, device=logits_NV.device)[:, None]

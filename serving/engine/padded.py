@@ -2,7 +2,7 @@
 function of ours.
 
     B rows of one forward pass    L new tokens of the longest    S context of the longest
-    N rows with logits    V vocabulary    P prefix tokens
+    N rows with logits    M pooled rows    P prefix tokens
 
 The base builds masks, alibi, rotary and relative positions itself. Rows are padded on the left, so
 that the newest token of each stands in the last column: what a family counts by columns (alibi,
@@ -14,7 +14,7 @@ slots and gives back the rows' whole context. Of an encoder-decoder these rows a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from transformers import Cache
 
-from serving.adapters import Delta, DeltaHooks, Segment
-from serving.engine.batch import Batch, Row, Source
+from serving.adapters import DeltaHooks, Segment
+from serving.engine.batch import Batch, Computed, Row, Source
 from serving.engine.columns import bucket, segments, side_by_side
 from serving.engine.encoder import Encoder
 from serving.engine.kv_memory import KVMemory
@@ -42,6 +42,8 @@ class _Group:
     head: Sequence[Segment]
     wanted_N: np.ndarray  # of the group's B x L tokens
     places_N: np.ndarray  # where their logits stand in the step
+    pooled_M: np.ndarray  # the same of pooled tokens
+    places_M: np.ndarray
 
 
 class PaddedPass:
@@ -70,21 +72,23 @@ class PaddedPass:
     @torch.inference_mode()
     def run(
         self, step: Batch, memory: KVMemory, embeddings_PH: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Logits of the wanted rows, float32 [N, V]; new keys and values are in their slots.
+    ) -> Computed:
+        """Logits of the wanted rows and states of the pooled ones; new keys and values are in their
+        slots.
 
         Args:
             embeddings_PH: In place of the tokens' own; the step has one row.
         """
         groups = list(_groups(step))
-        found_NV = torch.cat([self._run(group, step, memory, embeddings_PH) for group in groups])
-        logits_NV = torch.empty_like(found_NV)
-        logits_NV[torch.from_numpy(np.concatenate([g.places_N for g in groups]))] = found_NV
-        return logits_NV
+        found = [self._run(group, step, memory, embeddings_PH) for group in groups]
+        return Computed(
+            _in_order([part.logits_NV for part in found], [g.places_N for g in groups]),
+            _in_order([part.states_MH for part in found], [g.places_M for g in groups]),
+        )
 
     def _run(
         self, group: _Group, step: Batch, memory: KVMemory, embeddings_PH: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> Computed:
         rows, width = group.rows, group.width
         ids_BL = np.full((len(rows), width), self._pad)
         positions_BL = np.zeros_like(ids_BL)
@@ -115,11 +119,14 @@ class PaddedPass:
             inputs["position_ids"] = positions
         with ExitStack() as scope:
             scope.enter_context(self._hooks.active(group.body, group.head))
-            scope.enter_context(self._logit_rows.wanted(self._tensor(group.wanted_N)))
             if self._encoder is not None:
                 seen = self._encoder.seen_by(rows, memory, cache, positions)
                 inputs |= scope.enter_context(seen)
-            return self._model(**inputs, use_cache=True).logits[0].float()
+            return self._logit_rows.run(
+                lambda: self._model(**inputs, use_cache=True),
+                self._tensor(group.wanted_N),
+                self._tensor(group.pooled_M),
+            )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -132,20 +139,31 @@ def _groups(step: Batch) -> Generator[_Group]:
     for kind in sorted(set(buckets)):
         rows = [row for row, own in zip(step.rows, buckets, strict=True) if own == kind]
         width = max(row.end - row.start for row in rows)
-        places: list[int] = []
-        wanted: list[int] = []
-        owners: list[Mapping[str, Delta]] = []
-        for index, row in enumerate(rows):
-            first, last = np.searchsorted(step.wanted, (row.start, row.end)).tolist()
-            places += range(first, last)
-            # The row's last token stands in the last column.
-            wanted += ((index + 1) * width - row.end + step.wanted[first:last]).tolist()
-            owners += [row.deltas] * (last - first)
-        yield _Group(
-            rows,
-            width,
-            segments([row.deltas for row in rows]),
-            segments(owners),
-            np.array(wanted, dtype=np.int64),
-            np.array(places, dtype=np.int64),
-        )
+        wanted, places, counts = _picked(rows, width, step.wanted)
+        pooled, kept, _ = _picked(rows, width, step.pooled)
+        deltas = [row.deltas for row in rows]
+        owners = [own for own, count in zip(deltas, counts, strict=True) for _ in range(count)]
+        yield _Group(rows, width, segments(deltas), segments(owners), wanted, places, pooled, kept)
+
+
+def _picked(
+    rows: Sequence[Row], width: int, picked: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Those of `picked`, sorted tokens of the step, that are in `rows`: their places in the group's
+    padded batch, their indices in `picked`, and how many each row has."""
+    bounds = [np.searchsorted(picked, (row.start, row.end)) for row in rows]
+    # A row's last token stands in the last column.
+    own = [
+        (index + 1) * width - row.end + picked[first:last]
+        for index, (row, (first, last)) in enumerate(zip(rows, bounds, strict=True))
+    ]
+    places = np.concatenate([np.arange(first, last) for first, last in bounds])
+    return np.concatenate(own), places, [len(tokens) for tokens in own]
+
+
+def _in_order(found: Sequence[torch.Tensor], places: Sequence[np.ndarray]) -> torch.Tensor:
+    """The rows that groups found, as the step has them."""
+    rows = torch.cat(list(found))
+    ordered = torch.empty_like(rows)
+    ordered[torch.from_numpy(np.concatenate(places))] = rows
+    return ordered

@@ -16,7 +16,7 @@ import torch
 
 from cluster.errors import BaseModelError
 from serving.adapters import DeltaHooks, Target
-from serving.engine.batch import Batch, Row, Source
+from serving.engine.batch import Batch, Computed, Row, Source
 from serving.engine.kv_memory import KVMemory, make_memory
 
 # Largest difference of logits, as a share of the largest logit.
@@ -35,8 +35,8 @@ class ForwardPass(Protocol):
 
     def run(
         self, step: Batch, memory: KVMemory, embeddings_PH: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Logits of the wanted rows, float32 [N, V]."""
+    ) -> Computed:
+        """Logits of the wanted rows and states of the pooled ones."""
         ...
 
     def encode(self, sources: Sequence[Source], memory: KVMemory) -> None:
@@ -124,7 +124,7 @@ def _last_logits(
         # The middle step has rows of different lengths, and is never empty.
         learning = hooks.learning(forward.num_rows(step), forward.rows_dim)
         with learning if part == 1 else nullcontext():
-            logits = forward.run(step, memory)
+            logits = forward.run(step, memory).logits_NV
     return logits
 
 

@@ -124,6 +124,8 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "logprobs": (_whole(0, MAX_LOGPROBS), _COUNT),
     "prompt_logprobs": (_whole(0, MAX_LOGPROBS), _COUNT),
+    "pooling": (lambda value: value in (None, "last", "mean"), "'last' or 'mean'"),
+    "dimensions": (_whole(1), "a whole number above 0"),
 }
 
 

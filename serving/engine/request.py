@@ -14,6 +14,8 @@ from enum import StrEnum
 from hashlib import blake2b
 from typing import Any, Literal
 
+import numpy as np
+
 from cluster.errors import RequestError
 from serving.engine.ranges import (
     MAX_CHOICES,
@@ -28,6 +30,8 @@ from serving.engine.ranges import (
     require,
 )
 from serving.engine.ranges import MAX_SEED as MAX_SEED
+
+Pooling = Literal["last", "mean"]
 
 
 class FinishReason(StrEnum):
@@ -79,7 +83,7 @@ class GenerationRequest:
         adapter: A name given to `add_adapter`, or None for the base alone.
         adapter_rank: Take so many of a DyLoRA's ranks; None for all.
         max_tokens: Tokens to generate; None for as many as the context allows. 0 is for
-            `prompt_logprobs` alone.
+            `prompt_logprobs` or `pooling` alone.
         temperature: 0 takes the most probable token; above, the logits are divided by it.
         top_p: Only the smallest set of tokens with at least this probability is sampled from.
         top_k: Only so many of the most probable tokens are; None for all.
@@ -103,6 +107,9 @@ class GenerationRequest:
             probable tokens beside it.
         prompt_logprobs: The same for the prompt's tokens but the first. Not of an encoder-decoder,
             which reads its prompt and predicts none of it.
+        pooling: Make one vector of the prompt, and generate nothing: of its last token's hidden
+            state, or of the mean over all; of length 1. Not of an encoder-decoder.
+        dimensions: Of the vector, only the first so many numbers, made to length 1 again.
         generated_token_ids: The answer's first tokens, given out before on another replica. The
             answer goes on behind them, and its outputs with it; `max_tokens`, positions and `stop`
             count them. Exact with a `seed`.
@@ -129,6 +136,8 @@ class GenerationRequest:
     cache_salt: str = ""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    pooling: Pooling | None = None
+    dimensions: int | None = None
     generated_token_ids: Sequence[int] = ()
 
     def check(self) -> None:
@@ -139,11 +148,23 @@ class GenerationRequest:
         for name, (is_possible, meaning) in RANGES.items():
             value = getattr(self, name)
             require(is_possible(value), name, f"{name} is {value!r:.80}; it must be {meaning}")
-        if self.max_tokens == 0 and self.prompt_logprobs is None:
+        if self.max_tokens == 0 and self.prompt_logprobs is None and self.pooling is None:
             raise RequestError(
                 "max_tokens is 0; ask for at least one token, or for prompt_logprobs",
                 param="max_tokens",
             )
+        is_embedding = self.max_tokens == 0 and self.prompt_logprobs is None
+        require(
+            self.pooling is None or is_embedding,
+            "pooling",
+            "pooling is of a prompt that nothing follows; set max_tokens to 0 and leave "
+            "prompt_logprobs out",
+        )
+        require(
+            self.dimensions is None or self.pooling is not None,
+            "dimensions",
+            "dimensions are of a vector; set pooling, or leave them out",
+        )
 
     def _check_source(self) -> None:
         require(
@@ -194,7 +215,8 @@ class TokenOutput:
     The last output of a request has a `finish_reason`; `error` says what went wrong if that is
     ERROR. Text can lag behind tokens: half a character or of a stop text is held back. Where they
     were asked for, `logprobs` has one entry for each token, and the first output has
-    `prompt_logprobs`, one for each token of the prompt but the first.
+    `prompt_logprobs`, one for each token of the prompt but the first. `embedding` is what `pooling`
+    asked for, float32 [dimensions].
     """
 
     request_id: str
@@ -204,12 +226,13 @@ class TokenOutput:
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    embedding: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """A whole answer. `token_ids` has the end token if one ended it. `logprobs` and
-    `prompt_logprobs` are as in TokenOutput."""
+    """A whole answer. `token_ids` has the end token if one ended it. `logprobs`,
+    `prompt_logprobs` and `embedding` are as in TokenOutput."""
 
     token_ids: list[int]
     text: str
@@ -217,6 +240,7 @@ class GenerationResult:
     prompt_tokens: int
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    embedding: np.ndarray | None = field(default=None, compare=False)
 
 
 def joined(outputs: Sequence[TokenOutput]) -> TokenOutput:
@@ -230,6 +254,7 @@ def joined(outputs: Sequence[TokenOutput]) -> TokenOutput:
         last.error,
         tuple(entry for output in outputs for entry in output.logprobs),
         tuple(entry for output in outputs for entry in output.prompt_logprobs),
+        last.embedding,
     )
 
 
@@ -244,6 +269,7 @@ def result_of(outputs: Sequence[TokenOutput], prompt_tokens: int) -> GenerationR
         prompt_tokens,
         whole.logprobs,
         whole.prompt_logprobs,
+        whole.embedding,
     )
 
 

@@ -1,7 +1,5 @@
 """The base model, its KV memory, and one forward pass over a batch.
 
-    N rows with logits    V vocabulary    P prefix tokens
-
 The base is transformers' own module, untouched but for its attention function, the way its linear
 modules multiply (cluster.linear), and the hooks of loaded adapters. At start it is proved against
 itself (`proof`): first flat, with all rows end to end and our attention; where the family's
@@ -23,7 +21,7 @@ from cluster.linear import pack
 from cluster.memory import keep_freed_memory
 from serving.adapters import DeltaHooks, EmbeddingPrefix, KVPrefix, Target, describe
 from serving.engine.attention import NAME
-from serving.engine.batch import Batch, Row, Source
+from serving.engine.batch import Batch, Computed, Row, Source
 from serving.engine.flat import FlatPass
 from serving.engine.geometry import measured
 from serving.engine.kv_memory import KVMemory, make_memory
@@ -89,8 +87,14 @@ class Runner:
         """Read an encoder-decoder's sources, sorted by adapter, into their slots."""
         self._pass.encode(sources, self.memory)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits of the wanted rows, float32 [N, V]; new keys and values are in their slots."""
+    @property
+    def hidden_size(self) -> int:
+        """Of the states that the output embedding reads."""
+        return int(self.model.get_output_embeddings().weight.shape[1])
+
+    def forward(self, batch: Batch) -> Computed:
+        """Logits of the wanted rows and states of the pooled ones; new keys and values are in their
+        slots."""
         return self._pass.run(batch, self.memory)
 
     def write_prefix(self, prefix: EmbeddingPrefix | KVPrefix, slots: np.ndarray) -> None:

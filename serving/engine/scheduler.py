@@ -150,8 +150,7 @@ class Scheduler:
 
     def _shareable(self, sequence: Sequence) -> list[bytes]:
         """The keys of pages that would do for a start: at least one token is left to compute."""
-        tokens = 0 if sequence.scored_tokens else len(sequence.tokens) - 1
-        return sequence.keys(tokens, self.page_tokens)
+        return sequence.keys(sequence.first_needed, self.page_tokens)
 
     def _owed(self, sequence: Sequence) -> Sequence | None:
         """Whom to preempt for a waiting sequence: its tenant, or in it its adapter, runs less than

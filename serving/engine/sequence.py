@@ -23,6 +23,8 @@ class Sequence:
         root: What tokens' pages are shared by: same root, same keys and values. None: not at all.
         scored_tokens: Logits are wanted behind each of so many first tokens, not only behind the
             last, so these are computed and not taken from other requests' pages.
+        pooled_from: Hidden states are wanted behind the tokens from this one on, which are computed
+            too, and nothing is sampled. None: no hidden states.
         pages: Used by this sequence: the prefix's, then its own.
         num_computed: Tokens (the prefix apart) whose keys and values lie in the pages.
         has_prefix: Whether the prefix lies in its pages.
@@ -36,6 +38,7 @@ class Sequence:
     prefix_key: bytes = b""
     root: bytes | None = None
     scored_tokens: int = 0
+    pooled_from: int | None = None
     source: tuple[int, ...] = ()
     source_tokens: int = 0
     pages: list[int] = field(default_factory=list[int])
@@ -43,6 +46,12 @@ class Sequence:
     has_prefix: bool = False
     preemptions: int = 0
     _keys: list[bytes] = field(default_factory=list[bytes])
+
+    @property
+    def first_needed(self) -> int:
+        """The first token that is computed whatever others have computed of it."""
+        first = len(self.tokens) - 1 if self.pooled_from is None else self.pooled_from
+        return 0 if self.scored_tokens else first
 
     @property
     def num_left(self) -> int:
@@ -81,7 +90,7 @@ class Sequence:
 @dataclass(frozen=True)
 class Chunk:
     """`count` tokens of a sequence from its token `start`; the last of them is sampled from if
-    nothing is left behind it."""
+    nothing is left behind it and an answer is wanted."""
 
     sequence: Sequence
     start: int
@@ -93,9 +102,20 @@ class Chunk:
         return self.count + self.sequence.unread_source
 
     @property
-    def is_sampled(self) -> bool:
+    def is_last(self) -> bool:
         """Whether the step ends at the sequence's last token."""
         return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether a token is sampled behind it."""
+        return self.is_last and self.sequence.pooled_from is None
+
+    @property
+    def pooled(self) -> range:
+        """The tokens, counted from the chunk's first, whose hidden states are wanted."""
+        first = self.sequence.pooled_from
+        return range(self.count if first is None else max(0, first - self.start), self.count)
 
     @property
     def wanted(self) -> range:

@@ -92,8 +92,8 @@ class Tenant:
         ):
             if limit and answers > limit:
                 raise RequestError(
-                    f"prompt and n ask for {answers} answers, and this key has {limit} {what}; "
-                    "send less at once",
+                    f"the request asks for {answers} answers (inputs times n), and this key has "
+                    f"{limit} {what}; send less at once",
                     param="n",
                 )
         if most and self._in_progress + answers > most:

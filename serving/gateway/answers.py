@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from pydantic import BaseModel
 
 from serving.engine.request import best_choices
@@ -25,14 +27,26 @@ from serving.protocol import (
     CompletionLogprobs,
     CompletionRequest,
     Delta,
+    Embedding,
+    EmbeddingList,
+    EmbeddingRequest,
+    EmbeddingUsage,
     ToolCall,
     ToolCallDelta,
     Usage,
 )
 
 
-class Form(Protocol):
+class WholeForm(Protocol):
     """How one route writes its answers."""
+
+    def whole(self, answers: Sequence[Piece], used: Usage) -> BaseModel:
+        """The body; `answers` has the one piece of each answer, in order of index."""
+        ...
+
+
+class Form(WholeForm, Protocol):
+    """How one route writes its answers, whole or as a stream."""
 
     def chunks(self, piece: Piece, used: Usage | None) -> list[BaseModel]:
         """The chunks of one piece; `used` goes on each."""
@@ -40,10 +54,6 @@ class Form(Protocol):
 
     def last(self, used: Usage) -> BaseModel:
         """The chunk after all answers, with the usage alone."""
-        ...
-
-    def whole(self, answers: Sequence[Piece], used: Usage) -> BaseModel:
-        """The body; `answers` has the one piece of each answer, in order of index."""
         ...
 
 
@@ -110,6 +120,29 @@ class CompletionForm:
     def _prompt_text(self, place: int) -> str:
         prompt = self._body.prompts[place]
         return prompt if isinstance(prompt, str) else self._texts.of(prompt)
+
+
+class EmbeddingForm:
+    """/v1/embeddings, which never streams."""
+
+    def __init__(self, job: Job, body: EmbeddingRequest) -> None:
+        self._job, self._as_text = job, body.encoding_format == "base64"
+
+    def whole(self, answers: Sequence[Piece], used: Usage) -> BaseModel:
+        """See Form."""
+        data = [
+            Embedding(index=piece.index, embedding=self._written(piece.embedding))
+            for piece in answers
+            if piece.embedding is not None
+        ]
+        assert len(data) == len(answers), "every answer is a vector"
+        read = EmbeddingUsage(prompt_tokens=used.prompt_tokens, total_tokens=used.prompt_tokens)
+        return EmbeddingList(data=data, model=self._job.model, usage=read)
+
+    def _written(self, vector: np.ndarray) -> list[float] | str:
+        if self._as_text:
+            return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        return vector.tolist()
 
 
 class ChatForm:

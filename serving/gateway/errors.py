@@ -57,8 +57,8 @@ async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
     message = f"{request.method} {request.url.path[:200]}: {str(error.detail).lower()}"
     if error.status_code == 404:
         message += (
-            "; this service has /v1/models, /v1/completions, /v1/chat/completions, /tokenize, "
-            "/detokenize, /health, /ready and /metrics"
+            "; this service has /v1/models, /v1/completions, /v1/chat/completions, "
+            "/v1/embeddings, /tokenize, /detokenize, /health, /ready and /metrics"
         )
     detail = ErrorDetail(message=message, type="invalid_request_error")
     body = ErrorBody(error=detail).model_dump()

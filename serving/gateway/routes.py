@@ -13,11 +13,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from cluster.base_model import encode_prompt
-from cluster.errors import GraftError
+from cluster.errors import GraftError, RequestError
 from cluster.registry import AdapterVersion
 from serving.engine.ranges import check_token_ids
 from serving.gateway.access import Door, Tenant
-from serving.gateway.answers import ChatForm, CompletionForm, Form
+from serving.gateway.answers import ChatForm, CompletionForm, EmbeddingForm, Form, WholeForm
 from serving.gateway.bodies import read_body
 from serving.gateway.chat import render
 from serving.gateway.errors import answer_graft_error, answer_http_error, error_body
@@ -31,6 +31,7 @@ from serving.protocol import (
     CompletionRequest,
     Detokenized,
     DetokenizeRequest,
+    EmbeddingRequest,
     ModelCard,
     ModelList,
     Sampling,
@@ -40,6 +41,8 @@ from serving.protocol import (
 )
 from serving.spec import GatewaySpec
 
+# The engine's names of what /v1/embeddings calls otherwise.
+_INPUTS = {"prompt": "input", "prompt_token_ids": "input", "pooling": "model", "adapter": "model"}
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 # The names of what FastAPI calls are never used here.
 # pyright: reportUnusedFunction=false
@@ -75,6 +78,16 @@ def _add_answers(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
         body = await read_body(request, ChatRequest, spec)
         job = await service.chat_job(body, _tenant(request), request.state.began_s)
         return await _respond(service, body, job, ChatForm(job, body, texts))
+
+    @app.post("/v1/embeddings")
+    async def embed(request: Request) -> Response:
+        body = await read_body(request, EmbeddingRequest, spec)
+        job = await service.embedding_job(body, _tenant(request), request.state.began_s)
+        try:
+            return await _whole(service, job, EmbeddingForm(job, body))
+        except RequestError as error:
+            error.param = _INPUTS.get(error.param or "", error.param)
+            raise
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
@@ -148,6 +161,10 @@ async def _respond(service: Service, body: Sampling, job: Job, form: Form) -> Re
         first = await anext(pieces)
         events = _events(service, body, job, first, pieces, form)
         return StreamingResponse(events, media_type="text/event-stream", headers=_HEADERS)
+    return await _whole(service, job, form)
+
+
+async def _whole(service: Service, job: Job, form: WholeForm) -> Response:
     answers: dict[int, Piece] = {}
     async with aclosing(service.run(job, stream=False)) as pieces:
         async for piece in pieces:

@@ -11,8 +11,10 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from cluster.base_model import encode_prompt
 from cluster.errors import DeadlineError, EngineError, OverloadedError, RequestError
@@ -30,7 +32,13 @@ from serving.gateway import failover
 from serving.gateway.access import Tenant
 from serving.gateway.chat import render
 from serving.gateway.metrics import Metrics
-from serving.protocol import ChatRequest, CompletionRequest, Sampling, Usage
+from serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Sampling,
+    Usage,
+)
 from serving.spec import GatewaySpec
 
 # OpenAI's defaults.
@@ -93,6 +101,7 @@ class Piece:
     finish_reason: str | None
     logprobs: Sequence[TokenLogprobs] = ()
     prompt_logprobs: Sequence[TokenLogprobs] = ()
+    embedding: np.ndarray | None = field(default=None, compare=False)
 
 
 class Service:
@@ -113,10 +122,10 @@ class Service:
 
     async def completion_job(self, body: CompletionRequest, tenant: Tenant, began_s: float) -> Job:
         """Of a request that arrived at `began_s`. Raises CallerError for whatever cannot run."""
-        adapter = await self._resolve(body, tenant)
+        adapter = await self._resolve(body.model, tenant)
         per_prompt = max(body.n or 1, body.best_of or 1)
-        self._check_count(len(body.prompts) * per_prompt)
-        prompts = await asyncio.to_thread(self._encode, body)
+        self._check_count(len(body.prompts) * per_prompt, "prompt")
+        prompts = await asyncio.to_thread(self._encode, body.prompts)
         is_ranked = per_prompt > (body.n or 1)
         return self._job(
             "cmpl", began_s, body, tenant, adapter, prompts, per_prompt,
@@ -127,8 +136,8 @@ class Service:
 
     async def chat_job(self, body: ChatRequest, tenant: Tenant, began_s: float) -> Job:
         """Of a request that arrived at `began_s`. Raises CallerError for whatever cannot run."""
-        adapter = await self._resolve(body, tenant)
-        self._check_count(body.n or 1)
+        adapter = await self._resolve(body.model, tenant)
+        self._check_count(body.n or 1, "n")
         prompt = await asyncio.to_thread(render, self.tokenizer, body.messages, body.tools_in_use)
         tokens = body.max_completion_tokens
         return self._job(
@@ -136,6 +145,29 @@ class Service:
             max_tokens=body.max_tokens if tokens is None else tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )  # fmt: skip
+
+    async def embedding_job(self, body: EmbeddingRequest, tenant: Tenant, began_s: float) -> Job:
+        """Of a request that arrived at `began_s`. Raises CallerError for whatever cannot run."""
+        adapter = await self._resolve(body.model, tenant)
+        self._check_count(len(body.inputs), "input")
+        prompts = await asyncio.to_thread(self._encode, body.inputs)
+        requests = [
+            GenerationRequest(
+                prompt_token_ids=prompt,
+                adapter=adapter.ref if adapter else None,
+                adapter_rank=body.adapter_rank,
+                cache_salt=tenant.cache_salt,
+                max_tokens=0,
+                pooling=self._spec.pooling,
+                dimensions=body.dimensions,
+                seed=0,
+            )
+            for prompt in prompts
+        ]
+        for request in requests:
+            request.check()
+        request_id = f"embd-{secrets.token_hex(12)}"
+        return Job(request_id, body.model, adapter, tenant, prompts, requests, began_s)
 
     async def run(self, job: Job, *, stream: bool) -> AsyncGenerator[Piece]:
         """Run all answers of a job at once; pieces as they come.
@@ -214,24 +246,25 @@ class Service:
                     reason and reason.value,
                     output.logprobs,
                     output.prompt_logprobs,
+                    output.embedding,
                 )
 
-    async def _resolve(self, body: Sampling, tenant: Tenant) -> AdapterVersion | None:
-        return await asyncio.to_thread(self.catalogue.resolve, body.model, tenant.allows)
+    async def _resolve(self, model: str, tenant: Tenant) -> AdapterVersion | None:
+        return await asyncio.to_thread(self.catalogue.resolve, model, tenant.allows)
 
-    def _check_count(self, answers: int) -> None:
+    def _check_count(self, answers: int, param: str) -> None:
         if answers > self._spec.max_waiting_requests:
             raise RequestError(
-                f"prompt and n ask for {answers:,} answers, over the "
+                f"{param} asks for {answers:,} answers, over the "
                 f"{self._spec.max_waiting_requests:,} that gateway.max_waiting_requests allows in "
                 "all; send less at once",
-                param="prompt",
+                param=param,
             )
 
-    def _encode(self, body: CompletionRequest) -> list[list[int]]:
+    def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         return [
             encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
-            for prompt in body.prompts
+            for prompt in prompts
         ]
 
     def _job(

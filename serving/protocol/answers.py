@@ -147,6 +147,30 @@ class ChatChunk(BaseModel):
     usage: Usage | None = None
 
 
+class Embedding(BaseModel):
+    """One vector: its numbers, or the base64 of them as little-endian float32."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens that were read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    """The body of /v1/embeddings."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
 class ModelCard(BaseModel):
     """One model that requests can name."""
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_TOOLS = 128
+MAX_INPUTS = 2048
 
 
 class _Body(BaseModel):
@@ -32,6 +33,8 @@ def _neutral(*values: object) -> BeforeValidator:
 _TokenKey = Annotated[str, Field(pattern=r"^\d{1,10}$")]
 # The kind and rule that an answer must follow.
 Form = tuple[Literal["json_schema", "json_object", "regex", "choice"], Any]
+# One or several texts, or their token ids.
+_Texts = str | list[str] | list[int] | list[list[int]]
 _Nothing = Annotated[Any, _neutral({}, [])]
 
 
@@ -146,7 +149,7 @@ class Sampling(_Body):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: _Texts
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -163,11 +166,32 @@ class CompletionRequest(Sampling):
     @property
     def prompts(self) -> list[str | list[int]]:
         """Each prompt of the request, as text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [[token for token in self.prompt if isinstance(token, int)]]
-        return [part for part in self.prompt if not isinstance(part, int)]
+        return _each(self.prompt)
+
+
+class EmbeddingRequest(_Body):
+    """POST /v1/embeddings."""
+
+    model: str = Field(min_length=1)
+    input: _Texts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)
+    adapter_rank: int | None = None
+
+    @field_validator("input")
+    @classmethod
+    def _some_of_each(cls, given: _Texts) -> _Texts:
+        parts = _each(given)
+        if not 0 < len(parts) <= MAX_INPUTS:
+            raise ValueError(f"has {len(parts):,} parts; give 1 to {MAX_INPUTS:,}")
+        if not all(parts):
+            raise ValueError("has an empty part; give each at least one token")
+        return given
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """Each input of the request, as text or token ids."""
+        return _each(self.input)
 
 
 class TextPart(_Body):
@@ -314,6 +338,15 @@ class ChatRequest(Sampling):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs = true")
         return self
+
+
+def _each(given: _Texts) -> list[str | list[int]]:
+    """One or several texts or lists of token ids, as several."""
+    if isinstance(given, str):
+        return [given]
+    if given and isinstance(given[0], int):
+        return [[token for token in given if isinstance(token, int)]]
+    return [part for part in given if not isinstance(part, int)]
 
 
 def _moved(schema: Any, to: str) -> Any:

@@ -48,6 +48,7 @@ def check(url: str, base: str, adapters: list[str]) -> None:
             assert raw.headers["content-type"].startswith("application/json")
     assert len(texts) > 1, "adapters answer as the base does"
     helper(client, adapters[0], said)
+    embeddings(client, base, adapters)
     errors(client, base)
     asyncio.run(asynchronous(url, adapters))
 
@@ -57,6 +58,22 @@ def helper(client: openai.OpenAI, model: str, said: list[dict[str, str]]) -> Non
     with client.chat.completions.stream(model=model, messages=said, max_tokens=8) as stream:
         kinds = {event.type for event in stream}
     assert {"chunk", "content.delta"} <= kinds, kinds
+
+
+def embeddings(client: openai.OpenAI, base: str, adapters: list[str]) -> None:
+    """By the client's own base64, as floats, and cut."""
+    found: set[tuple[float, ...]] = set()
+    for model in (base, *adapters):
+        answer = client.embeddings.create(model=model, input=["hello", "world"])
+        assert [part.index for part in answer.data] == [0, 1]
+        assert answer.usage.prompt_tokens == answer.usage.total_tokens > 0
+        plain = client.embeddings.create(model=model, input="hello", encoding_format="float")
+        pairs = zip(plain.data[0].embedding, answer.data[0].embedding, strict=True)
+        assert all(abs(one - other) < 1e-5 for one, other in pairs)
+        cut = client.embeddings.create(model=model, input="hello", dimensions=3)
+        assert len(cut.data[0].embedding) == 3
+        found.add(tuple(plain.data[0].embedding))
+    assert len(found) == len(adapters) + 1, "adapters embed as the base does"
 
 
 def errors(client: openai.OpenAI, base: str) -> None:

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from service import BASE_NAME, Running, publish, running
@@ -68,6 +69,19 @@ def test_a_stream_is_the_answer(client: Client) -> None:
     stream = client.stream("hello", adapter="bitfit", max_tokens=100)
     next(stream)
     stream.close()
+
+
+def test_embeddings_are_of_length_one_and_in_order(client: Client) -> None:
+    inputs = ["hi", [104, 105], *(f"text {i}" for i in range(40))]
+    vectors = client.embed(inputs, adapter="lora")
+    assert (vectors.shape, vectors.dtype) == ((42, 32), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(client.embed(inputs[-1:], adapter="lora")[0], vectors[-1], atol=1e-5)
+    assert client.embed(["hi"], dimensions=4).shape == (1, 4)
+    assert abs(client.embed(["hi"])[0] - vectors[0]).max() > 0.01
+    assert client.embed([]).shape == (0, 0)
+    with pytest.raises(RequestError, match="dimensions"):
+        client.embed(["hi"], dimensions=1000)
 
 
 def test_the_servers_errors_are_raised_as_they_were_there(client: Client) -> None:

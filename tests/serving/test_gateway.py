@@ -1,5 +1,6 @@
 """The HTTP side on a real socket over a real replica: answers and streams in OpenAI's forms."""
 
+import base64
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 from service import ASK, BASE_NAME, CATALOGUE_TTL_S, NAMES, Running, error, events
 
@@ -287,3 +289,56 @@ def test_what_prometheus_reads(http: httpx2.Client) -> None:
     assert values['graft_errors_total{code="model_not_found"}'] >= 1
     assert values['graft_http_responses_total{status="404"}'] >= 1
     assert values["graft_requests_in_progress"] == 0
+
+
+@pytest.mark.parametrize("model", [BASE_NAME, "lora", "prefix-tuning"])
+def test_embeddings_are_the_engines(service: Running, http: httpx2.Client, model: str) -> None:
+    def ask(**change: Any) -> Any:
+        body = {"model": model, "input": ["hello", "hello, world"], "user": "x", **change}
+        return http.post("/v1/embeddings", json=body).json()
+
+    body = ask()
+    assert (body["object"], body["model"]) == ("list", model)
+    assert body["usage"] == {"prompt_tokens": 17, "total_tokens": 17}
+    assert [(part["object"], part["index"]) for part in body["data"]] == [
+        ("embedding", 0),
+        ("embedding", 1),
+    ]
+    vectors = np.array([part["embedding"] for part in body["data"]])
+    assert vectors.shape == (2, 32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    ids = http.post("/tokenize", json={"prompt": "hello"}).json()["tokens"]
+    packed = ask(encoding_format="base64", input=[ids])["data"][0]["embedding"]
+    found = np.frombuffer(base64.b64decode(packed), dtype="<f4")
+    np.testing.assert_allclose(found, vectors[0], atol=1e-6)
+    (short,) = ask(input="hello", dimensions=4)["data"]
+    first = vectors[0, :4]
+    np.testing.assert_allclose(short["embedding"], first / np.linalg.norm(first), atol=1e-6)
+    plain = np.array(ask(model=BASE_NAME)["data"][0]["embedding"])
+    assert (abs(plain - vectors[0]).max() > 0.01) == (model != BASE_NAME)
+
+
+NO_EMBEDDINGS: list[tuple[dict[str, Any], str]] = [
+    ({"input": ""}, "input"),
+    ({"input": []}, "input"),
+    ({"input": ["x", ""]}, "input"),
+    ({"input": 5}, "input"),
+    ({"input": [1, "x"]}, "input"),
+    ({"input": [[999]]}, "input"),
+    ({"input": [-1]}, "input"),
+    ({"input": "x" * 200}, "input"),
+    ({"input": ["x"] * 2049}, "input"),
+    ({"input": ["x"] * 600}, "input"),
+    ({"dimensions": 33}, "dimensions"),
+    ({"dimensions": 0}, "dimensions"),
+    ({"encoding_format": "hex"}, "encoding_format"),
+    ({"adapter_rank": 2}, "adapter_rank"),
+]
+
+
+@pytest.mark.parametrize(("change", "param"), NO_EMBEDDINGS, ids=lambda v: str(v)[:30])
+def test_impossible_embeddings_name_the_field(
+    http: httpx2.Client, change: dict[str, Any], param: str
+) -> None:
+    body = {"model": BASE_NAME, "input": "x", **change}
+    assert error(http.post("/v1/embeddings", json=body), 400)["param"] == param

@@ -6,6 +6,8 @@ those that are cached.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +17,16 @@ from transformers.cache_utils import DynamicLayer
 
 from cluster.errors import BaseModelError
 from serving.adapters import Target
+
+
+@contextmanager
+def running_base() -> Generator[None]:
+    """A scope that tries a base: what the base's own code raises where it cannot be run so is a
+    BaseModelError, of its first line."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        raise BaseModelError((str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
 @torch.inference_mode()
@@ -32,11 +44,8 @@ def measured(model: Any, target: Target) -> Target:
         inputs["decoder_input_ids"] = ids
         inputs["past_key_values"] = EncoderDecoderCache(cache, Cache(layers=list(cross)))
     layers = [*own, *cross] if target.is_seq2seq else own
-    try:
+    with running_base():
         model(**inputs, use_cache=True)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BaseModelError(reason) from error
     shapes = {_shape(layer) for layer in layers}
     shape = shapes.pop()
     if shapes or shape is None:

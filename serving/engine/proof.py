@@ -17,6 +17,7 @@ import torch
 from cluster.errors import BaseModelError
 from serving.adapters import DeltaHooks, Target
 from serving.engine.batch import Batch, Computed, Row, Source
+from serving.engine.geometry import running_base
 from serving.engine.kv_memory import KVMemory, make_memory
 
 # Largest difference of logits, as a share of the largest logit.
@@ -89,10 +90,8 @@ def prove(
     Raises:
         BaseModelError: the last logits are not `expected`, or there are none.
     """
-    try:
+    with running_base():
         found = _last_logits(forward, hooks, target, sequences)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
-        raise BaseModelError((str(error).splitlines() or [type(error).__name__])[0]) from error
     scale = max(1e-6, float(expected.abs().max()))
     difference = float((found - expected).abs().max()) / scale
     if not difference < _TOLERANCE[target.dtype]:

@@ -43,6 +43,16 @@ def quantization_of(path: str, asked: QuantizationSpec | None = None) -> Quantiz
         BaseModelError: the folder has no sound config.json, is of another library's quantisation,
             or was saved otherwise than asked.
     """
+    saved = saved_quantization(path, _config_file(path))
+    if saved is not None and asked is not None and str(saved) != str(asked):
+        raise BaseModelError(
+            f"base_model {path}: was saved quantised to {saved}, so quantization cannot be "
+            f"{asked}; leave quantization out, or name the plain base"
+        )
+    return saved or asked
+
+
+def _config_file(path: str) -> dict[str, Any]:
     folder = Path(path)
     if not folder.is_dir():
         raise BaseModelError(f"base_model {path}: is not a folder; download the model first")
@@ -55,24 +65,28 @@ def quantization_of(path: str, asked: QuantizationSpec | None = None) -> Quantiz
         ) from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise BaseModelError(f"base_model {path}: config.json names no model_type")
-    saved = saved_quantization(path, config)
-    if saved is not None and asked is not None and str(saved) != str(asked):
-        raise BaseModelError(
-            f"base_model {path}: was saved quantised to {saved}, so quantization cannot be "
-            f"{asked}; leave quantization out, or name the plain base"
-        )
-    return saved or asked
+    return config
+
+
+def base_config(path: str, **options: Any) -> Any:
+    """The transformers config of the base at `path`, with `options` in it.
+
+    Raises:
+        BaseModelError: there is none, or transformers does not know its kind.
+    """
+    from transformers import AutoConfig
+
+    _config_file(path)
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"base_model {path}: its config does not load: {error}") from error
 
 
 def context_tokens(path: str) -> int | None:
-    """The longest sequence that the base's config allows, or None if it tells none."""
-    from transformers import AutoConfig
-
-    try:
-        config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"base_model {path}: its config does not load: {error}") from error
-    return longest_context(config)
+    """The longest sequence that the base's config allows, or None if it tells none. Raises
+    BaseModelError."""
+    return longest_context(base_config(path))
 
 
 def longest_context(config: Any) -> int | None:
@@ -81,18 +95,6 @@ def longest_context(config: Any) -> int | None:
     text = config.get_text_config()
     found: Any = getattr(text, "max_position_embeddings", None)
     return getattr(text, "max_seq_len", None) if found is None else found
-
-
-def is_encoder_decoder(path: str) -> bool:
-    """Whether the base at `path` is one; False where its config does not load, which loading the
-    base then tells."""
-    from transformers import AutoConfig
-
-    try:
-        config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        return False
-    return bool(config.is_encoder_decoder)
 
 
 def load_tokenizer(path: str) -> Any:
@@ -106,7 +108,7 @@ def load_tokenizer(path: str) -> Any:
             f"base_model {path}: its tokenizer does not load ({error}); save it there anew"
         ) from error
     # An encoder reads a whole text, its end with it.
-    tokenizer.closes_prompts = is_encoder_decoder(path)
+    tokenizer.closes_prompts = base_config(path).is_encoder_decoder
     return tokenizer
 
 
@@ -153,7 +155,7 @@ def load_base(
     from cluster.linear import adopt
 
     check_base_folder(path, with_tokenizer=False)
-    auto, asked = auto_model(path, task, labels)
+    auto, asked = auto_model(path, base_config(path), task, labels)
     found = quantization_of(path, quantization)
     _check_plain(path, task, found)
     if found is not None:
@@ -216,15 +218,12 @@ def empty_base(path: str, task: Task = "causal_lm", labels: Sequence[str] = ()) 
     """The model's structure without weights (meta device): what a plan needs. Raises
     BaseModelError, as `load_base`."""
     import torch
-    from transformers import AutoConfig
 
     check_base_folder(path, with_tokenizer=False)
-    auto, asked = auto_model(path, task, labels)
+    auto, asked = auto_model(path, base_config(path), task, labels)
     _check_plain(path, task, quantization_of(path))
     try:
         with torch.device("meta"):
-            return auto.from_config(
-                AutoConfig.from_pretrained(path, local_files_only=True, **asked)
-            )
+            return auto.from_config(base_config(path, **asked))
     except (OSError, ValueError) as error:
         raise BaseModelError(f"base_model {path}: does not fit task {task}: {error}") from error

@@ -19,19 +19,17 @@ PEFT_TASK_TYPES: dict[Task, str] = {
 }
 
 
-def auto_model(path: str, task: Task, labels: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
-    """The Auto class by which the base at `path` is loaded for `task`, and what its
-    `from_pretrained` takes besides; `labels` are the classes' names, in order.
+def auto_model(
+    path: str, config: Any, task: Task, labels: Sequence[str] = ()
+) -> tuple[Any, dict[str, Any]]:
+    """The Auto class by which the base at `path`, of this config, is loaded for `task`, and what
+    its `from_pretrained` takes besides; `labels` are the classes' names, in order.
 
     Raises:
-        BaseModelError: the config does not load, or this architecture is for another task.
+        BaseModelError: this architecture is for another task.
     """
     import transformers
 
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"base_model {path}: its config does not load: {error}") from error
     reason = _misfit(config, task)
     if reason is not None:
         name = (getattr(config, "architectures", None) or [type(config).__name__])[0]

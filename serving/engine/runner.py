@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.base_model import empty_base, is_encoder_decoder, load_base, longest_context
+from cluster.base_model import base_config, empty_base, load_base, longest_context
 from cluster.errors import BaseModelError
 from cluster.linear import pack
 from cluster.memory import keep_freed_memory
@@ -173,7 +173,7 @@ def _load(spec: EngineSpec, device: torch.device) -> tuple[Any, bool]:
     """The base, and whether it takes an attention function. Raises BaseModelError."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
     kept = (spec.quantization, device)
-    if is_encoder_decoder(spec.base_model):
+    if base_config(spec.base_model).is_encoder_decoder:
         model = load_base(spec.base_model, dtype, *kept, task="seq_2_seq_lm")
         if any(p.is_floating_point() and p.dtype != dtype for p in model.parameters()):
             # T5's wo, which overflows in float16; adapters have the engine's dtype.

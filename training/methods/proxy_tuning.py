@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from cluster.adapter_folder import CONFIG, WEIGHTS, fault, open_adapter_folder
-from cluster.base_model import load_base, load_tokenizer
+from cluster.base_model import base_config, load_base, load_tokenizer
 from cluster.errors import SpecError
 from training.method_spec import ProxyTuningSpec
 from training.methods.course import Course
@@ -119,10 +118,7 @@ def load(model: Any, folder: Path) -> torch.nn.Module:
 
 def _check_vocabulary(base_path: str, small_base: str) -> None:
     """Logits can be added only where each token has the same id and row in both."""
-    sizes = [
-        AutoConfig.from_pretrained(path, local_files_only=True).get_text_config().vocab_size
-        for path in (base_path, small_base)
-    ]
+    sizes = [base_config(path).get_text_config().vocab_size for path in (base_path, small_base)]
     if sizes[0] != sizes[1]:
         raise SpecError(
             f"method.small_base {small_base}: has a vocabulary of {sizes[1]} tokens, and "

@@ -17,7 +17,6 @@ import torch
 from cluster.base_model import context_tokens, load_base, load_tokenizer
 from training.backend import PARTS, Backend, PlainBackend
 from training.checkpoint import COURSE, Progress, read_checkpoint, run_state
-from training.class_evaluation import ClassEvaluator
 from training.evaluation import Evaluator
 from training.loop import Place, precision
 from training.methods import METHODS, trainable_parameters
@@ -135,16 +134,15 @@ def _evaluator(
     start: Progress,
     best: Mapping[str, torch.Tensor],
 ) -> Evaluator:
-    is_classifier = spec.task == "sequence_classification"
-    make = partial(ClassEvaluator, labels=spec.data.labels) if is_classifier else Evaluator
-    # An encoder-decoder's answer has positions of its own.
-    context = context_tokens(spec.trained_base) if spec.task == "causal_lm" else None
-    return make(
+    parts = TASK_PARTS[spec.task]
+    context = context_tokens(spec.trained_base) if parts.answers_in_context else None
+    return parts.evaluator(
         spec.evaluation,
         rows,
         load_tokenizer(spec.base_model),
         task=spec.task,
-        collate=TASK_PARTS[spec.task].collate,
+        collate=parts.collate,
+        labels=spec.data.labels,
         batch_rows=spec.micro_batch_size,
         rank=place.rank,
         world_size=place.world_size,

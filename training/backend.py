@@ -24,7 +24,7 @@ PARTS = ("param", "exp_avg", "exp_avg_sq")
 class Backend(Protocol):
     """What the loop needs of an optimiser. Every method is collective: all workers call it."""
 
-    model: Any  # called with a training.step.Batch; its loss
+    model: Any  # called with a task's batch (training.tasks); its loss
     adapted: Any  # the model with its method on, as METHODS save it
     gradient_scale: float  # a step's gradients, summed over workers, are so many times too large
 

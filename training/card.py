@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cluster.registry import EVENTS, PICTURE, README
+from training.evaluation import Evaluation
 from training.events import Figures, event_file
-
-# What an evaluation may tell; a value that was not measured is None.
-_MEASURED = ("loss", "exact_match", "rouge_l", "accuracy", "macro_f1")
 
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
@@ -28,13 +27,14 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
         card: As it goes into the manifest: job, spec, data, libraries, metrics.
     """
     curve: list[tuple[int, float]] = json.loads(card["metrics"]["loss_curve"])
-    evaluations: list[dict[str, Any]] = json.loads(card["metrics"].get("evaluations", "[]"))
+    found: list[dict[str, Any]] = json.loads(card["metrics"].get("evaluations", "[]"))
+    evaluations = [Evaluation(**each) for each in found]
     (folder / README).write_text(_readme(card, evaluations))
     _draw(folder / PICTURE, curve, evaluations)
     _write_events(folder, curve, evaluations)
 
 
-def _readme(card: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
+def _readme(card: Mapping[str, Any], evaluations: Sequence[Evaluation]) -> str:
     spec, data, metrics = card["spec"], card["data"], card["metrics"]
     front = {
         "base_model": spec["base_model"],
@@ -63,8 +63,8 @@ def _readme(card: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -
         _table(("", ""), [(name.replace("_", " "), value) for name, value in data.items()]),
     ]
     if evaluations:
-        names = [n for n in ("step", *_MEASURED) if evaluations[-1].get(n) is not None]
-        rows = [[found[name] for name in names] for found in evaluations]
+        names = [name for name, value in asdict(evaluations[-1]).items() if value is not None]
+        rows = [[getattr(found, name) for name in names] for found in evaluations]
         parts += ["## Evaluation", _table([name.replace("_", " ") for name in names], rows)]
     parts += [
         f"## Spec\n```yaml\n{yaml.safe_dump(spec, sort_keys=False)}```",
@@ -86,7 +86,7 @@ def _cell(value: object) -> str:
 
 
 def _draw(
-    path: Path, curve: Sequence[tuple[int, float]], evaluations: Sequence[Mapping[str, Any]]
+    path: Path, curve: Sequence[tuple[int, float]], evaluations: Sequence[Evaluation]
 ) -> None:
     # Without pyplot, which would choose a display and keep every figure.
     from matplotlib.figure import Figure
@@ -95,8 +95,8 @@ def _draw(
     axes = figure.add_subplot()
     axes.plot([step for step, _ in curve], [loss for _, loss in curve], label="training")
     if evaluations:
-        at, losses = ([found[key] for found in evaluations] for key in ("step", "loss"))
-        axes.plot(at, losses, marker="o", label="validation")
+        at = [found.step for found in evaluations]
+        axes.plot(at, [found.loss for found in evaluations], marker="o", label="validation")
         axes.legend()
     axes.set_xlabel("step")
     axes.set_ylabel("loss per label, nats")
@@ -105,12 +105,8 @@ def _draw(
 
 
 def _write_events(
-    folder: Path, curve: Sequence[tuple[int, float]], evaluations: Sequence[Mapping[str, Any]]
+    folder: Path, curve: Sequence[tuple[int, float]], evaluations: Sequence[Evaluation]
 ) -> None:
     figures: list[Figures] = [(step, {"loss/training": loss}) for step, loss in curve]
-    for found in evaluations:
-        measured = {n: found[n] for n in _MEASURED if found.get(n) is not None}
-        tags = {"loss": "loss/validation"}
-        values = {tags.get(name, f"validation/{name}"): v for name, v in measured.items()}
-        figures.append((found["step"], values))
+    figures += [(found.step, found.figures) for found in evaluations]
     (folder / EVENTS).write_bytes(event_file(figures))

@@ -5,7 +5,6 @@ Knows a Backend's model and rows; no Ray, no DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,7 @@ from training.evaluation import Answer, Evaluation, Evaluator
 
 
 class ClassEvaluator(Evaluator):
-    """Evaluates a classifier on one worker. `labels` are the classes' names, in order."""
-
-    def __init__(self, *args: Any, labels: Sequence[str], **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._labels = labels
+    """Evaluates a classifier on one worker."""
 
     def _measured(self, model: Any, step: int) -> tuple[Evaluation, list[Answer]]:
         losses = torch.zeros(len(self._batches), dtype=torch.float64)

@@ -21,8 +21,7 @@ from torch.nn.functional import cross_entropy
 from cluster.errors import BaseModelError
 from training.packed import packed
 from training.rows import IGNORE
-from training.seq2seq import padded
-from training.step import PROBE_LENGTHS, TOLERANCE, Batch, LossModel, collate
+from training.step import PROBE_LENGTHS, TOLERANCE, Batch, LossModel, collate, padded
 
 _HEAD = "score"  # of transformers' causal classifiers, linear and behind each token
 

@@ -27,14 +27,13 @@ from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cluster.base_model import empty_base
-from cluster.errors import BaseModelError, SpecError
+from cluster.errors import SpecError
 from training import heap
 from training.assembly import make_backend
 from training.backend import Backend
 from training.ledger import Ledger, lone_worker, without_bytes
 from training.loop import precision
 from training.methods import METHODS, count_parameters
-from training.packed import NAME
 from training.spec import TrainingSpec, ZeroSpec
 from training.step import LossModel, collate
 
@@ -167,13 +166,8 @@ class _ShapedModel(LossModel):
         returned: Any = logits.untyped_storage()
         is_same = returned._cdata == of_head._cdata
         self.has_plain_head = not is_sharded and (is_same or logits.dtype != made[0].dtype)
-        self._own_attention = self._base.config._attn_implementation
-        try:
-            self._base.set_attn_implementation(NAME)
+        with self._packing():
             self._run_packed(batch)
-            self.is_packed = True
-        except (BaseModelError, ValueError, RuntimeError, TypeError, AttributeError):
-            self._base.set_attn_implementation(self._own_attention)
 
 
 class _Run:

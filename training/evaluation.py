@@ -27,6 +27,10 @@ from training.step import Continuation, collate
 # Scripts without spaces count by character in ROUGE: Japanese, Chinese, Korean.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 _SHOWN_CHARACTERS = 160
+# Under which tag trackers show what an evaluation measured.
+_TAGS = {"loss": "loss/validation", "perplexity": "validation/perplexity",
+         "exact_match": "validation/exact_match", "rouge_l": "validation/rouge_l",
+         "accuracy": "validation/accuracy", "macro_f1": "validation/macro_f1"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class Evaluation:
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What was measured, by tag."""
+        values = {tag: getattr(self, name) for name, tag in _TAGS.items()}
+        return {tag: value for tag, value in values.items() if value is not None}
 
     def __str__(self) -> str:
         text = f"evaluation at step {self.step}  loss {self.loss:.4f}  "
@@ -127,6 +137,7 @@ class Evaluator:
     Args:
         task: What the rows are; those of a classifier have an Evaluator of their own.
         collate: Makes a batch of some of them.
+        labels: The classes' names, in order, of a classifier.
         precision: Makes the scope that a forward pass runs in.
         room: Longest prompt and answer together, in tokens; None if the base sets no limit.
         is_sharded: Every forward is collective (ZeRO 3).
@@ -140,6 +151,7 @@ class Evaluator:
         *,
         task: Task = "causal_lm",
         collate: Callable[[Sequence[Row], torch.device], Any] = collate,
+        labels: Sequence[str] = (),
         batch_rows: int,
         rank: int,
         world_size: int,
@@ -153,7 +165,7 @@ class Evaluator:
         self.spec, self.history, self.best = spec, list(history), dict(best or {})
         self._rows, self._tokenizer = rows, tokenizer
         self._task: Task = task
-        self._collate = collate
+        self._collate, self._labels = collate, labels
         self._rank, self._world_size, self._device = rank, world_size, device
         self._precision, self._is_sharded = precision, is_sharded
         order = np.argsort(rows.lengths, kind="stable")

@@ -44,10 +44,6 @@ class Ledger(TorchDispatchMode):
         self._numbers: dict[int, int] = {}  # by the storage's identity, while it lives
         self._ends: dict[int, weakref.ref[Any]] = {}
 
-    def bytes_of(self, part: str) -> int:
-        """What `part` holds now."""
-        return sum(self._sizes[n] for n in self._numbers.values() if self.parts[n] == part)
-
     def rename(self, part: str, other: str) -> None:
         """Let what `part` holds now be of the `other`, from its beginning."""
         for number in self._numbers.values():

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from cluster.errors import BaseModelError
 from training.rows import IGNORE
-from training.step import PROBE_LENGTHS, Continuation, HeadAt, LossModel
+from training.step import PROBE_LENGTHS, Continuation, HeadAt, LossModel, padded
 
 
 @dataclass(frozen=True)
@@ -118,19 +118,6 @@ class Seq2SeqModel(LossModel):
         self.eval()
         self._compare_head(collate_pairs(rows, parameter.device), is_sharded)
         self.train(was_training)
-
-
-def padded(
-    values_T: torch.Tensor, bounds: Sequence[tuple[int, int]], fill: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that lie end to end, as (int64 [B, longest] with `fill` behind them, its mask)."""
-    length = max(end - start for start, end in bounds)
-    values_BT = values_T.new_full((len(bounds), length), fill)
-    mask_BT = torch.zeros_like(values_BT)
-    for row, (start, end) in enumerate(bounds):
-        values_BT[row, : end - start] = values_T[start:end]
-        mask_BT[row, : end - start] = 1
-    return values_BT, mask_BT
 
 
 def _joined(rows: Sequence[list[int]]) -> tuple[list[int], tuple[tuple[int, int], ...]]:

@@ -66,27 +66,33 @@ def assemble_several(
 
 class Saved:
     """What every adapter would go on from: its state when it last saved one. Each run follows from
-    its own state alone, so these need not be of one moment."""
+    its own state alone, so these need not be of one moment. Only the first worker, which writes
+    them, holds states."""
 
-    def __init__(self) -> None:
-        self._states: dict[str, tuple[dict[str, torch.Tensor], Progress]] = {}
+    def __init__(self, place: Place) -> None:
+        self._is_first = place.rank == 0
+        self._states: dict[str, dict[str, torch.Tensor]] = {}
+        self._progress: dict[str, Progress] = {}
         self.is_new = False
 
     def keep(self, name: str, made: Assembly, progress: Progress) -> None:
         """Take an adapter's state as it is. Collective."""
-        self._states[name] = (made.full_state(), progress)
+        state = made.full_state()
+        if self._is_first:
+            self._states[name] = state
+        self._progress[name] = progress
         self.is_new = True
 
     @property
     def steps(self) -> int:
         """Updates of all adapters together: grows from one checkpoint to the next."""
-        return sum(progress.step for _, progress in self._states.values())
+        return sum(progress.step for progress in self._progress.values())
 
     def write(self, folder: Path) -> None:
-        """A checkpoint: a folder for each adapter, and PROGRESS."""
-        for name, (state, progress) in self._states.items():
-            write_checkpoint(folder / name, state, progress)
-        steps = {name: progress.step for name, (_, progress) in self._states.items()}
+        """A checkpoint: a folder for each adapter, and PROGRESS. By the first worker."""
+        for name, state in self._states.items():
+            write_checkpoint(folder / name, state, self._progress[name])
+        steps = {name: progress.step for name, progress in self._progress.items()}
         (folder / PROGRESS).write_text(json.dumps(steps))
 
 

@@ -55,6 +55,19 @@ def collate(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) -
     )
 
 
+def padded(
+    values_T: torch.Tensor, bounds: Sequence[tuple[int, int]], fill: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows that lie end to end, as (int64 [B, longest] with `fill` behind them, its mask)."""
+    length = max(end - start for start, end in bounds)
+    values_BT = values_T.new_full((len(bounds), length), fill)
+    mask_BT = torch.zeros_like(values_BT)
+    for row, (start, end) in enumerate(bounds):
+        values_BT[row, : end - start] = values_T[start:end]
+        mask_BT[row, : end - start] = 1
+    return values_BT, mask_BT
+
+
 @dataclass
 class Continuation:
     """One row that is being continued: all its ids, and the base's keys and values of those that
@@ -133,14 +146,8 @@ class LossModel(torch.nn.Module):
 
     def _run(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden [N, H], logits [N, V]) at label positions, rows padded on the right."""
-        length = max(end - start for start, end in batch.bounds)
-        shape = (len(batch.bounds), length)
-        ids_BL = batch.ids_T.new_zeros(shape)
-        mask_BL, targets_BL = torch.zeros_like(ids_BL), torch.full_like(ids_BL, IGNORE)
-        for row, (start, end) in enumerate(batch.bounds):
-            ids_BL[row, : end - start] = batch.ids_T[start:end]
-            targets_BL[row, : end - start] = batch.targets_T[start:end]
-            mask_BL[row, : end - start] = 1
+        ids_BL, mask_BL = padded(batch.ids_T, batch.bounds, 0)
+        targets_BL, _ = padded(batch.targets_T, batch.bounds, IGNORE)
         with HeadAt(self._base, targets_BL != IGNORE, whole=not self.has_plain_head) as head:
             logits = self.model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
         return head.hidden_NH, logits

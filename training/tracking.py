@@ -18,7 +18,6 @@ from typing import Any, Protocol
 from cluster.errors import SpecError
 from cluster.store import Store
 from training.checkpoint import Progress
-from training.evaluation import Evaluation
 from training.events import EventParts, Figures
 from training.loop import LogLine
 from training.spec import TrainingSpec
@@ -26,9 +25,6 @@ from training.tracking_spec import MlflowSpec, TrackingSpec, WandbSpec
 
 # Figures that may wait for a tracker which is slow or stuck; and how long an ended run waits.
 _ROOM, _END_S = 10_000, 30.0
-_MEASURED = {"loss": "loss/validation", "perplexity": "validation/perplexity",
-             "exact_match": "validation/exact_match", "rouge_l": "validation/rouge_l",
-             "accuracy": "validation/accuracy", "macro_f1": "validation/macro_f1"}  # fmt: skip
 
 
 class Tracker(Protocol):
@@ -66,16 +62,10 @@ def figures_of(line: LogLine) -> Figures:
     return line.step, values
 
 
-def figures_of_evaluation(found: Evaluation) -> Figures:
-    """What an evaluation measured."""
-    values = {tag: getattr(found, name, None) for name, tag in _MEASURED.items()}
-    return found.step, {tag: value for tag, value in values.items() if value is not None}
-
-
 def history(start: Progress) -> list[Figures]:
     """What a checkpoint knows of the steps before it."""
     curve: list[Figures] = [(step, {"loss/training": loss}) for step, loss in start.curve]
-    measured = [figures_of_evaluation(found) for found in start.evaluations]
+    measured: list[Figures] = [(found.step, found.figures) for found in start.evaluations]
     return sorted(curve + measured, key=lambda figures: figures[0])
 
 

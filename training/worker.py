@@ -31,7 +31,7 @@ from training.rows import TokenRows, split
 from training.runs import ADAPTER, FAILURE, RESULTS
 from training.several import Rows, Runner, Saved, assemble_several, run_several
 from training.spec import TrainingSpec
-from training.tracking import Tracking, figures_of, figures_of_evaluation
+from training.tracking import Tracking, figures_of
 
 if TYPE_CHECKING:
     import ray.train
@@ -129,7 +129,7 @@ def _train_several(
         )
         for name, made in several.runs.items()
     }
-    saved = Saved()
+    saved = Saved(place)
     runners: dict[str, Runner] = {}
     for name, adapter in adapters.items():
         adapter.announce()
@@ -216,7 +216,7 @@ class _Adapter:
         def show(found: Evaluation, answers: Sequence[Answer]) -> None:
             self.tell(found, *answers[:shown])
             if tracking is not None:
-                tracking.log(figures_of_evaluation(found))
+                tracking.log((found.step, found.figures))
 
         def save(progress: Progress) -> None:
             if tracking is not None:

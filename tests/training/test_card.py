@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Callable
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -69,5 +70,8 @@ def test_the_card_is_published_with_its_adapter(
     expected: dict[str, list[tuple[int, float]]] = {"loss/training": CURVE}
     if evaluations:
         expected["loss/validation"] = [(20, 1.5), (30, 1.125)]
+        expected["validation/perplexity"] = [
+            (step, pytest.approx(exp(loss))) for step, loss in expected["loss/validation"]
+        ]
         expected["validation/exact_match"] = [(20, 0.25), (30, 0.5)]
     assert scalars(fetched / EVENTS) == expected

@@ -223,6 +223,13 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(last / "state.safetensors")
 
 
+def difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    """The largest of any element, of states or weights with the same names."""
+    assert one.keys() == other.keys()
+    # AdaLoRA may leave a module without any rank.
+    return max(float((one[key] - other[key]).abs().max()) for key in one if one[key].numel())
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter's weights."""
     return load_file(folder / "adapter" / "adapter_model.safetensors")

@@ -7,19 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
-import torch
-from conftest import byte_tokenizer
 from presets import KINDS, method_of
 from safetensors.torch import load_file, save_file
-from workers import Case, Workers, run_case, run_cases, state_of, weights_of
+from workers import Case, Workers, difference, run_case, run_cases, state_of, weights_of
 
 from cluster.errors import JobFailedError
-from cluster.tables import write_table
 from training.checkpoint import read_checkpoint
-from training.data import tokenize
-from training.data_spec import DataSpec
 from training.loop import Place
 
 # Far from the loss at their start: one embedding, or behind a gate that is shut.
@@ -46,22 +40,6 @@ def spec(base: Path, row: str = "lora", *, workers: int = 1, stage: int = 0) -> 
         "log_every_steps": 1,
         "seed": 5,
     }
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of very different lengths, so that padding and counts matter; 8 do not divide them."""
-    folder = tmp_path_factory.mktemp("tokens")
-    rows = [{"prompt": "ab" * (i % 7 + 1), "completion": "cd" * (i % 5 + 1)} for i in range(29)]
-    write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
-    tokenize(DataSpec(train=str(folder / "rows.parquet")), byte_tokenizer(), folder / "tokens")
-    return folder / "tokens"
-
-
-def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    # AdaLoRA may leave a module without any rank.
-    return max(float((one[key] - other[key]).abs().max()) for key in one if one[key].numel())
 
 
 @pytest.mark.slow

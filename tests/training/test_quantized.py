@@ -5,23 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import pyarrow as pa
 import pytest
 import torch
 from conftest import byte_tokenizer
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from workers import Case, run_case, run_cases, state_of, weights_of
+from workers import Case, difference, run_case, run_cases, state_of, weights_of
 
 from cluster.base_model import empty_base, load_base
 from cluster.errors import BaseModelError, SpecError
 from cluster.quantization import QuantizationSpec
 from cluster.spec import parse_spec
-from cluster.tables import write_table
 from training.assembly import assemble
 from training.command import plan, resolved
-from training.data import tokenize
-from training.data_spec import DataSpec
 from training.loop import Place
 from training.method_spec import MethodSpec
 from training.methods import METHODS, count_parameters
@@ -82,20 +78,6 @@ def spec(base: Path, method: str = "lora", **more: Any) -> dict[str, Any]:
         "seed": 5,
         **more,
     }
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokens")
-    rows = [{"prompt": "ab" * (i % 7 + 1), "completion": "cd" * (i % 5 + 1)} for i in range(29)]
-    write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
-    tokenize(DataSpec(train=str(folder / "rows.parquet")), byte_tokenizer(), folder / "tokens")
-    return folder / "tokens"
-
-
-def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[key] - other[key]).abs().max()) for key in one)
 
 
 @pytest.mark.parametrize(

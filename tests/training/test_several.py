@@ -5,19 +5,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 import transformers
 from conftest import VOCABULARY, byte_tokenizer
-from workers import Case, Together, run_case, run_cases, run_together, state_of, weights_of
+from workers import (
+    Case,
+    Together,
+    difference,
+    run_case,
+    run_cases,
+    run_together,
+    state_of,
+    weights_of,
+)
 
 from cluster.errors import SpecError
 from cluster.spec import parse_spec
-from cluster.tables import write_table
 from training.checkpoint import read_checkpoint, write_checkpoint
-from training.data import tokenize
-from training.data_spec import DataSpec
 from training.loop import Place
 from training.shared_pass import SharedPass
 from training.spec import TrainingSpec
@@ -77,20 +82,6 @@ def spec(base: Path, name: str, **more: Any) -> dict[str, Any]:
 
 def cases(base: Path, folder: Path, names: Any, **more: Any) -> dict[str, Case]:
     return {name: Case(spec(base, name, **more), folder / name) for name in names}
-
-
-def difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[key] - other[key]).abs().max()) for key in one if one[key].numel())
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokens")
-    rows = [{"prompt": "ab" * (i % 7 + 1), "completion": "cd" * (i % 5 + 1)} for i in range(29)]
-    write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
-    tokenize(DataSpec(train=str(folder / "rows.parquet")), byte_tokenizer(), folder / "tokens")
-    return folder / "tokens"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from adapters import load
 from conftest import CONFIGS, byte_tokenizer, make_base
 from presets import KINDS, ROWS, method_of
-from workers import Case, Workers, log_of, logits_of, run_case, state_of, weights_of
+from workers import Case, Workers, difference, log_of, logits_of, run_case, state_of, weights_of
 
 from cluster.adapter_folder import WEIGHTS, open_adapter_folder
 from cluster.errors import SpecError
@@ -178,12 +178,6 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     with Workers(2) as workers:
         yield Runs(tmp_path_factory.mktemp("stages"), workers)
-
-
-def difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    # AdaLoRA may leave a module without any rank.
-    return max(float((one[key] - other[key]).abs().max()) for key in one if one[key].numel())
 
 
 def bytes_of(run: Path) -> bytes:

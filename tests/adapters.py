@@ -57,6 +57,7 @@ def _adalora(base: Path) -> Any:
 
 
 _CAUSAL = {"task_type": "CAUSAL_LM"}
+_SOME = ["q_proj", "down_proj", "fc1", "c_attn", "c_proj"]
 # name -> base folder -> a model with the method on it.
 VARIANTS: Mapping[str, Callable[[Path], Any]] = {
     "lora": _peft(peft.LoraConfig(**_CAUSAL, r=4, lora_alpha=9, target_modules="all-linear")),
@@ -91,6 +92,17 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
             target_modules=["q_proj"],
             modules_to_save=["lm_head", "embed_tokens", "norm", "0.mlp"],
         )
+    ),
+    "trainable_tokens": _peft(peft.TrainableTokensConfig(**_CAUSAL, token_indices=[8, 101, 5, 13])),
+    "lora_tokens": _peft(
+        peft.LoraConfig(
+            **_CAUSAL, r=3, target_modules=["q_proj"], trainable_token_indices=[40, 13, 7]
+        )
+    ),
+    "vera": _peft(peft.VeraConfig(**_CAUSAL, r=3, target_modules=_SOME)),
+    "lokr": _peft(peft.LoKrConfig(**_CAUSAL, r=2, target_modules=_SOME)),
+    "oft": _peft(
+        peft.OFTConfig(**_CAUSAL, r=0, oft_block_size=8, target_modules=_SOME, bias="all")
     ),
     "adalora": _adalora,
     "dylora": _own(kind="dylora", r=4, min_rank=2),
@@ -140,6 +152,11 @@ _FAMILIES: Mapping[str, set[str]] = {
     "saved_modules": {"llama", "gemma"},
     "adalora": {"llama", "gpt2", "t5"},
     "dylora": {"llama", "gpt2"},
+    "trainable_tokens": {"llama", "gemma"},
+    "lora_tokens": {"llama", "qwen3"},
+    "vera": {"llama", "gpt2"},
+    "lokr": {"llama"},
+    "oft": {"opt"},
 }
 # Families that differ from others in how they attend alone: with these variants alone.
 _VARIANTS: Mapping[str, tuple[str, ...]] = {

@@ -269,14 +269,16 @@ def _places(deltas: Mapping[str, Delta]) -> Generator[_Place]:
 
 
 def _add(y: torch.Tensor, x: torch.Tensor, delta: LinearDelta) -> None:
-    """y = scale ∘ y + (x A) B + x S + shift, in place. y is [..., O]; x [..., I], or token ids for
-    an embedding."""
+    """y = scale ∘ y + (x A) B + x D + x S + shift, in place. y is [..., O]; x [..., I], or token
+    ids for an embedding."""
     if delta.scale_O is not None:
         y *= delta.scale_O
     if delta.a_Ir is not None and delta.b_rO is not None:
         is_hidden = x.is_floating_point()
         low_Tr = product(x.flatten(0, -2), delta.a_Ir.T) if is_hidden else delta.a_Ir[x.flatten()]
         y.view(-1, y.shape[-1]).addmm_(low_Tr, delta.b_rO, alpha=delta.factor)
+    if delta.dense_IO is not None:
+        y.view(-1, y.shape[-1]).add_(product(x.flatten(0, -2), delta.dense_IO.T))
     if delta.sparse is not None:
         y += _times_sparse(x, delta.sparse).reshape(y.shape)
     if delta.shift_O is not None:

@@ -104,4 +104,5 @@ def placed(delta: LinearDelta, target: Target) -> LinearDelta:
         shift_O=place(delta.shift_O),
         scale_O=place(delta.scale_O),
         scale_I=place(delta.scale_I),
+        dense_IO=place(delta.dense_IO),
     )

@@ -13,22 +13,24 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from cluster.adapter_folder import CONFIG, MIN_RANK, WEIGHTS, AdapterFolder, fault
 from serving.adapters.config import mapping, number, refuse_unread
 from serving.adapters.linear import change_of_bias, fit_shift, placed
-from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter, Replacement
+from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter
+from serving.adapters.saved import replacements, saved_whole
 from serving.adapters.target import PREFIX, ModuleShape, Target, bare_name, shape_of
+from serving.adapters.tokens import add_rows
 
 _PART = re.compile(
     r"(.+)\.lora_(?:embedding_)?(?:([ABE])|(magnitude)_vector)(?:\.default)?(?:\.weight)?"
 )
 _SHIFT = re.compile(r"(.+?)(?:\.base_layer)?\.(lora_B\.bias|bias)")
+_TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 _BASE_WEIGHT = re.compile(r"(.+)\.base_layer\.weight")
 # Fields that chose where and how a LoRA was trained; the tensors tell the result.
 _TRAINED_WITH = {
@@ -38,7 +40,7 @@ _TRAINED_WITH = {
 }  # fmt: skip
 _READ = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "lora_bias",
-    "init_lora_weights", "use_dora", "modules_to_save",
+    "init_lora_weights", "use_dora", "modules_to_save", "trainable_token_indices",
 }  # fmt: skip
 _ADALORA_TRAINED_WITH = {
     "r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
@@ -59,8 +61,9 @@ class _Found:
     )
     shifts: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     replaced: dict[str, dict[str, torch.Tensor]] = field(
-        default_factory=lambda: defaultdict[str, dict[str, torch.Tensor]](dict)
+        default_factory=dict[str, dict[str, torch.Tensor]]
     )
+    rows: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
 
 def lower_lora(
@@ -124,9 +127,8 @@ def _lowered(
         name: placed(delta, target) for name, delta in deltas.items() if
         isinstance(delta, LinearDelta)
     }  # fmt: skip
-    for module, parameters in found.replaced.items():
-        own = {n: p.to(target.device, target.dtype).contiguous() for n, p in parameters.items()}
-        placed_deltas[module] = Replacement(own)
+    placed_deltas |= replacements(found.replaced, target)
+    add_rows(folder, found.rows, placed_deltas, target)
     lowest = folder.metadata.get(MIN_RANK)
     if lowest is None:
         return LoweredAdapter(placed_deltas)
@@ -140,26 +142,21 @@ def _lowered(
 def _read(folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target) -> _Found:
     """Every tensor in its place. Raises AdapterError for one that has none."""
     found = _Found()
-    saved: Any = folder.config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise fault(folder.path, CONFIG, f"has modules_to_save = {str(saved)[:80]!r}, not names")
+    others: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        name = bare_name(folder, key)
-        if match := _PART.fullmatch(name):
+        if match := _PART.fullmatch(bare_name(folder, key)):
             # An embedding keeps A as [r, vocabulary] and B as [out, r], like a linear module.
             found.factors[match[1]][match[2] or match[3]] = tensor
-        elif _is_within(name, saved):
-            module, _, parameter = name.rpartition(".")
-            own = shape_of(folder, key, module, target).parameters.get(parameter)
-            if own is None or own.shape != tensor.shape:
-                raise fault(
-                    folder.path,
-                    WEIGHTS,
-                    f"has {key!r} of shape {tuple(tensor.shape)}, where the base {target.name} has "
-                    f"{'none' if own is None else tuple(own.shape)}; the adapter was made for "
-                    f"another base ({folder.base_model})",
-                )
-            found.replaced[module][parameter] = tensor
+        else:
+            others[key] = tensor
+    found.replaced = saved_whole(folder, others, target)
+    for key, tensor in others.items():
+        name = bare_name(folder, key)
+        module, _, parameter = name.rpartition(".")
+        if parameter in found.replaced.get(module, ()):
+            continue
+        if match := _TOKENS.fullmatch(name):
+            found.rows[match[1]] = tensor
         elif match := _SHIFT.fullmatch(name):
             module, shape = match[1], shape_of(folder, key, match[1], target)
             scale = _scale(folder, module) if match[2] == "lora_B.bias" else None
@@ -172,13 +169,6 @@ def _read(folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Ta
         else:
             raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which is not of a LoRA")
     return found
-
-
-def _is_within(name: str, saved: Iterable[str]) -> bool:
-    """Whether a tensor is of a module that PEFT saved whole: one whose name ends so."""
-    parts = name.split(".")
-    modules = [".".join(parts[:count]) for count in range(1, len(parts))]
-    return any(module.endswith(ending) for module in modules for ending in saved)
 
 
 def _check_base_weight(

@@ -24,10 +24,12 @@ from serving.adapters.bottleneck import lower_bottleneck
 from serving.adapters.linear import lower_bitfit, lower_ia3
 from serving.adapters.llama_adapter import lower_llama_adapter
 from serving.adapters.lora import lower_adalora, lower_lora
+from serving.adapters.merged import KINDS, lower_merged
 from serving.adapters.offset import PROXY, lower_proxy
 from serving.adapters.primitives import LoweredAdapter
 from serving.adapters.soft_prompt import lower_prefix_tuning, lower_prompt_tuning
 from serving.adapters.target import Target
+from serving.adapters.tokens import lower_trainable_tokens
 from serving.adapters.weights import lower_layernorm, lower_shira, lower_sparse_delta
 
 Lower = Callable[[AdapterFolder, Mapping[str, torch.Tensor], Target], LoweredAdapter]
@@ -40,13 +42,24 @@ LOWER: Mapping[str, Lower] = {
     "LN_TUNING": lower_layernorm,
     "SPARSE_DELTA": lower_sparse_delta,
     "SHIRA": lower_shira,
+    "TRAINABLE_TOKENS": lower_trainable_tokens,
     "BOTTLENECK": lower_bottleneck,
     "ADAPTION_PROMPT": lower_llama_adapter,
     "PROMPT_TUNING": lower_prompt_tuning,
     "P_TUNING": lower_prompt_tuning,
     "PREFIX_TUNING": lower_prefix_tuning,
+    **dict.fromkeys(KINDS, lower_merged),
 }
 
+
+# Why the others of PEFT's kinds are not, where somebody may ask.
+_REFUSED: Mapping[str, str] = {
+    "ADAMSS": "which PEFT computes with a library that Graft does not depend on",
+    "FROD": "which decomposes the base's weights over all layers at once",
+    "LILY": "which PEFT does not merge into weights",
+    "POLY": "which changes weights by the task of each row",
+    "XLORA": "which chooses weights by the input itself, so that no fixed change equals it",
+}
 
 # How the names of integer tensors end; a method that has none refuses them.
 INDICES = "indices"
@@ -69,15 +82,15 @@ def lower(
         tensors = load_file(folder.path / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise fault(folder.path, WEIGHTS, f"cannot be read ({error})") from error
-    wrong = next(
-        (k for k, t in tensors.items() if not t.is_floating_point() and not k.endswith(INDICES)),
-        None,
-    )
-    if wrong is not None:
-        raise fault(folder.path, WEIGHTS, f"has tensor {wrong!r} that is not floating point")
 
     def lower_on(part: AdapterFolder, base: Target) -> LoweredAdapter:
-        return _lowering_of(part, base)(part, tensors, base)
+        lower_kind = _lowering_of(part, base)
+        wrong = next(
+            (key for key, tensor in tensors.items() if not _is_expected(key, tensor)), None
+        )
+        if wrong is not None:
+            raise fault(folder.path, WEIGHTS, f"has tensor {wrong!r} that is not floating point")
+        return lower_kind(part, tensors, base)
 
     if folder.method == PROXY:
         lowered = lower_proxy(folder, small_bases or {}, lower_on)
@@ -86,13 +99,18 @@ def lower(
     return replace(lowered, content=_content(folder, tensors))
 
 
+def _is_expected(key: str, tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or key.endswith(INDICES)
+
+
 def _lowering_of(folder: AdapterFolder, target: Target) -> Lower:
     known = LOWER.get(folder.method)
     if known is None:
+        why = _REFUSED.get(folder.method, "which is not served yet")
         raise fault(
             folder.path,
             CONFIG,
-            f"has peft_type {folder.method[:60]!r}, which is not served yet; "
+            f"has peft_type {folder.method[:60]!r}, {why}; "
             f"served are {', '.join(sorted([*LOWER, PROXY]))}",
         )
     task = folder.config.get("task_type") or target.task_type

@@ -16,10 +16,11 @@ import torch
 
 @dataclass(frozen=True)
 class LinearDelta:
-    """What an adapter makes of one module: scale_O ∘ W(scale_I ∘ x) + (x A) B + x S + shift.
+    """What an adapter makes of one module: scale_O ∘ W(scale_I ∘ x) + (x A) B + x D + x S + shift.
 
     For an embedding, x is the one-hot row of the token, so A has a row for each token id. Tensors
-    have the engine's dtype and device; a LoRA's factor is already in B.
+    have the engine's dtype and device; a LoRA's factor is already in B. D is of linear modules
+    alone.
 
     Args:
         factor: Of x A B.
@@ -32,6 +33,7 @@ class LinearDelta:
     shift_O: torch.Tensor | None = None
     scale_O: torch.Tensor | None = None
     scale_I: torch.Tensor | None = None
+    dense_IO: torch.Tensor | None = None
     sparse: torch.Tensor | None = None
     factor: float = 1.0
 

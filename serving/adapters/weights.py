@@ -25,7 +25,7 @@ _NORM = ".ln_tuning_layers."
 
 
 @dataclass(frozen=True)
-class _Sparse:
+class Sparse:
     """A change of one parameter: float32 values at flat, rising int64 indices."""
 
     indices_K: torch.Tensor
@@ -39,7 +39,7 @@ class _Sparse:
 
 
 # The changes of one module's parameters, by their name in it.
-_Changes = dict[str, "torch.Tensor | _Sparse"]
+_Changes = dict[str, "torch.Tensor | Sparse"]
 
 
 def lower_layernorm(
@@ -80,9 +80,9 @@ def lower_sparse_delta(
             own = _own(folder, key, shape, target, name)
             indices = tensors.get(key.removesuffix(part) + "indices")
             change = _checked(folder, key, indices, tensor, own.numel())
-        if isinstance(change, _Sparse) and not len(change.values_K):
+        if isinstance(change, Sparse) and not len(change.values_K):
             continue
-        for tied, same in _sharing(target, own):
+        for tied, same in sharing(target, own):
             changes[tied][same] = change
     return LoweredAdapter(
         {m: _lowered(target.modules[m], parts, target) for m, parts in changes.items()}
@@ -153,7 +153,7 @@ def _checked(
     indices_K: torch.Tensor | None,
     values_K: torch.Tensor,
     size: int,
-) -> _Sparse:
+) -> Sparse:
     """The change, if its indices rise and lie in the parameter. Raises AdapterError."""
     sound = (
         indices_K is not None
@@ -171,10 +171,10 @@ def _checked(
             f"the adapter was made for another base ({folder.base_model}), or is damaged",
         )
     assert indices_K is not None
-    return _Sparse(indices_K.long(), values_K.float())
+    return Sparse(indices_K.long(), values_K.float())
 
 
-def _sharing(target: Target, own: torch.Tensor) -> Iterator[tuple[str, str]]:
+def sharing(target: Target, own: torch.Tensor) -> Iterator[tuple[str, str]]:
     """(module, name) of each place where the base uses this very parameter: tied ones are two."""
     for module, shape in target.modules.items():
         for name, parameter in shape.parameters.items():
@@ -187,7 +187,7 @@ def _sharing(target: Target, own: torch.Tensor) -> Iterator[tuple[str, str]]:
 def _lowered(shape: ModuleShape, changes: _Changes, target: Target) -> Delta:
     """A sparse weight, and a bias, as a linear delta; anything else as a replacement."""
     weight = changes.get("weight")
-    if not shape.takes_low_rank or (weight is not None and not isinstance(weight, _Sparse)):
+    if not shape.takes_low_rank or (weight is not None and not isinstance(weight, Sparse)):
         return Replacement(
             {
                 name: _placed(_value(shape, name) + _whole(change, shape, name), target)
@@ -197,7 +197,7 @@ def _lowered(shape: ModuleShape, changes: _Changes, target: Target) -> Delta:
     bias = changes.get("bias")
     return LinearDelta(
         shift_O=None if bias is None else _placed(_whole(bias, shape, "bias"), target),
-        sparse=None if weight is None else _compressed(weight, shape, target),
+        sparse=None if weight is None else compressed(weight, shape, target),
     )
 
 
@@ -209,11 +209,11 @@ def _value(shape: ModuleShape, name: str) -> torch.Tensor:
     return shape.parameters[name].float().cpu()
 
 
-def _whole(change: torch.Tensor | _Sparse, shape: ModuleShape, name: str) -> torch.Tensor:
-    return change.dense(shape.parameters[name]) if isinstance(change, _Sparse) else change
+def _whole(change: torch.Tensor | Sparse, shape: ModuleShape, name: str) -> torch.Tensor:
+    return change.dense(shape.parameters[name]) if isinstance(change, Sparse) else change
 
 
-def _compressed(change: _Sparse, shape: ModuleShape, target: Target) -> torch.Tensor:
+def compressed(change: Sparse, shape: ModuleShape, target: Target) -> torch.Tensor:
     """As LinearDelta holds it."""
     rows, columns = shape.parameters["weight"].shape
     places = torch.stack([change.indices_K // columns, change.indices_K % columns])

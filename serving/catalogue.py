@@ -16,7 +16,8 @@ from pathlib import Path
 
 import structlog
 
-from cluster.errors import AdapterError, GraftError, ModelNotFoundError
+from cluster.errors import AdapterError, GraftError, ModelNotFoundError, RequestError
+from cluster.mixes import AdapterMix, NamedAdapter, parse_mix
 from cluster.registry import AdapterVersion, Catalog, Registry
 from cluster.spec import nearest
 
@@ -51,8 +52,8 @@ class Catalogue:
 
     def resolve(
         self, model: str, allows: Callable[[str], bool] = lambda _: True
-    ) -> AdapterVersion | None:
-        """The adapter version that `model` means now, or None for the base.
+    ) -> NamedAdapter | None:
+        """The adapter version, or mix of versions, that `model` means now, or None for the base.
 
         Args:
             allows: Whether the asker may know of the base or adapter of a name. What is forbidden
@@ -61,7 +62,24 @@ class Catalogue:
         Raises:
             ModelNotFoundError: naming what is nearest.
             AdapterError: the adapter was trained on another base.
+            RequestError: it is a mix, and none that can be.
         """
+        parts = parse_mix(model)
+        if parts is None:
+            return self._resolve_one(model, allows)
+        found: dict[str, tuple[AdapterVersion, float]] = {}
+        for name, weight in parts:
+            version = self._resolve_one(name, allows)
+            if version is None or version.ref in found:
+                wrong = "is the base" if version is None else f"is {version.ref} a second time"
+                raise RequestError(
+                    f"model {model[:120]!r}: {name!r} {wrong}; a mix is of different adapters",
+                    param="model",
+                )
+            found[version.ref] = version, weight
+        return AdapterMix(tuple(found[ref] for ref in sorted(found)))
+
+    def _resolve_one(self, model: str, allows: Callable[[str], bool]) -> AdapterVersion | None:
         if model == self.base_name and allows(model):
             return None
         catalog = self._catalog()

@@ -53,7 +53,9 @@ def generate(
     target: Annotated[
         Path, typer.Argument(metavar="OUT", help="The rows with their answers: .arrow, …")
     ],
-    adapter: Annotated[str | None, typer.Option(help="NAME, NAME@VERSION or NAME:ALIAS.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="NAME, NAME@VERSION, NAME:ALIAS, or a mix A:0.7+B:0.3.")
+    ] = None,
     adapter_column: Annotated[
         str | None, typer.Option(help="Column that names each row's adapter.")
     ] = None,

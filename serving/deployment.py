@@ -13,7 +13,7 @@ from typing import Any
 from ray import serve
 
 from cluster.errors import GraftError, UnavailableError
-from cluster.registry import AdapterVersion
+from cluster.mixes import NamedAdapter
 from cluster.session import store_credentials
 from cluster.spec import parse_spec
 from serving.autoscaling import METRIC, OutstandingTokens
@@ -30,7 +30,7 @@ class EngineReplica:
         self._replica = Replica(parse_spec(ServingSpec, spec))
 
     async def generate(
-        self, request: GenerationRequest, adapter: AdapterVersion | None, stream: bool
+        self, request: GenerationRequest, adapter: NamedAdapter | None, stream: bool
     ) -> AsyncGenerator[TokenOutput]:
         """One request's outputs; Ray cancels the generator when the caller leaves."""
         try:
@@ -68,7 +68,7 @@ class RayBackend:
         self._min_replicas = min_replicas
 
     async def generate(
-        self, request: GenerationRequest, adapter: AdapterVersion | None, *, stream: bool
+        self, request: GenerationRequest, adapter: NamedAdapter | None, *, stream: bool
     ) -> AsyncGenerator[TokenOutput]:
         """See Backend."""
         model_id = adapter.ref if adapter else ""

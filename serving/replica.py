@@ -12,8 +12,9 @@ from contextlib import aclosing
 from pathlib import Path
 
 from cluster.errors import OverloadedError
+from cluster.mixes import AdapterMix, NamedAdapter
 from cluster.registry import AdapterVersion, Registry
-from serving.adapters import LoweredAdapter
+from serving.adapters import LoweredAdapter, Part
 from serving.engine import Engine, EngineStats, GenerationRequest, TokenOutput, joined
 from serving.engine_thread import EngineThread
 from serving.spec import ServingSpec
@@ -45,7 +46,7 @@ class Replica:
         return await self._thread.call(lambda: self._thread.engine.stats)
 
     async def generate(
-        self, request: GenerationRequest, adapter: AdapterVersion | None, *, stream: bool
+        self, request: GenerationRequest, adapter: NamedAdapter | None, *, stream: bool
     ) -> AsyncGenerator[TokenOutput]:
         """As serving.gateway.failover.Backend. Raises GraftError before the first output."""
         outputs = self._start(request, adapter)
@@ -66,7 +67,7 @@ class Replica:
         await self._thread.call(lambda: None)
 
     async def _start(
-        self, request: GenerationRequest, adapter: AdapterVersion | None
+        self, request: GenerationRequest, adapter: NamedAdapter | None
     ) -> AsyncGenerator[TokenOutput]:
         """Start the request with its adapter in the engine, waiting for room if it is full."""
         waited_s = 0.0
@@ -103,15 +104,29 @@ class Replica:
                 yield output
                 return
 
-    async def _load(self, adapter: AdapterVersion) -> LoweredAdapter:
-        """Fetch and lower, once for all who ask at the same time."""
+    async def _load(self, adapter: NamedAdapter) -> LoweredAdapter:
+        """Fetch and lower, or mix, once for all who ask at the same time."""
         task = self._loading.get(adapter.ref)
         if task is None:
-            task = asyncio.create_task(asyncio.to_thread(self._fetch, adapter))
+            is_mix = isinstance(adapter, AdapterMix)
+            making = self._mix(adapter) if is_mix else asyncio.to_thread(self._fetch, adapter)
+            task = asyncio.create_task(making)
             self._loading[adapter.ref] = task
             task.add_done_callback(lambda _: self._loading.pop(adapter.ref, None))
         # Shielded: one of the waiting clients may leave.
         return await asyncio.shield(task)
+
+    async def _mix(self, mix: AdapterMix) -> LoweredAdapter:
+        """The sum of members, of which only those are fetched that are not held."""
+        engine = self._thread.engine
+        held = [engine.held_adapter(version.ref) for version, _ in mix.parts]
+        missing = [v for (v, _), lowered in zip(mix.parts, held, strict=True) if lowered is None]
+        fetched = iter(await asyncio.gather(*map(self._load, missing)))
+        parts = [
+            Part(version.ref, lowered or next(fetched), weight)
+            for (version, weight), lowered in zip(mix.parts, held, strict=True)
+        ]
+        return await asyncio.to_thread(engine.mix, parts)
 
     def _fetch(self, adapter: AdapterVersion) -> LoweredAdapter:
         folder = self._registry.fetch(adapter, self._cache)

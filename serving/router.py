@@ -19,6 +19,8 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
+from cluster.mixes import members_of
+
 STATS_PERIOD_S = 1.0
 # By how many requests a holder may be busier than the least busy replica, which would have to
 # load the adapter first.
@@ -51,6 +53,12 @@ def rank(
         return (1, _hash(adapter, replica), replica)
 
     return sorted(loads, key=cost)
+
+
+def holds(held: Sequence[str], adapter: str) -> bool:
+    """Whether a replica that holds these adapters need fetch nothing for `adapter`: a mix is made
+    of members that are there."""
+    return adapter in held or all(member in held for member in members_of(adapter))
 
 
 class Sent:
@@ -90,7 +98,7 @@ class AdapterRouter(FIFOMixin, RequestRouter):
         queue_lengths = self.replica_queue_len_cache
         loads = {i: queue_lengths.get(r.replica_id) or 0 for i, r in by_id.items()}
         adapter = _adapter_of(pending_request)
-        holders = {i for i, r in by_id.items() if adapter in _held(r)}
+        holders = {i for i, r in by_id.items() if holds(_held(r), adapter)}
         loading = self._sent.place(adapter, time.monotonic())
         if loading is not None:
             holders.add(loading)

@@ -2,6 +2,7 @@
 
 from serving.adapters.apply import DeltaHooks, Segment
 from serving.adapters.lowering import lower
+from serving.adapters.mixing import Part, mixed
 from serving.adapters.primitives import (
     Block,
     Delta,
@@ -25,9 +26,11 @@ __all__ = [
     "LinearDelta",
     "LogitOffset",
     "LoweredAdapter",
+    "Part",
     "Replacement",
     "Segment",
     "Target",
     "describe",
     "lower",
+    "mixed",
 ]

@@ -59,6 +59,11 @@ class AdapterBank:
         loaded = self._named[name]
         return loaded if rank is None else self._at_rank(name, loaded, rank)
 
+    def find(self, name: str) -> LoweredAdapter | None:
+        """The adapter of that name as it was lowered, if there is one; from any thread."""
+        loaded = self._named.get(name)
+        return None if loaded is None else loaded.lowered
+
     def install(self, name: str, lowered: LoweredAdapter, *, evict: bool) -> None:
         """See Engine.install_adapter."""
         if not name or name in self._named:

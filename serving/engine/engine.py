@@ -6,6 +6,7 @@ and `cancel` from the one thread that owns the engine. No Ray, no HTTP.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from cluster.errors import ConflictError, EngineError
-from serving.adapters import EmbeddingPrefix, KVPrefix, LoweredAdapter, lower
+from serving.adapters import EmbeddingPrefix, KVPrefix, LoweredAdapter, Part, lower, mixed
 from serving.engine.answer import Answer
 from serving.engine.bank import AdapterBank
 from serving.engine.batch import Computed, LoadedAdapter, Source, build, context_slots
@@ -140,6 +141,28 @@ class Engine:
             OverloadedError: engine.max_adapters are loaded.
         """
         self.install_adapter(name, self.lower(path))
+
+    def mix(self, parts: Many[Part]) -> LoweredAdapter:
+        """The weighted sum of lowered adapters. Safe to call from another thread. Raises
+        RequestError for what does not add up to a change of weights."""
+        return mixed(parts, self.runner.target)
+
+    def add_mix(self, name: str, weights: Mapping[str, float]) -> None:
+        """Make the sum of loaded adapters, each times its weight, available under `name`. It
+        stays when they are removed.
+
+        Raises:
+            ModelNotFoundError: one of them is not loaded.
+            RequestError: one of them is no change of weights.
+            ConflictError: the name is taken.
+            OverloadedError: engine.max_adapters are loaded.
+        """
+        parts = [Part(n, self._bank.get(n).lowered, weight) for n, weight in weights.items()]
+        self.install_adapter(name, self.mix(parts))
+
+    def held_adapter(self, name: str) -> LoweredAdapter | None:
+        """The adapter of that name, if it is loaded. Safe to call from another thread."""
+        return self._bank.find(name)
 
     def install_adapter(self, name: str, lowered: LoweredAdapter, *, evict: bool = False) -> None:
         """Make a lowered adapter available to requests.

@@ -16,7 +16,7 @@ from typing import Protocol
 import structlog
 
 from cluster.errors import UnavailableError
-from cluster.registry import AdapterVersion
+from cluster.mixes import NamedAdapter
 from serving.engine.request import GenerationRequest, TokenOutput
 
 _log = structlog.get_logger("graft.gateway")
@@ -29,7 +29,7 @@ class Backend(Protocol):
     """Runs one request on some replica."""
 
     def generate(
-        self, request: GenerationRequest, adapter: AdapterVersion | None, *, stream: bool
+        self, request: GenerationRequest, adapter: NamedAdapter | None, *, stream: bool
     ) -> AsyncGenerator[TokenOutput]:
         """The request's outputs as they come; without `stream`, all in one. Closing it early
         cancels the request. Raises UnavailableError where the replica is lost."""
@@ -43,7 +43,7 @@ class Backend(Protocol):
 async def generate(
     backend: Backend,
     request: GenerationRequest,
-    adapter: AdapterVersion | None,
+    adapter: NamedAdapter | None,
     *,
     stream: bool,
     on_loss: Callable[[], None],

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from cluster.base_model import encode_prompt
 from cluster.errors import GraftError, RequestError
-from cluster.registry import AdapterVersion
+from cluster.mixes import AdapterMix, NamedAdapter
 from serving.engine.ranges import check_token_ids
 from serving.gateway.access import Door, Tenant
 from serving.gateway.answers import ChatForm, CompletionForm, EmbeddingForm, Form, WholeForm
@@ -214,10 +214,11 @@ def _tenant(request: Request) -> Tenant:
     return request.state.tenant
 
 
-def _card(name: str, base: str, version: AdapterVersion | None) -> ModelCard:
-    if version is None:
+def _card(name: str, base: str, adapter: NamedAdapter | None) -> ModelCard:
+    if adapter is None:
         return ModelCard(id=name, created=0, root=name)
-    created = int(datetime.fromisoformat(version.created_at).timestamp())
-    return ModelCard(
-        id=name, created=created, root=version.ref, parent=base, method=version.method.lower()
-    )
+    is_mix = isinstance(adapter, AdapterMix)
+    versions = [version for version, _ in adapter.parts] if is_mix else [adapter]
+    created = max(int(datetime.fromisoformat(v.created_at).timestamp()) for v in versions)
+    method = "mix" if is_mix else adapter.method.lower()
+    return ModelCard(id=name, created=created, root=adapter.ref, parent=base, method=method)

@@ -18,7 +18,7 @@ import numpy as np
 
 from cluster.base_model import encode_prompt
 from cluster.errors import DeadlineError, EngineError, OverloadedError, RequestError
-from cluster.registry import AdapterVersion
+from cluster.mixes import NamedAdapter
 from serving.catalogue import Catalogue
 from serving.engine.request import (
     MAX_SEED,
@@ -61,7 +61,7 @@ class Job:
 
     id: str
     model: str
-    adapter: AdapterVersion | None
+    adapter: NamedAdapter | None
     tenant: Tenant
     prompts: list[list[int]]
     requests: list[GenerationRequest]
@@ -229,7 +229,7 @@ class Service:
             yield piece
 
     async def _answer(
-        self, index: int, request: GenerationRequest, adapter: AdapterVersion | None, stream: bool
+        self, index: int, request: GenerationRequest, adapter: NamedAdapter | None, stream: bool
     ) -> AsyncGenerator[Piece]:
         outputs = failover.generate(
             self.backend, request, adapter, stream=stream, on_loss=self.metrics.failover
@@ -249,7 +249,7 @@ class Service:
                     output.embedding,
                 )
 
-    async def _resolve(self, model: str, tenant: Tenant) -> AdapterVersion | None:
+    async def _resolve(self, model: str, tenant: Tenant) -> NamedAdapter | None:
         return await asyncio.to_thread(self.catalogue.resolve, model, tenant.allows)
 
     def _check_count(self, answers: int, param: str) -> None:
@@ -273,7 +273,7 @@ class Service:
         began_s: float,
         body: Sampling,
         tenant: Tenant,
-        adapter: AdapterVersion | None,
+        adapter: NamedAdapter | None,
         prompts: list[list[int]],
         per_prompt: int,
         **options: Any,

@@ -52,6 +52,44 @@ def test_adapters_answer_differently(http: httpx2.Client) -> None:
     assert len(texts) == 5
 
 
+def test_a_mix_is_named_by_references_and_weights(service: Running, http: httpx2.Client) -> None:
+    def answer(model: str) -> httpx2.Response:
+        return http.post("/v1/completions", json={"model": model, **ASK, "ignore_eos": True})
+
+    def text(model: str) -> str:
+        return answer(model).json()["choices"][0]["text"]
+
+    assert text("lora:1+bitfit:0") == text("lora")
+    assert text("bitfit:0+lora:stable:1") == text("lora")  # the same mix, by an alias
+    assert text("lora:0+bitfit:0.0") == text(BASE_NAME)
+    # As exact references, one for all ways to write it; the last is made of members held already.
+    held = [name for name in service.replica.adapters if "+" in name]
+    assert held == ["bitfit@1:0.0+lora@1:1.0", "bitfit@1:0.0+lora@1:0.0"]
+    card = http.get("/v1/models/lora:0.5+bitfit:1").json()
+    assert (card["root"], card["method"]) == ("bitfit@1:1.0+lora@1:0.5", "mix")
+    assert all("+" not in card["id"] for card in http.get("/v1/models").json()["data"])
+    assert 'adapter="(mix)"' in http.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "message"),
+    [
+        ("lora:1+nobody:1", 404, "'nobody': neither the base nor an adapter"),
+        ("lora:1+bitfit", 400, "'bitfit' does not end in a weight"),
+        ("lora:1+lora@1:1", 400, "'lora@1' is lora@1 a second time"),
+        (f"lora:1+{BASE_NAME}:1", 400, "is the base"),
+        ("lora:1+prefix-tuning:1", 400, "'prefix-tuning@1' cannot be mixed"),
+    ],
+)
+def test_an_impossible_mix_names_the_part(
+    http: httpx2.Client, model: str, status: int, message: str
+) -> None:
+    detail = error(http.post("/v1/completions", json={"model": model, **ASK}), status)
+    assert message in detail["message"]
+    assert detail["code"] == ("model_not_found" if status == 404 else detail["code"])
+    assert detail["param"] == "model" or status == 404
+
+
 def test_several_prompts_and_choices(http: httpx2.Client) -> None:
     ask = {"model": "lora", "max_tokens": 4, "temperature": 1.0, "seed": 5, "ignore_eos": True}
     body = http.post("/v1/completions", json={**ask, "prompt": ["a", "b"], "n": 2}).json()

@@ -142,7 +142,7 @@ def test_a_forbidden_adapter_is_as_unknown_as_none(guarded: Guarded) -> None:
         assert http.post("/v1/completions", json={"model": "bitfit@1", **ASK}).status_code == 200
         refused = [
             error(http.post("/v1/completions", json={"model": model, **ASK}), 404)
-            for model in ("lora", "loro", BASE_NAME, "lora@1")
+            for model in ("lora", "loro", BASE_NAME, "lora@1", "bitfit:1+lora:1")
         ]
         assert len({d["message"].split("'", 2)[2] for d in refused}) == 1
         assert {detail["code"] for detail in refused} == {"model_not_found"}

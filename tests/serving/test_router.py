@@ -10,7 +10,7 @@ from statistics import quantiles
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.router import Sent, rank
+from serving.router import Sent, holds, rank
 
 REPLICAS, ADAPTERS, REQUESTS = 8, 1000, 20_000
 HELD, SLOTS = 64, 16  # adapters that a replica holds; requests that it runs at once
@@ -43,6 +43,14 @@ def test_a_replica_counts_as_loading_for_a_while() -> None:
     for number in range(10_000):
         sent.note(str(number), "c", 120.0)
     assert (sent.place("x", 120.0), sent.place("0", 120.0)) == (None, "c")
+
+
+def test_a_mix_is_held_where_it_or_all_of_its_members_are() -> None:
+    mix = "a@1:0.5+b@2:-1.0"
+    assert holds([mix], mix)
+    assert holds(["b@2", "c@1", "a@1"], mix)
+    assert not holds(["a@1", "b@1"], mix)
+    assert not holds([], "a@1")
 
 
 @given(

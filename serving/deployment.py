@@ -5,9 +5,12 @@ What they do is in `replica` and `gateway`; here is only how Ray starts and call
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any
 
 from ray import serve
@@ -20,6 +23,8 @@ from serving.autoscaling import METRIC, OutstandingTokens
 from serving.engine.request import GenerationRequest, TokenOutput
 from serving.spec import ServingSpec
 
+_FIGURES_PERIOD_S = 5.0
+
 
 class EngineReplica:
     """A deployment of `serving.replica.Replica`."""
@@ -28,6 +33,8 @@ class EngineReplica:
         from serving.replica import Replica
 
         self._replica = Replica(parse_spec(ServingSpec, spec))
+        self._figures: Mapping[str, Any] = {}
+        self._told_s = -math.inf
 
     async def generate(
         self, request: GenerationRequest, adapter: NamedAdapter | None, stream: bool
@@ -46,9 +53,13 @@ class EngineReplica:
         await self._replica.check_health()
         return True
 
-    def record_routing_stats(self) -> dict[str, Any]:
-        """Read by Ray Serve every second, for the router."""
-        return {"adapters": self._replica.adapters}
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Read by Ray Serve every second, for the router and, less often, for /metrics: whatever
+        changes is sent to every gateway."""
+        if time.monotonic() - self._told_s >= _FIGURES_PERIOD_S:
+            self._figures = asdict(await self._replica.stats())
+            self._told_s = time.monotonic()
+        return {"adapters": self._replica.adapters, "figures": self._figures}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Read by Ray Serve several times within the look-back, for `autoscaling`."""
@@ -86,6 +97,12 @@ class RayBackend:
         finally:
             if not is_over:
                 outputs.cancel()
+
+    async def figures(self) -> Mapping[str, Mapping[str, Any]]:
+        """See Backend."""
+        from serving import reports
+
+        return reports.latest()
 
     async def check_health(self) -> None:
         """See Backend. A service that may have no replica is ready without one."""

@@ -7,9 +7,11 @@ requests that wait for it; when the engine is full, the least recently used idle
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cluster.errors import OverloadedError
 from cluster.mixes import AdapterMix, NamedAdapter
@@ -57,6 +59,10 @@ class Replica:
                 return
             parts = [output async for output in outputs]
             yield joined(parts)
+
+    async def figures(self) -> Mapping[str, Mapping[str, Any]]:
+        """As serving.gateway.failover.Backend."""
+        return {"here": asdict(await self.stats())}
 
     def stop(self) -> None:
         """End the engine and every request."""

@@ -5,7 +5,8 @@ engine.add_adapter("support-bot", "path/to/adapter")
 engine.generate([GenerationRequest(prompt="Hello", adapter="support-bot")])
 """
 
-from serving.engine.engine import Engine, EngineStats
+from serving.engine.engine import Engine
+from serving.engine.figures import EngineStats
 from serving.engine.request import (
     FinishReason,
     GenerationRequest,

@@ -24,7 +24,13 @@ from serving.spec import EngineSpec
 
 
 class AdapterBank:
-    """Used by the engine's thread alone."""
+    """Used by the engine's thread alone.
+
+    Attributes:
+        loads: Adapters that were installed.
+        hits: Requests whose adapter another one had used before.
+        evictions: Adapters that were removed to make room.
+    """
 
     def __init__(self, spec: EngineSpec, runner: Runner, small_bases: SmallBases) -> None:
         self._spec, self._runner, self._small_bases = spec, runner, small_bases
@@ -33,7 +39,8 @@ class AdapterBank:
         self._users: dict[str, int] = {}  # requests in progress by unique name
         self._removed: set[str] = set()  # unique names that only requests in progress keep
         self._variants: dict[str, str] = {}  # an adapter at another rank -> the adapter
-        self._installed = 0
+        self._fresh: set[str] = set()  # unique names that no request has used yet
+        self.loads = self.hits = self.evictions = 0
 
     @property
     def names(self) -> list[str]:
@@ -84,8 +91,9 @@ class AdapterBank:
                 )
         self._runner.hooks.install(lowered.deltas)
         # Two adapters of one name, the older still finishing, must not share a segment.
-        unique = f"{name}#{self._installed}"
-        self._installed += 1
+        unique = f"{name}#{self.loads}"
+        self.loads += 1
+        self._fresh.add(unique)
         if lowered.offset is not None:
             self._small_bases.install(unique, lowered.offset)
         loaded = LoadedAdapter(unique, lowered, lowered.content or unique, taken)
@@ -103,6 +111,8 @@ class AdapterBank:
         """Count one more request on the adapter of that name, the most recently used now."""
         loaded = self._named[name] = self._named.pop(name)
         self._users[loaded.name] += 1
+        self.hits += loaded.name not in self._fresh
+        self._fresh.discard(loaded.name)
 
     def end_use(self, unique: str) -> None:
         """Count one request less."""
@@ -117,6 +127,7 @@ class AdapterBank:
         for variant in [v for v, of in self._variants.items() if of == loaded.name]:
             del self._held[variant], self._variants[variant]
         del self._held[loaded.name], self._users[loaded.name]
+        self._fresh.discard(loaded.name)
         self._runner.hooks.uninstall(loaded.lowered.deltas)
         self._small_bases.uninstall(loaded.name)
 
@@ -143,4 +154,5 @@ class AdapterBank:
         idle = next((n for n, held in self._named.items() if not self._users[held.name]), None)
         if idle is not None:
             self.remove(idle)
+            self.evictions += 1
         return idle is not None

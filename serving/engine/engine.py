@@ -6,9 +6,9 @@ and `cancel` from the one thread that owns the engine. No Ray, no HTTP.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from serving.adapters import EmbeddingPrefix, KVPrefix, LoweredAdapter, Part, lo
 from serving.engine.answer import Answer
 from serving.engine.bank import AdapterBank
 from serving.engine.batch import Computed, LoadedAdapter, Source, build, context_slots
+from serving.engine.figures import EngineStats, Figures
 from serving.engine.intake import Intake
 from serving.engine.offset import SmallBases
 from serving.engine.pages import PagePool
@@ -38,23 +39,6 @@ from serving.engine.sequence import Chunk, Sequence
 from serving.spec import EngineSpec
 
 _NOTHING = LoweredAdapter()
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What the engine holds and has done. Free pages include those that are kept for others;
-    `cached_tokens` were found in them and not computed."""
-
-    running: int
-    waiting: int
-    free_pages: int
-    num_pages: int
-    adapters: int
-    steps: int
-    generated_tokens: int
-    cached_tokens: int
-    preemptions: int
-    outstanding_tokens: int
 
 
 class Engine:
@@ -82,7 +66,8 @@ class Engine:
         self._intake = Intake(spec, self.runner)
         self._bank = AdapterBank(spec, self.runner, self._small_bases)
         self._answers: dict[str, Answer] = {}
-        self._count = self._steps = self._generated = self._preemptions = 0
+        self._figures = Figures()
+        self._count = self._steps = 0
 
     @property
     def tokenizer(self) -> Any:
@@ -107,6 +92,7 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """Counts as of now; on the thread that owns the engine."""
+        figures = self._figures
         left = [(a.sequence, a.prompt_tokens + a.max_tokens) for a in self._answers.values()]
         return EngineStats(
             running=len(self._scheduler.running),
@@ -115,12 +101,18 @@ class Engine:
             num_pages=self._pool.num_pages,
             adapters=len(self._bank.names),
             steps=self._steps,
-            generated_tokens=self._generated,
+            generated_tokens=figures.generated_tokens,
             cached_tokens=self._scheduler.cached_tokens,
-            preemptions=self._preemptions,
+            preemptions=figures.preemptions,
             outstanding_tokens=sum(
                 end - sequence.num_computed + sequence.unread_source for sequence, end in left
             ),
+            adapter_hits=self._bank.hits,
+            adapter_loads=self._bank.loads,
+            adapter_evictions=self._bank.evictions,
+            step_seconds=figures.seconds.now,
+            step_rows=figures.rows.now,
+            step_tokens=figures.tokens.now,
         )
 
     def lower(self, path: str | Path) -> LoweredAdapter:
@@ -210,10 +202,12 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Run one forward pass over what the scheduler chose; one output per request that got a
         token or ended. A request that fails, fails alone."""
+        began = time.perf_counter()
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
         self._steps += 1
+        cost = sum(chunk.cost for chunk in chunks)
         outputs: list[TokenOutput] = []
         for chunk, sampled in self._compute(chunks, outputs):
             self._scheduler.advance(chunk)
@@ -223,6 +217,7 @@ class Engine:
                     outputs.append(self._accept(answer, sampled))
                 except Exception as error:  # a tokenizer's decode; it must not end the engine
                     outputs.append(self._fail(answer, f"{type(error).__name__}: {error}"))
+        self._figures.step(time.perf_counter() - began, len(chunks), cost)
         return outputs
 
     def generate(self, requests: Many[GenerationRequest]) -> list[GenerationResult]:
@@ -385,7 +380,7 @@ class Engine:
             return self._fail(
                 answer, "logits or states are not finite; the adapter or base is damaged"
             )
-        self._generated += len(output.token_ids)
+        self._figures.generated_tokens += len(output.token_ids)
         if output.finish_reason is not None:
             self._end(answer)
         return output
@@ -397,7 +392,7 @@ class Engine:
     def _end(self, answer: Answer) -> None:
         """Take a request out, and a removed adapter with its last request."""
         del self._answers[answer.sequence.id]
-        self._preemptions += answer.sequence.preemptions
+        self._figures.preemptions += answer.sequence.preemptions
         self._scheduler.remove(answer.sequence)
         if answer.sequence.adapter:
             self._bank.end_use(answer.sequence.adapter)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -37,6 +37,11 @@ class Backend(Protocol):
 
     async def check_health(self) -> None:
         """Raise UnavailableError if no replica answers."""
+        ...
+
+    async def figures(self) -> Mapping[str, Mapping[str, Any]]:
+        """What each replica last told of itself: serving.engine.EngineStats as a mapping, by the
+        replica's id."""
         ...
 
 

@@ -1,17 +1,37 @@
-"""What Prometheus reads of one gateway: requests, errors, waiting, tokens, times, failovers.
+"""What Prometheus reads of a gateway: its requests, errors, waiting, tokens, times, failovers, and
+what the engine replicas told of themselves.
 
-Adapters are a label, for as many of them as `MAX_ADAPTER_LABELS`; the rest share one, so that
-nobody grows the memory by asking for many.
+Several gateways behind one address are read in turn, so each one's own figures have the label
+`gateway`; the replicas' are the same at each. Adapters are a label, for as many of them as
+`MAX_ADAPTER_LABELS`; the rest share one, so that nobody grows the memory by asking for many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import cast
+from uuid import uuid4
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import Metric
+
+from serving.gateway.engine_metrics import Figures, engine_families
 
 MAX_ADAPTER_LABELS = 100
 OTHERS = "others"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class _Families:
+    """As much of a registry as is asked for its text."""
+
+    def __init__(self, families: Iterator[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family, once."""
+        return self._families
 
 
 class Metrics:
@@ -20,6 +40,7 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         registry, labels = self._registry, ("adapter",)
+        self._id = uuid4().hex[:8]
         self._labels: set[str] = set()
         self._responses = Counter(
             "graft_http_responses", "HTTP responses.", ("status",), registry=registry
@@ -51,9 +72,16 @@ class Metrics:
             "graft_failovers", "Answers that went on at another replica.", registry=registry
         )
 
-    def text(self) -> bytes:
-        """Everything in Prometheus's text format."""
-        return generate_latest(self._registry)
+    def text(self, replicas: Mapping[str, Figures]) -> bytes:
+        """Everything in Prometheus's text format, with the figures of each replica by its id."""
+        return generate_latest(cast("CollectorRegistry", _Families(self._all(replicas))))
+
+    def _all(self, replicas: Mapping[str, Figures]) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            own = [s._replace(labels={**s.labels, "gateway": self._id}) for s in metric.samples]
+            metric.samples = own
+            yield metric
+        yield from engine_families(replicas)
 
     def answered(self, status: int) -> None:
         """Count an HTTP response."""

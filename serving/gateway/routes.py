@@ -151,7 +151,8 @@ def _add_state(app: FastAPI, service: Service) -> None:
         # They name every adapter; whoever may not know of one finds nothing here.
         if not _tenant(request).sees_all:
             raise HTTPException(404)
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+        text = service.metrics.text(await service.backend.figures())
+        return Response(text, media_type=CONTENT_TYPE)
 
 
 async def _respond(service: Service, body: Sampling, job: Job, form: Form) -> Response:

@@ -7,8 +7,9 @@ import os
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
-from cluster.errors import ClusterError, ConflictError
+from cluster.errors import ClusterError, ConflictError, SpecError
 from cluster.names import absolute_path
 from cluster.session import Session
 from serving.spec import ServingSpec
@@ -19,9 +20,15 @@ def checked(spec: ServingSpec) -> ServingSpec:
 
     Raises:
         BaseModelError: a base is not a whole folder; nothing was started.
+        SpecError: it asks for an extra that is not installed.
     """
     from cluster.base_model import check_base_folder
 
+    if spec.gateway.traces is not None and not _can_trace():
+        raise SpecError(
+            f"gateway.traces is {spec.gateway.traces}, and OpenTelemetry's exporter is not "
+            "installed; pip install 'raygraft[otel]', or leave it out"
+        )
     base = absolute_path(spec.engine.base_model)
     check_base_folder(base, with_tokenizer=True)
     small = tuple(absolute_path(path) for path in spec.engine.small_bases)
@@ -79,6 +86,13 @@ def running(spec: ServingSpec, session: Session) -> Generator[str]:
         # A cluster of our own ends with the session; on another, Serve may have other work.
         if not session.started_here and not serve.status().applications:
             serve.shutdown()
+
+
+def _can_trace() -> bool:
+    try:
+        return find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _port(spec: ServingSpec) -> int:

@@ -100,9 +100,9 @@ class RayBackend:
 
     async def figures(self) -> Mapping[str, Mapping[str, Any]]:
         """See Backend."""
-        from serving import reports
+        from serving.reports import latest
 
-        return reports.latest()
+        return latest()
 
     async def check_health(self) -> None:
         """See Backend. A service that may have no replica is ready without one."""
@@ -131,6 +131,7 @@ class Gateway:
         from serving.gateway.metrics import Metrics
         from serving.gateway.routes import create_app
         from serving.gateway.service import Service
+        from serving.gateway.tracing import Traces
         from serving.keys import KeyStore
 
         structlog.configure(
@@ -157,7 +158,10 @@ class Gateway:
             Metrics(),
         )
         keys = None if spec.gateway.keys is None else KeyStore(spec.gateway.keys)
-        return create_app(service, spec.gateway, Door(keys, ttl_s=spec.gateway.catalogue_ttl_s))
+        door = Door(keys, ttl_s=spec.gateway.catalogue_ttl_s)
+        endpoint = spec.gateway.traces
+        traces = None if endpoint is None else Traces(endpoint, spec.name)
+        return create_app(service, spec.gateway, door, traces)
 
 
 def build(spec: ServingSpec) -> tuple[Any, Any]:

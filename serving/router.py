@@ -90,11 +90,11 @@ class AdapterRouter(FIFOMixin, RequestRouter):
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Ray Serve with every change of the replicas or of their statistics."""
-        from serving import reports
+        from serving.reports import replace
 
         super().update_replicas(replicas)
         found = {r.replica_id.unique_id: (r.routing_stats or {}).get("figures") for r in replicas}
-        reports.replace({replica: figures for replica, figures in found.items() if figures})
+        replace({replica: figures for replica, figures in found.items() if figures})
 
     async def choose_replicas(
         self,

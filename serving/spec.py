@@ -148,6 +148,12 @@ class GatewaySpec(Spec):
         "final norm) of the prompt's last token, as bases trained to embed have it, or the mean "
         "over the prompt's tokens. Either is divided by its length.",
     )
+    traces: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="Where an OpenTelemetry collector takes traces over HTTP, as "
+        "http://collector:4318/v1/traces. Needs the extra raygraft[otel] on every node.",
+    )
     keys: StoreUri | None = Field(
         None,
         description="Store of the API keys (`graft keys create`). If not given, no key is asked "

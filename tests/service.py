@@ -21,6 +21,7 @@ from serving.gateway.access import Door
 from serving.gateway.metrics import Metrics
 from serving.gateway.routes import create_app
 from serving.gateway.service import Service
+from serving.gateway.tracing import Traces
 from serving.keys import KeyStore
 from serving.replica import Replica
 from serving.spec import EngineSpec, GatewaySpec, ServingSpec
@@ -71,7 +72,12 @@ def publish(registry: Registry, base: Path, folder: Path, *variants: str) -> Non
 
 @contextmanager
 def running(
-    base: Path, folder: Path, *, gateway: dict[str, Any] | None = None, **engine: Any
+    base: Path,
+    folder: Path,
+    *,
+    gateway: dict[str, Any] | None = None,
+    traces: Traces | None = None,
+    **engine: Any,
 ) -> Iterator[Running]:
     """Serve `base` and the adapters of the store under `folder`."""
     limits = {"max_waiting_requests": 512, "max_body_bytes": 2**20}
@@ -89,7 +95,7 @@ def running(
     )
     service = Service(replica, catalogue, load_tokenizer(str(base)), spec.gateway, Metrics())
     keys = None if spec.gateway.keys is None else KeyStore(spec.gateway.keys)
-    app = create_app(service, spec.gateway, Door(keys, ttl_s=CATALOGUE_TTL_S))
+    app = create_app(service, spec.gateway, Door(keys, ttl_s=CATALOGUE_TTL_S), traces)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.grammar import Grammar
 from serving.engine.pooling import Pooled
-from serving.engine.request import FinishReason, GenerationRequest, TokenLogprobs, TokenOutput
+from serving.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    Times,
+    TokenLogprobs,
+    TokenOutput,
+)
 from serving.engine.sampler import Sampled, Sampling, logprobs_of
 from serving.engine.sequence import Chunk, Sequence
+
+
+@dataclass
+class Clock:
+    """When a request was submitted, first in a step, and given its first token."""
+
+    submitted_s: float
+    scheduled_s: float | None = None
+    first_s: float | None = None
+
+    def schedule(self, now_s: float) -> None:
+        """It is in a step that began then."""
+        self.scheduled_s = now_s if self.scheduled_s is None else self.scheduled_s
+
+    def give(self, output: TokenOutput) -> TokenOutput:
+        """Note an output that is given now; the last one with the times."""
+        now_s = time.perf_counter()
+        self.first_s = now_s if self.first_s is None else self.first_s
+        if output.finish_reason is None:
+            return output
+        scheduled_s = self.submitted_s if self.scheduled_s is None else self.scheduled_s
+        times = Times(scheduled_s - self.submitted_s, self.first_s - scheduled_s,
+                      now_s - self.first_s)  # fmt: skip
+        return replace(output, times=times)
 
 
 @dataclass
@@ -31,6 +62,7 @@ class Answer:
     detokenizer: Detokenizer | None
     grammar: Grammar | None
     pooled: Pooled | None = None
+    clock: Clock = field(default_factory=lambda: Clock(time.perf_counter()))
     _prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
 
     @property

@@ -208,6 +208,8 @@ class Engine:
             return []
         self._steps += 1
         cost = sum(chunk.cost for chunk in chunks)
+        for chunk in chunks:
+            self._answers[chunk.sequence.id].clock.schedule(began)
         outputs: list[TokenOutput] = []
         for chunk, sampled in self._compute(chunks, outputs):
             self._scheduler.advance(chunk)
@@ -383,7 +385,7 @@ class Engine:
         self._figures.generated_tokens += len(output.token_ids)
         if output.finish_reason is not None:
             self._end(answer)
-        return output
+        return answer.clock.give(output)
 
     def _fail(self, answer: Answer, message: str) -> TokenOutput:
         self._end(answer)

@@ -209,6 +209,16 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
+class Times:
+    """Where an answer's time went, in seconds: waiting for its first step, from there to its first
+    token, and from there to its end."""
+
+    queue_s: float
+    first_token_s: float
+    rest_s: float
+
+
+@dataclass(frozen=True)
 class TokenOutput:
     """What one step brought one request: usually one token, and the text that is now certain.
 
@@ -216,7 +226,7 @@ class TokenOutput:
     ERROR. Text can lag behind tokens: half a character or of a stop text is held back. Where they
     were asked for, `logprobs` has one entry for each token, and the first output has
     `prompt_logprobs`, one for each token of the prompt but the first. `embedding` is what `pooling`
-    asked for, float32 [dimensions].
+    asked for, float32 [dimensions]. The last one has `times`, unless it failed.
     """
 
     request_id: str
@@ -227,6 +237,7 @@ class TokenOutput:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     embedding: np.ndarray | None = field(default=None, compare=False)
+    times: Times | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -255,6 +266,7 @@ def joined(outputs: Sequence[TokenOutput]) -> TokenOutput:
         tuple(entry for output in outputs for entry in output.logprobs),
         tuple(entry for output in outputs for entry in output.prompt_logprobs),
         last.embedding,
+        last.times,
     )
 
 

@@ -19,6 +19,7 @@ from cluster.errors import HeadersTooLargeError, outcome_of
 from serving.gateway.access import Door
 from serving.gateway.errors import error_response
 from serving.gateway.metrics import Metrics
+from serving.gateway.tracing import Traces, current
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -34,8 +35,16 @@ class Guard:
     """Wraps the app `app`; a request that comes through has `tenant` and `began_s`, the
     monotonic time of its arrival, in its state."""
 
-    def __init__(self, app: App, *, door: Door, metrics: Metrics, max_header_bytes: int) -> None:
-        self._app, self._door, self._metrics = app, door, metrics
+    def __init__(
+        self,
+        app: App,
+        *,
+        door: Door,
+        metrics: Metrics,
+        max_header_bytes: int,
+        traces: Traces | None = None,
+    ) -> None:
+        self._app, self._door, self._metrics, self._traces = app, door, metrics, traces
         self._max_header_bytes = max_header_bytes
         self._ids: set[str] = set()  # of requests in progress
 
@@ -50,6 +59,9 @@ class Guard:
         self._ids.add(request_id)
         structlog.contextvars.bind_contextvars(request_id=request_id)
         began, status, tenant_id, has_begun = time.monotonic(), 500, "", False
+        is_traced = self._traces is not None and scope["path"] not in OPEN
+        trace = self._traces.begin(headers, request_id) if self._traces and is_traced else None
+        token = current.set(trace)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status, has_begun
@@ -82,6 +94,9 @@ class Guard:
                     "request", method=scope["method"], path=scope["path"][:200], status=status,
                     seconds=round(seconds, 4), key=tenant_id,
                 )  # fmt: skip
+            if trace is not None:
+                trace.end(scope["method"], getattr(scope.get("route"), "path", None), status)
+            current.reset(token)
             structlog.contextvars.unbind_contextvars("request_id")
 
     def _request_id(self, wanted: str) -> str:

@@ -60,6 +60,10 @@ class Metrics:
             "graft_time_to_first_token_seconds", "From the request to its first token, streams.",
             labels, buckets=_SECONDS, registry=registry,
         )  # fmt: skip
+        self._queue = Histogram(
+            "graft_queue_seconds", "From the request to an engine's first step for it.",
+            labels, buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
         self._between = Histogram(
             "graft_inter_token_seconds", "Between pieces of a stream, per token.",
             buckets=_SECONDS, registry=registry,
@@ -102,6 +106,10 @@ class Metrics:
         self._in_progress.dec(answers)
         self._tokens.labels(self._label(model)).inc(tokens)
         self._whole.labels(self._label(model)).observe(seconds)
+
+    def queued(self, model: str, seconds: float) -> None:
+        """Count an answer's waiting."""
+        self._queue.labels(self._label(model)).observe(seconds)
 
     def first_token(self, model: str, seconds: float) -> None:
         """Count a stream's first token."""

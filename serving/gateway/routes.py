@@ -25,6 +25,7 @@ from serving.gateway.guard import Guard
 from serving.gateway.logprobs import TokenText
 from serving.gateway.metrics import CONTENT_TYPE
 from serving.gateway.service import Job, Piece, Service
+from serving.gateway.tracing import Traces
 from serving.protocol import (
     DONE,
     ChatRequest,
@@ -48,12 +49,18 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 # pyright: reportUnusedFunction=false
 
 
-def create_app(service: Service, spec: GatewaySpec, door: Door) -> FastAPI:
-    """The app with every route; `door` decides who comes in."""
+def create_app(
+    service: Service, spec: GatewaySpec, door: Door, traces: Traces | None = None
+) -> FastAPI:
+    """The app with every route; `door` decides who comes in, `traces` tells of each request."""
     app = FastAPI(title="Graft", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.metrics = service.metrics
     app.add_middleware(
-        Guard, door=door, metrics=service.metrics, max_header_bytes=spec.max_header_bytes
+        Guard,
+        door=door,
+        metrics=service.metrics,
+        max_header_bytes=spec.max_header_bytes,
+        traces=traces,
     )
     app.add_exception_handler(GraftError, answer_graft_error)
     app.add_exception_handler(HTTPException, answer_http_error)

@@ -25,6 +25,7 @@ from serving.engine.request import (
     FinishReason,
     GenerationRequest,
     ResponseFormat,
+    Times,
     TokenLogprobs,
     choices,
 )
@@ -32,6 +33,7 @@ from serving.gateway import failover
 from serving.gateway.access import Tenant
 from serving.gateway.chat import render
 from serving.gateway.metrics import Metrics
+from serving.gateway.tracing import current
 from serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -184,10 +186,14 @@ class Service:
         with job.tenant.request(len(job.requests)):
             self._in_progress += len(job.requests)
             self.metrics.begun(job.label, len(job.requests), job.prompt_tokens)
+            trace = current.get()
+            if trace is not None:
+                ref = job.adapter.ref if job.adapter else ""
+                trace.describe(model=job.model, adapter=ref, prompt_tokens=job.prompt_tokens)
             tokens = 0
             try:
                 answers = [
-                    self._answer(index, request, job.adapter, stream)
+                    self._answer(index, request, job, stream)
                     for index, request in enumerate(job.requests)
                 ]
                 async with aclosing(_merge(answers)) as pieces:
@@ -229,16 +235,20 @@ class Service:
             yield piece
 
     async def _answer(
-        self, index: int, request: GenerationRequest, adapter: NamedAdapter | None, stream: bool
+        self, index: int, request: GenerationRequest, job: Job, stream: bool
     ) -> AsyncGenerator[Piece]:
         outputs = failover.generate(
-            self.backend, request, adapter, stream=stream, on_loss=self.metrics.failover
+            self.backend, request, job.adapter, stream=stream, on_loss=self.metrics.failover
         )
+        tokens = 0
         async with aclosing(outputs):
             async for output in outputs:
                 if output.finish_reason is FinishReason.ERROR:
                     raise EngineError(output.error or "the engine failed on this request")
                 reason = output.finish_reason
+                tokens += len(output.token_ids)
+                if output.times is not None:
+                    self._tell(index, job, output.times, tokens)
                 yield Piece(
                     index,
                     output.text,
@@ -248,6 +258,14 @@ class Service:
                     output.prompt_logprobs,
                     output.embedding,
                 )
+
+    def _tell(self, index: int, job: Job, times: Times, tokens: int) -> None:
+        """Count, and trace, where the time of an answer that ends now went."""
+        seconds = time.monotonic() - job.began_s
+        self.metrics.queued(job.label, max(0.0, seconds - times.first_token_s - times.rest_s))
+        trace = current.get()
+        if trace is not None:
+            trace.answered(index, times, job.began_s, tokens)
 
     async def _resolve(self, model: str, tenant: Tenant) -> NamedAdapter | None:
         return await asyncio.to_thread(self.catalogue.resolve, model, tenant.allows)

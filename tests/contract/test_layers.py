@@ -63,6 +63,7 @@ WITHOUT = {
     "serving.spec": {"torch", "ray", "transformers"},
     "serving.protocol": {"torch", "ray", "transformers"},
     "serving.client": {"torch", "ray", "transformers", "fastapi"},
+    "serving.gateway.routes": {"ray", "deepspeed", "datasets", "opentelemetry.sdk"},
     "serving.adapters": {"ray", "deepspeed", "datasets", "obstore", "fastapi"},
     "serving.engine": {"ray", "deepspeed", "datasets", "obstore", "fastapi"},
 }

@@ -101,6 +101,15 @@ class Registry:
         Raises:
             AdapterError: the folder is not sound; nothing was written.
         """
+        version = self.reveal(self.stage(name, folder, card=card))
+        assert version is not None, "the number is ours alone"
+        return version
+
+    def stage(
+        self, name: str, folder: Path, *, card: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Upload a PEFT folder under the next number of `name`, not visible yet; its manifest, for
+        `reveal`. Raises AdapterError as `publish`."""
         check_name(name, "adapter")
         opened = open_adapter_folder(folder)
         check_finite(opened)
@@ -120,8 +129,16 @@ class Registry:
         )
         for file in files:
             self.store.create_file(f"{_folder(name, number)}/{file}", folder / file)
-        self.store.create(f"{_folder(name, number)}/{MANIFEST}", _manifest_bytes(version))
-        return version
+        return {"schema": SCHEMA, **asdict(version)}
+
+    def reveal(self, manifest: Mapping[str, Any]) -> AdapterVersion | None:
+        """Make the version of a `stage` visible; None if it is already."""
+        key = f"{_folder(manifest['name'], manifest['version'])}/{MANIFEST}"
+        try:
+            self.store.create(key, json.dumps(manifest, indent=2, sort_keys=True).encode())
+        except ConflictError:
+            return None
+        return self.read(manifest["name"], manifest["version"])
 
     def import_folder(self, name: str, folder: Path) -> AdapterVersion:
         """Publish a plain PEFT folder made elsewhere; as `publish`, with its origin in the card."""
@@ -312,7 +329,3 @@ def _content_hash(files: Mapping[str, FileEntry]) -> str:
     """What makes two versions the same adapter: config and weights, not the text beside them."""
     lines = [f"{file} {files[file].sha256}" for file in (CONFIG, WEIGHTS)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _manifest_bytes(version: AdapterVersion) -> bytes:
-    return json.dumps({"schema": SCHEMA, **asdict(version)}, indent=2, sort_keys=True).encode()

@@ -8,6 +8,7 @@ kept. Used from several threads.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -109,6 +110,12 @@ class Catalogue:
             if self._fits(version):
                 fitting[name] = version
         return fitting
+
+    def refresh(self) -> None:
+        """Look again at the next question, however young the snapshot is."""
+        snapshot = self._snapshot
+        if snapshot is not None:
+            self._snapshot = _Snapshot(-math.inf, snapshot.catalog)
 
     def _catalog(self) -> Catalog:
         snapshot = self._snapshot

@@ -132,6 +132,7 @@ class Gateway:
         from serving.gateway.routes import create_app
         from serving.gateway.service import Service
         from serving.gateway.tracing import Traces
+        from serving.import_watch import ImportWatch
         from serving.keys import KeyStore
 
         structlog.configure(
@@ -150,6 +151,11 @@ class Gateway:
             base_folder=spec.engine.base_model,
             ttl_s=spec.gateway.catalogue_ttl_s,
         )
+        if spec.gateway.imports:
+            # Two looks and the other gateways' next snapshot fit into five seconds.
+            period_s = spec.gateway.catalogue_ttl_s / 2
+            registry = Registry(spec.store)
+            self._imports = ImportWatch(registry, period_s=period_s, on_import=catalogue.refresh)
         service = Service(
             RayBackend(self._engines, min_replicas=spec.replicas.min),
             catalogue,

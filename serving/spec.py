@@ -159,6 +159,11 @@ class GatewaySpec(Spec):
         description="Store of the API keys (`graft keys create`). If not given, no key is asked "
         "for, and `host` must be this machine's loopback address.",
     )
+    imports: bool = Field(
+        True,
+        description="Register PEFT folders that are put under imports/NAME/ of the store as "
+        "versions of NAME, once both files have come to rest; the store must be writable.",
+    )
     catalogue_ttl_s: PositiveFloat = Field(
         2.0,
         description="Seconds until a newly published version, a moved alias, or a key that was "

@@ -106,10 +106,10 @@ async def run_batch(
     prompts, models = table[column], table[adapter_column] if adapter_column else None
     waiting = iter([row for row in range(table.num_rows) if row not in done])
     bar = _progress(enabled=progress)
-    tokens = 0
+    tokens = errors = 0
 
     async def worker(file: TextIO, task: Any) -> None:
-        nonlocal tokens
+        nonlocal tokens, errors
         for row in waiting:
             model = models[row].as_py() if models is not None else adapter
             result = await _answer(client, row, prompts[row], model, options)
@@ -118,10 +118,13 @@ async def run_batch(
             file.flush()
             tokens += result.completion_tokens or 0
             speed = tokens / max(time.monotonic() - began, 1e-9)
-            bar.update(task, advance=1, speed=f"{speed:,.0f} tokens/s")
+            errors += result.error is not None
+            bar.update(task, advance=1, speed=f"{speed:,.0f} tokens/s", errors=f"{errors} errors")
 
     with file, bar:
-        task = bar.add_task(source.name, total=table.num_rows, completed=resumed, speed="")
+        task = bar.add_task(
+            source.name, total=table.num_rows, completed=resumed, speed="", errors=""
+        )
         async with asyncio.TaskGroup() as group:
             for _ in range(min(client.concurrency, table.num_rows - resumed)):
                 group.create_task(worker(file, task))
@@ -251,6 +254,7 @@ def _progress(*, enabled: bool) -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[errors]}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         disable=not enabled,

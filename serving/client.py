@@ -13,13 +13,22 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import wraps
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import httpx2
 import numpy as np
@@ -40,11 +49,13 @@ from cluster.errors import (
     UnavailableError,
 )
 from serving.batch_file import BatchReport, run_batch
-from serving.protocol import DONE, ModelCard
+from serving.pace import Pace
+from serving.protocol import DONE, ModelCard, ToolCall
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 T = TypeVar("T")
 R = TypeVar("R")
+P = ParamSpec("P")
 
 # Vectors of one answer; texts of a few thousand tokens stay far below a service's body limit.
 _INPUTS_AT_ONCE = 32
@@ -71,16 +82,20 @@ class Options(TypedDict, total=False):
     seed: int
     stop: Sequence[str]
     ignore_eos: bool
+    response_format: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]]
+    tool_choice: str | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer."""
+    """One answer; a chat's may be calls of the tools that it was given."""
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class AsyncClient:
@@ -91,7 +106,8 @@ class AsyncClient:
         api_key: Sent as a bearer token.
         timeout_s: Longest wait for an answer, or for the next piece of a stream.
         max_attempts: Tries of one request, the first included.
-        concurrency: Requests in progress at once.
+        concurrency: Most requests in progress at once; fewer where the service pushes back, see
+            `serving.pace`.
     """
 
     def __init__(
@@ -114,6 +130,7 @@ class AsyncClient:
             base_url=self.base_url, headers=headers, limits=limits, timeout=timeout, trust_env=False
         )
         self._max_attempts = max_attempts
+        self._pace = Pace(concurrency)
         self._base_name: str | None = None
 
     async def __aenter__(self) -> Self:
@@ -197,10 +214,25 @@ class AsyncClient:
         path, body = await self._request(prompt, adapter, options)
         answer = await self._retrying(lambda: self._json("POST", path, body))
         choice, usage = answer["choices"][0], answer["usage"]
-        text = choice["text"] if "text" in choice else choice["message"]["content"]
+        message = choice.get("message", {})
+        text = choice["text"] if "text" in choice else message["content"] or ""
         return Generation(
-            text, choice["finish_reason"], usage["prompt_tokens"], usage["completion_tokens"]
+            text,
+            choice["finish_reason"],
+            usage["prompt_tokens"],
+            usage["completion_tokens"],
+            tuple(map(ToolCall.model_validate, message.get("tool_calls") or ())),
         )
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        adapter: str | None = None,
+        **options: Unpack[Options],
+    ) -> Generation:
+        """What the assistant says, or calls, next in a conversation. Raises GraftError."""
+        return await self.generate_one(messages, adapter=adapter, **options)
 
     async def stream(
         self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[Options]
@@ -283,16 +315,14 @@ class AsyncClient:
         return self._base_name
 
     async def _all(self, one: Callable[[T], Awaitable[R]], given: Sequence[T]) -> list[R]:
-        """What `one` makes of each, so many at once. Raises the first GraftError."""
-        gate = asyncio.Semaphore(self.concurrency)
+        """What `one` makes of each. Raises the first GraftError."""
 
-        async def gated(each: T) -> R:
-            async with gate:
-                return await one(each)
+        async def run(each: T) -> R:
+            return await one(each)
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(gated(each)) for each in given]
+                tasks = [group.create_task(run(each)) for each in given]
         except* GraftError as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
@@ -318,7 +348,8 @@ class AsyncClient:
         )
         async for attempt in retrying:
             with attempt:
-                return await call()
+                async with self._pace.turn():
+                    return await call()
         raise AssertionError("tenacity re-raises the last failure")
 
     def _unreachable(self, error: Exception) -> UnavailableError:
@@ -351,30 +382,27 @@ class Client:
 
     def close(self) -> None:
         """Close every connection."""
-        self._portal.call(self._async.close)
+        self._wait(self._async.close)
         self._portal_scope.__exit__(None, None, None)
 
-    def models(self) -> list[ModelCard]:
-        """See AsyncClient."""
-        return self._portal.call(self._async.models)
+    @staticmethod
+    def _blocking(
+        method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, R]],
+    ) -> Callable[Concatenate[Client, P], R]:
+        """The same method, which waits for it."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], *, adapter: str | None = None, **options: Unpack[Options]
-    ) -> list[Generation]:
-        """See AsyncClient."""
-        return self._portal.call(lambda: self._async.generate(prompts, adapter=adapter, **options))
+        @wraps(method)
+        def call(self: Client, *args: P.args, **options: P.kwargs) -> R:
+            return self._wait(lambda: method(self._async, *args, **options))
 
-    def embed(
-        self,
-        inputs: Sequence[str | Sequence[int]],
-        *,
-        adapter: str | None = None,
-        dimensions: int | None = None,
-    ) -> np.ndarray:
-        """See AsyncClient."""
-        return self._portal.call(
-            lambda: self._async.embed(inputs, adapter=adapter, dimensions=dimensions)
-        )
+        return call
+
+    models = _blocking(AsyncClient.models)
+    generate = _blocking(AsyncClient.generate)
+    generate_one = _blocking(AsyncClient.generate_one)
+    chat = _blocking(AsyncClient.chat)
+    embed = _blocking(AsyncClient.embed)
+    generate_file = _blocking(AsyncClient.generate_file)
 
     def stream(
         self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[Options]
@@ -393,30 +421,10 @@ class Client:
         finally:
             self._portal.call(generator.aclose)
 
-    def generate_file(
-        self,
-        source: str | Path,
-        target: str | Path,
-        *,
-        adapter: str | None = None,
-        adapter_column: str | None = None,
-        overwrite: bool = False,
-        progress: bool = True,
-        **options: Unpack[Options],
-    ) -> BatchReport:
-        """See AsyncClient."""
-        # As a task, so that an interrupt here ends it there, with what it has kept.
-        future = self._portal.start_task_soon(
-            lambda: self._async.generate_file(
-                source,
-                target,
-                adapter=adapter,
-                adapter_column=adapter_column,
-                overwrite=overwrite,
-                progress=progress,
-                **options,
-            )
-        )
+    def _wait(self, call: Callable[[], Coroutine[Any, Any, R]]) -> R:
+        """What `call` returns; as a task, so that an interrupt here ends it there, with what it has
+        kept."""
+        future = self._portal.start_task_soon(call)
         try:
             return future.result()
         except KeyboardInterrupt:

@@ -45,7 +45,8 @@ ROOMS = {
                            "serving.engine.request",
                            "serving.keys", "serving.spec", "cluster"},
     "serving.app": {"serving.deployment", "serving.spec", "cluster"},
-    "serving.client": {"serving.batch_file", "serving.protocol", "cluster"},
+    "serving.client": {"serving.batch_file", "serving.pace", "serving.protocol", "cluster"},
+    "serving.pace": {"cluster"},
     "serving.batch_file": {"serving.client", "cluster"},
     "serving.command": {"serving.app", "serving.client", "serving.keys", "serving.spec", "cluster"},
 }  # fmt: skip

@@ -63,6 +63,21 @@ def test_every_kind_of_prompt(client: Client) -> None:
     assert base.text != answers[0].text
 
 
+def test_a_chat_says_what_a_completion_of_its_template_does(client: Client) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    answer = client.chat(chat, adapter="lora", **GREEDY)
+    assert answer == client.generate([chat], adapter="lora", **GREEDY)[0]
+    shape = {"type": "json_schema", "json_schema": {"schema": {"const": 5}}}
+    assert client.chat(chat, adapter="lora", response_format=shape).text == "5"
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    def methods(cls: type) -> set[str]:
+        return {name for name in vars(cls) if not name.startswith("_")}
+
+    assert methods(AsyncClient) == methods(Client)
+
+
 def test_a_stream_is_the_answer(client: Client) -> None:
     (answer,) = client.generate(["hello"], adapter="bitfit", **GREEDY)
     assert "".join(client.stream("hello", adapter="bitfit", **GREEDY)) == answer.text
@@ -391,3 +406,32 @@ def test_a_stream_that_just_ends_is_no_success(faulty: tuple[str, type[Faulty]])
     handler.answers = [lambda h: h.send(200, event + failure)]
     with Client(url) as client, pytest.raises(OperationError, match="engine gone"):
         list(client.stream("x", adapter="a"))
+
+
+def test_a_file_goes_at_the_pace_that_the_service_takes(
+    faulty: tuple[str, type[Faulty]], tmp_path: Path
+) -> None:
+    """A service that refuses a fourth request at once: nothing fails, and few are refused."""
+    url, handler = faulty
+    lock, at_once, refused = threading.Lock(), 0, 0
+
+    def answer(handler: Faulty) -> None:
+        nonlocal at_once, refused
+        with lock:
+            at_once += 1
+            is_over = at_once > 3
+            refused += is_over
+        time.sleep(0.005)
+        with lock:
+            at_once -= 1
+        body = b'{"error": {"message": "m", "type": "t", "code": "unavailable"}}'
+        handler.send(*((503, body) if is_over else (200, GOOD)))
+
+    handler.answers.append(answer)
+    write_table(pa.table({"prompt": ["x"] * 60}), tmp_path / "in.jsonl")
+    with Client(url, concurrency=64) as client:
+        report = client.generate_file(
+            tmp_path / "in.jsonl", tmp_path / "out.jsonl", adapter="a", progress=False
+        )
+    assert (report.rows, report.failed) == (60, 0)
+    assert 0 < refused < 50

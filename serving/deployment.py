@@ -190,13 +190,9 @@ def engines_of(spec: ServingSpec) -> str:
 
 def _environment(spec: ServingSpec) -> dict[str, str]:
     """Variables of both deployments' processes."""
-    # Serve reports loads every ten seconds of its own accord, however short the look-back.
-    report_s = str(min(10.0, spec.replicas.look_back_s / 2))
     return {
         **store_credentials(),
         "TOKENIZERS_PARALLELISM": "false",
-        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": report_s,
-        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": report_s,
     }
 
 
@@ -220,6 +216,9 @@ def _engines(spec: ServingSpec, env: Mapping[str, str]) -> Any:
         autoscaling_config=AutoscalingConfig(
             min_replicas=replicas.min,
             max_replicas=replicas.max,
+            # Of its own accord Serve reports loads every ten seconds, however short the look-back,
+            # which must be longer than that. It calls the field deprecated, and has (2.60) no other.
+            metrics_interval_s=min(10.0, replicas.look_back_s / 2),
             look_back_period_s=replicas.look_back_s,
             upscale_delay_s=replicas.upscale_delay_s,
             downscale_delay_s=replicas.downscale_delay_s,

@@ -217,7 +217,7 @@ def _engines(spec: ServingSpec, env: Mapping[str, str]) -> Any:
             min_replicas=replicas.min,
             max_replicas=replicas.max,
             # Of its own accord Serve reports loads every ten seconds, however short the look-back,
-            # which must be longer than that. It calls the field deprecated, and has (2.60) no other.
+            # which must be longer than that. It is deprecated, and in 2.60 the only way.
             metrics_interval_s=min(10.0, replicas.look_back_s / 2),
             look_back_period_s=replicas.look_back_s,
             upscale_delay_s=replicas.upscale_delay_s,

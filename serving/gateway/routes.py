@@ -43,7 +43,10 @@ from serving.protocol import (
 from serving.spec import GatewaySpec
 
 # The engine's names of what /v1/embeddings calls otherwise.
-_INPUTS = {"prompt": "input", "prompt_token_ids": "input", "pooling": "model", "adapter": "model"}
+_INPUTS = {
+    "prompt": "input", "prompt_token_ids": "input", "n": "input", "pooling": "model",
+    "adapter": "model",
+}  # fmt: skip
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 # The names of what FastAPI calls are never used here.
 # pyright: reportUnusedFunction=false

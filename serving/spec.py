@@ -80,7 +80,10 @@ class ReplicasSpec(Spec):
     """Engine replicas: how many, and what each takes of the cluster."""
 
     min: NonNegativeInt = Field(
-        1, description="Replicas kept at all times; with 0 the first request waits for one."
+        1,
+        description="Replicas kept at all times. With 0 the last one goes downscale_delay_s after "
+        "the last request, and the next request starts one at once and waits for it, within the "
+        "gateway's time-outs.",
     )
     max: PositiveInt = Field(1, description="Replicas at the highest load; at least `min`.")
     cpus: PositiveFloat = Field(1, description="CPU cores of each.")

@@ -1,6 +1,6 @@
 """A service on a real cluster under load while its replicas come, go and are killed.
 
-One service for all: from one replica to three and back, streams and whole answers, and not one
+One service for all: from no replica to three and back, streams and whole answers, and not one
 answer differs from what the engine says when it is left alone.
 """
 
@@ -67,7 +67,8 @@ def service(
     answers = engine.generate([GenerationRequest(**request(i)) for i in range(REQUESTS)])
     settings = (
         f"store={registry.store.uri}", f"engine.base_model={base}", f"cache={folder}/cache",
-        "gateway.port=0", f"replicas.max={MAX_REPLICAS}", "replicas.target_outstanding_tokens=2000",
+        "gateway.port=0", "replicas.min=0", f"replicas.max={MAX_REPLICAS}",
+        "replicas.target_outstanding_tokens=2000",
         "replicas.look_back_s=2", "replicas.upscale_delay_s=1", "replicas.downscale_delay_s=6",
         "engine.max_running_requests=16",
     )  # fmt: skip
@@ -142,8 +143,19 @@ async def grow(service: Service, count: int) -> None:
 
 
 def test_more_load_more_replicas_and_no_answer_changes(service: Service) -> None:
-    assert len(replicas()) == 1
+    """From none: the first ones wait for a replica to come up."""
+    assert not replicas()
+    assert httpx2.get(f"{service.url}/ready").status_code == 200
     asyncio.run(grow(service, MAX_REPLICAS))
+
+
+def test_the_gateway_shows_the_figures_of_every_replica(service: Service) -> None:
+    def told() -> bool:
+        lines = httpx2.get(f"{service.url}/metrics", timeout=30).text.splitlines()
+        steps = [line for line in lines if line.startswith("graft_engine_steps_total{replica=")]
+        return len(steps) == len(replicas()) and any(not s.endswith(" 0.0") for s in steps)
+
+    until(told, timeout_s=30, what="replicas whose figures are not shown")
 
 
 def test_killed_replicas_cost_nobody_a_token(service: Service) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from cluster.spec import parse_spec
 from training.assembly import Assembly, assemble
 from training.checkpoint import write_checkpoint
-from training.loop import LogLine, Place, as_work, precision, run
+from training.loop import LogLine, Place, as_work, run
 from training.methods import METHODS
 from training.rows import TokenRows, split
 from training.several import Rows, Runner, assemble_several, run_several
@@ -66,7 +66,7 @@ def run_case(case: Case, tokens: Path, place: Place) -> list[float]:
     made.take_best(reached.step)
     # Before the save: PEFT asks some modules for their output there, on the first worker alone,
     # after which ZeRO 3's forward would wait for the others for ever.
-    logits_V = _answer(made, spec, case.asked, place) if case.asked else None
+    logits_V = _answer(made, case.asked) if case.asked else None
     with made.backend.whole_parameters():
         if place.rank == 0:
             METHODS[spec.method.kind].save(made.backend.adapted, case.folder / "adapter")
@@ -109,7 +109,7 @@ def run_together(together: Together, tokens: Path, place: Place) -> dict[str, st
             on_checkpoint=partial(keep, name),
         )  # fmt: skip
         runners[name] = Runner(work, several.draws[name])
-    run_several(next(iter(specs.values())), several.shared, runners, place)
+    run_several(several.shared, runners)
     for name, runner in runners.items():
         made = several.runs[name]
         if runner.end is None:
@@ -122,11 +122,10 @@ def run_together(together: Together, tokens: Path, place: Place) -> dict[str, st
 
 
 @torch.no_grad()
-def _answer(made: Assembly, spec: TrainingSpec, asked: Sequence[int], place: Place) -> torch.Tensor:
+def _answer(made: Assembly, asked: Sequence[int]) -> torch.Tensor:
     """Collective: under ZeRO 3 each worker has a part of the model."""
     made.backend.model.eval()
-    with precision(spec, place.device):
-        return made.backend.model(Continuation(list(asked))).float().contiguous()
+    return made.backend.model(Continuation(list(asked))).float().contiguous()
 
 
 class Workers:

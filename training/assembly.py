@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,18 @@ import numpy as np
 import torch
 
 from cluster.base_model import context_tokens, load_base, load_tokenizer
+from cluster.errors import BaseModelError
 from training.backend import PARTS, Backend, PlainBackend
 from training.checkpoint import COURSE, Progress, read_checkpoint, run_state
 from training.evaluation import Evaluator
-from training.loop import Place, precision
+from training.loop import Place
 from training.methods import METHODS, trainable_parameters
 from training.methods.course import Course
 from training.methods.layernorm import norm_modules
 from training.methods.placement import check_saved_modules
 from training.rows import TokenRows
 from training.spec import TrainingSpec
-from training.step import Batch, LossModel
+from training.step import DTYPES, Batch, LossModel
 from training.tasks import TASK_PARTS
 
 _BEST = "best/"
@@ -92,7 +92,10 @@ def assemble(
     model = method.attach(base, spec.method, spec.base_model)
     model.to(place.device).train()
     loss_model = TASK_PARTS[spec.task].model(
-        model, is_sharded=spec.zero.stage == 3, recomputes=spec.gradient_checkpointing
+        model,
+        precision=DTYPES[spec.precision],
+        is_sharded=spec.zero.stage == 3,
+        recomputes=spec.gradient_checkpointing,
     )
     course = method.course(model, spec.method, spec.seed)
     if checkpoint:
@@ -109,21 +112,31 @@ def assemble(
 
 
 def load_model(spec: TrainingSpec, place: Place) -> Any:
-    """The model that the spec's method is put on."""
-    dtype = torch.float32 if spec.precision == "fp32" else torch.bfloat16
+    """The model that the spec's method is put on. Raises BaseModelError."""
     base = load_base(
         spec.trained_base,
-        dtype,
+        DTYPES[spec.precision],
         spec.quantization,
         place.device,
         task=spec.task,
         labels=spec.data.labels,
     )
+    check_precision(base, spec)
     if spec.quantization is not None:
         # As QLoRA does: norms cost nothing, and what they scale is rounded once less.
         for norm in norm_modules(base).values():
             norm.float()
     return base
+
+
+def check_precision(base: Any, spec: TrainingSpec) -> None:
+    """Raise BaseModelError for a base that float16 is too narrow for, as T5's feed-forward is."""
+    wide = sorted(getattr(base, "_keep_in_fp32_modules", None) or ())
+    if spec.precision == "fp16" and wide:
+        raise BaseModelError(
+            f"base_model {spec.trained_base}: {type(base).__name__} overflows in float16 "
+            f"(transformers keeps its {', '.join(wide)} in float32); set precision to bf16 or fp32"
+        )
 
 
 def _evaluator(
@@ -147,7 +160,6 @@ def _evaluator(
         rank=place.rank,
         world_size=place.world_size,
         device=place.device,
-        precision=partial(precision, spec, place.device),
         room=None if context is None else context - model.virtual_tokens,
         is_sharded=spec.zero.stage == 3,
         history=start.evaluations,

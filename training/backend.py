@@ -6,6 +6,7 @@ full, by parameter name, whatever is sharded: it fits any backend, stage and num
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -26,10 +27,15 @@ class Backend(Protocol):
 
     model: Any  # called with a task's batch (training.tasks); its loss
     adapted: Any  # the model with its method on, as METHODS save it
-    gradient_scale: float  # a step's gradients, summed over workers, are so many times too large
+    # A step's gradients, summed over workers, are so many times too large in backward.
+    gradient_scale: float
 
     def set_learning_rate(self, value: float) -> None:
         """Before the step's first micro-batch."""
+        ...
+
+    def set_loss_scale(self, value: float) -> None:
+        """Before the step's first micro-batch: their losses come so many times too large."""
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -37,7 +43,8 @@ class Backend(Protocol):
         ...
 
     def finish_step(self) -> float:
-        """Clip, update, clear; returns the gradient's norm before clipping."""
+        """Clip, update, clear; returns the gradient's norm before clipping, the same on all
+        workers. Where that is not finite, nothing is updated."""
         ...
 
     def full_state(self) -> dict[str, torch.Tensor]:
@@ -96,17 +103,26 @@ class PlainBackend:
         for group in self._optimizer.param_groups:
             group["lr"] = value * group["rate_ratio"]
 
+    def set_loss_scale(self, value: float) -> None:
+        """See Backend."""
+        self.gradient_scale = value
+
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
         loss.backward()
 
     def finish_step(self) -> float:
         """See Backend."""
-        _sum_over_workers([p.grad for p in self._parameters.values() if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_norm)
-        self._optimizer.step()
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        _sum_over_workers(gradients)
+        if self.gradient_scale != 1:
+            for gradient in gradients:
+                gradient.div_(self.gradient_scale)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_norm))
+        if math.isfinite(norm):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """See Backend."""

@@ -32,7 +32,8 @@ COURSE = "course/"  # before the names of what a method's course must remember
 class Progress:
     """Where a run stands after `step` updates. `curve` holds (step, mean loss per label token),
     `evaluations` what was measured on the validation rows; `lap_loss` is summed over the
-    `lap_labels` learned tokens since the curve's last point."""
+    `lap_labels` learned tokens since the curve's last point; `loss_scale` and `good_steps` are an
+    fp16 run's (training.loss_scale)."""
 
     step: int = 0
     tokens: int = 0
@@ -41,6 +42,8 @@ class Progress:
     evaluations: tuple[Evaluation, ...] = ()
     lap_loss: float = 0.0
     lap_labels: int = 0
+    loss_scale: float | None = None
+    good_steps: int = 0
 
 
 def run_state(backend: Backend, course: Course) -> dict[str, torch.Tensor]:

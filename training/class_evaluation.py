@@ -23,8 +23,7 @@ class ClassEvaluator(Evaluator):
         given_R = torch.zeros(len(self._rows), dtype=torch.int64)
         for index, mine in self._turns(len(self._batches)):
             batch = self._batch(index)
-            with self._precision():
-                logits_BC = model(Prediction(batch))
+            logits_BC = model(Prediction(batch))
             if mine:
                 loss = cross_entropy(logits_BC, batch.targets_T, reduction="sum")
                 losses[index] = loss.double().cpu()

@@ -50,11 +50,12 @@ class Classifier(LossModel):
     def forward(self, asked: Batch | Prediction) -> torch.Tensor:  # type: ignore[override]
         """Of a batch: the sum of the rows' negative log-likelihoods, float32 scalar with a graph.
         Of a prediction: the logits [B, C], float32."""
-        if isinstance(asked, Prediction):
-            return self._logits(asked.batch).float()
-        learned_B = asked.targets_T != IGNORE
-        logits_NC = self._logits(asked)[learned_B].float()
-        return cross_entropy(logits_NC, asked.targets_T[learned_B], reduction="sum")
+        with self.autocast():
+            if isinstance(asked, Prediction):
+                return self._logits(asked.batch).float()
+            learned_B = asked.targets_T != IGNORE
+            logits_NC = self._logits(asked)[learned_B].float()
+            return cross_entropy(logits_NC, asked.targets_T[learned_B], reduction="sum")
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         if self.is_packed:
@@ -125,8 +126,8 @@ class Classifier(LossModel):
         alone = [self._logits_own(collate_labelled([row], parameter.device)) for row in rows]
         expected_BC = torch.cat(alone)
         # A few logits of a random head: in half precision, their rounding is a larger part of them.
-        slack = 1 if parameter.dtype == torch.float32 else 4
-        limit = slack * TOLERANCE[parameter.dtype] * max(1e-6, float(expected_BC.abs().max()))
+        slack = 1 if self._precision == torch.float32 else 4
+        limit = slack * TOLERANCE[self._precision] * max(1e-6, float(expected_BC.abs().max()))
 
         def agrees(logits: Callable[[Batch], torch.Tensor]) -> bool:
             try:

@@ -29,13 +29,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cluster.base_model import empty_base
 from cluster.errors import SpecError
 from training import heap
-from training.assembly import make_backend
+from training.assembly import check_precision, make_backend
 from training.backend import Backend
 from training.ledger import Ledger, lone_worker, without_bytes
-from training.loop import precision
 from training.methods import METHODS, count_parameters
 from training.spec import TrainingSpec, ZeroSpec
-from training.step import LossModel, collate
+from training.step import DTYPES, LossModel, collate
 
 STAGES = (0, 1, 2, 3)
 # What a worker's tensors are for: "update" is what an optimiser's step needs beside its states,
@@ -177,7 +176,8 @@ class _Run:
         self._spec, self._shape, self._ledger = spec, shape, Ledger()
         self._moments: dict[str, int] = {}
         base = empty_base(spec.trained_base)
-        dtype = torch.float32 if spec.precision == "fp32" else torch.bfloat16
+        check_precision(base, spec)
+        dtype = DTYPES[spec.precision]
         method = METHODS[spec.method.kind]
         model = method.attach(base.to(dtype), spec.method, spec.base_model)
         self.counts = count_parameters(model)
@@ -195,7 +195,10 @@ class _Run:
         self._loaded = len(ledger.parts)
         with ledger.counting("activations"):
             loss_model = _ShapedModel(
-                model, is_sharded=is_sharded, recomputes=self._spec.gradient_checkpointing
+                model,
+                precision=DTYPES[self._spec.precision],
+                is_sharded=is_sharded,
+                recomputes=self._spec.gradient_checkpointing,
             )
         with ledger.counting("optimiser"), _as_placed(self._spec):
             backend = make_backend(loss_model, _with_adamw(self._spec))
@@ -233,8 +236,7 @@ class _Run:
         for _ in range(spec.accumulation(dist.get_world_size())):
             batch = collate([(row, row)] * self._shape.rows, device)
             with ledger.counting("activations"):
-                with precision(spec, device):
-                    loss = backend.model(batch)
+                loss = backend.model(batch)
                 backend.backward(loss / len(row))
                 del loss
             ledger.rename("activations", "gradients")

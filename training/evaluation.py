@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +137,6 @@ class Evaluator:
         task: What the rows are; those of a classifier have an Evaluator of their own.
         collate: Makes a batch of some of them.
         labels: The classes' names, in order, of a classifier.
-        precision: Makes the scope that a forward pass runs in.
         room: Longest prompt and answer together, in tokens; None if the base sets no limit.
         is_sharded: Every forward is collective (ZeRO 3).
     """
@@ -156,7 +154,6 @@ class Evaluator:
         rank: int,
         world_size: int,
         device: torch.device,
-        precision: Callable[[], AbstractContextManager[Any]],
         room: int | None = None,
         is_sharded: bool = False,
         history: Sequence[Evaluation] = (),
@@ -167,7 +164,7 @@ class Evaluator:
         self._task: Task = task
         self._collate, self._labels = collate, labels
         self._rank, self._world_size, self._device = rank, world_size, device
-        self._precision, self._is_sharded = precision, is_sharded
+        self._is_sharded = is_sharded
         order = np.argsort(rows.lengths, kind="stable")
         self._batches = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
         self._label_tokens = int(rows.label_counts.sum())
@@ -211,8 +208,7 @@ class Evaluator:
         losses = torch.zeros(len(self._batches), dtype=torch.float64)
         for index, mine in self._turns(len(self._batches)):
             batch = self._batch(index)
-            with self._precision():
-                loss = model(batch)
+            loss = model(batch)
             if mine:
                 losses[index] = loss.double().cpu()
         return float(self._summed(losses).sum()) / max(1, self._label_tokens)
@@ -244,8 +240,7 @@ class Evaluator:
         for _ in range(self.spec.max_new_tokens):
             if self._all(is_done):
                 break
-            with self._precision():
-                logits_V = model(row)
+            logits_V = model(row)
             if is_done:  # others are not, and need this worker's shards
                 continue
             token = int(logits_V.argmax())

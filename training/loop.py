@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypedDict, Unpack
@@ -23,6 +22,7 @@ from cluster.errors import JobFailedError
 from training.backend import Backend
 from training.checkpoint import COURSE, Progress, run_state
 from training.evaluation import Answer, Evaluation, Evaluator
+from training.loss_scale import LossScale
 from training.methods.course import Course
 from training.rows import IGNORE, TokenRows, epoch_batches, micro_batches
 from training.spec import OptimizerSpec, TrainingSpec
@@ -41,7 +41,8 @@ class Place:
 
 @dataclass(frozen=True)
 class LogLine:
-    """What the log tells every few steps. `tokens_per_s` counts real tokens of all workers."""
+    """What the log tells every few steps. `tokens_per_s` counts real tokens of all workers;
+    `loss_scale` is fp16's, None in other precisions."""
 
     step: int
     steps: int
@@ -50,11 +51,13 @@ class LogLine:
     grad_norm: float
     tokens_per_s: float
     eta_s: float
+    loss_scale: float | None = None
 
     def __str__(self) -> str:
+        scale = "" if self.loss_scale is None else f"loss scale {self.loss_scale:,.0f}  "
         return (
             f"step {self.step}/{self.steps}  loss {self.loss:.4f}  lr {self.learning_rate:.2e}  "
-            f"grad norm {self.grad_norm:.3f}  {self.tokens_per_s:,.0f} tokens/s  "
+            f"grad norm {self.grad_norm:.3f}  {scale}{self.tokens_per_s:,.0f} tokens/s  "
             f"{self.eta_s:.0f} s left"
         )
 
@@ -62,7 +65,7 @@ class LogLine:
 @dataclass(frozen=True)
 class MicroBatch:
     """What a run asks for: forward and backward of `batch`. `share` makes of the batch's loss what
-    it adds to the step's."""
+    it adds to the step's, times the loss scale: what backward starts from."""
 
     batch: Batch
     share: Callable[[torch.Tensor], torch.Tensor]
@@ -114,13 +117,11 @@ def run(
     Raises:
         JobFailedError: the loss or gradient is no longer finite; names the last good checkpoint.
     """
-    place = options.get("place") or Place()
     work = as_work(spec, backend, rows, **options)
     try:
         asked = next(work)
         while True:
-            with precision(spec, place.device):
-                loss = backend.model(asked.batch)
+            loss = backend.model(asked.batch)
             backend.backward(asked.share(loss))
             asked = work.send(loss.detach())
     except StopIteration as end:
@@ -135,7 +136,12 @@ def as_work(
     course, evaluator = options.get("course") or Course(), options.get("evaluator")
     steps = count_steps(spec, len(rows))
     meter = _Meter(place, progress, steps)
-    train_step = _Stepper(spec, backend, rows, course, place, meter)
+    scale = LossScale(
+        is_dynamic=spec.precision == "fp16",
+        value=progress.loss_scale,
+        good_steps=progress.good_steps,
+    )
+    train_step = _Stepper(spec, backend, rows, course, place, meter, scale)
 
     def evaluate(step: int) -> None:
         if evaluator is None:
@@ -148,7 +154,12 @@ def as_work(
 
     def reached(step: int) -> Progress:
         history = evaluator.history if evaluator else ()
-        return replace(meter.progress(step), evaluations=tuple(history))
+        return replace(
+            meter.progress(step),
+            evaluations=tuple(history),
+            loss_scale=scale.value if scale.is_dynamic else None,
+            good_steps=scale.good_steps,
+        )
 
     for step in range(progress.step, steps):
         if evaluator and evaluator.is_over:
@@ -163,7 +174,8 @@ def as_work(
             line = meter.line(step + 1, rate, grad_norm)
             # The loss can be infinite where its gradient is not. Summed over workers only here.
             _check_finite("loss", line.loss, step, spec)
-            options.get("on_log", print)(line)
+            told = scale.value if scale.is_dynamic else None
+            options.get("on_log", print)(replace(line, loss_scale=told))
         is_saved = (step + 1) % spec.checkpoint_every_steps == 0 or is_last
         if is_saved:
             meter.gather()
@@ -187,9 +199,11 @@ class _Stepper:
         course: Course,
         place: Place,
         meter: _Meter,
+        scale: LossScale,
     ) -> None:
         self._spec, self._backend, self._rows, self._course = spec, backend, rows, course
         self._place, self._meter, self._plan = place, meter, _Plan(spec, rows)
+        self._scale = scale
         self._accumulation = spec.accumulation(place.world_size)
 
     def __call__(
@@ -200,28 +214,60 @@ class _Stepper:
         Raises:
             JobFailedError: the gradient is not finite.
         """
-        spec, backend, rows, place = self._spec, self._backend, self._rows, self._place
-        rate = learning_rate(spec.optimizer, step, steps)
-        backend.set_learning_rate(rate)
-        self._course.begin_step(step, steps)
-        torch.manual_seed(hash((spec.seed, step, place.rank)) % 2**63)
+        rate = learning_rate(self._spec.optimizer, step, steps)
+        self._backend.set_learning_rate(rate)
         taken = self._plan.rows_of(step)
-        label_count = int(rows.label_counts[taken].sum())
-        for part in micro_batches(taken, place.rank, place.world_size, self._accumulation):
-            batch = _load(spec, rows, part, place.device)
-            loss = yield MicroBatch(batch, partial(self._share, label_count))
+        label_count = int(self._rows.label_counts[taken].sum())
+        while True:
+            losses = yield from self._passes(step, steps, taken, label_count)
+            grad_norm = self._backend.finish_step()
+            if math.isfinite(grad_norm) or not self._scale.is_dynamic:
+                break
+            self._lower_scale(step, losses)
+        _check_finite("gradient", grad_norm, step, self._spec)
+        self._scale.grow()
+        self._course.end_step(step, steps, self._backend)
+        for loss in losses:
             self._meter.add_loss(loss)
-        grad_norm = backend.finish_step()
-        _check_finite("gradient", grad_norm, step, spec)
-        self._course.end_step(step, steps, backend)
-        self._meter.add_step(label_count, int(rows.lengths[taken].sum()))
+        self._meter.add_step(label_count, int(self._rows.lengths[taken].sum()))
         return rate, grad_norm
+
+    def _passes(
+        self, step: int, steps: int, taken: np.ndarray, label_count: int
+    ) -> Generator[MicroBatch, torch.Tensor, list[torch.Tensor]]:
+        """Forward and backward of a step's micro-batches, the same each time; their losses."""
+        place, losses = self._place, list[torch.Tensor]()
+        self._backend.set_loss_scale(self._scale.value)
+        self._course.begin_step(step, steps)
+        torch.manual_seed(hash((self._spec.seed, step, place.rank)) % 2**63)
+        for part in micro_batches(taken, place.rank, place.world_size, self._accumulation):
+            batch = _load(self._spec, self._rows, part, place.device)
+            losses.append((yield MicroBatch(batch, partial(self._share, label_count))))
+        return losses
+
+    def _lower_scale(self, step: int, losses: Sequence[torch.Tensor]) -> None:
+        """A step overflowed: make it ready for another try, or raise JobFailedError where no scale
+        would help. Collective."""
+        loss = torch.stack([each.double() for each in losses]).sum()
+        if self._place.world_size > 1:
+            dist.all_reduce(loss)
+        if not math.isfinite(loss):
+            reason = f"the loss is {float(loss)}: the forward pass overflowed, which no scale helps"
+        elif not self._scale.halve():
+            reason = "the gradient is not finite at a loss scale of 1"
+        else:
+            return
+        raise _diverged(
+            f"fp16, {reason}", step, self._spec,
+            "Set precision to bf16, which has fp32's range, or to fp32; or lower "
+            "optimizer.learning_rate",
+        )  # fmt: skip
 
     def _share(self, label_count: int, loss: torch.Tensor) -> torch.Tensor:
         share, penalty = loss / label_count, self._course.penalty()
         if penalty is not None:
             share = share + penalty / (self._place.world_size * self._accumulation)
-        return share
+        return share * self._scale.value
 
 
 def _weights(backend: Backend, course: Course) -> dict[str, torch.Tensor]:
@@ -231,13 +277,17 @@ def _weights(backend: Backend, course: Course) -> dict[str, torch.Tensor]:
 
 
 def _check_finite(what: str, value: float, step: int, spec: TrainingSpec) -> None:
-    if math.isfinite(value):
-        return
+    if not math.isfinite(value):
+        remedy = "Lower optimizer.learning_rate, or look at the rows of this step"
+        raise _diverged(f"the {what} is {value}", step, spec, remedy)
+
+
+def _diverged(reason: str, step: int, spec: TrainingSpec, remedy: str) -> JobFailedError:
     good = step - step % spec.checkpoint_every_steps
-    raise JobFailedError(
-        f"training diverged at step {step + 1}: the {what} is {value}. "
+    return JobFailedError(
+        f"training diverged at step {step + 1}: {reason}. "
         + (f"The last good checkpoint is of step {good}. " if good else "")
-        + "Lower optimizer.learning_rate, or look at the rows of this step"
+        + remedy
     )
 
 
@@ -319,10 +369,3 @@ def _load(spec: TrainingSpec, rows: TokenRows, part: np.ndarray, device: torch.d
         return collate([rows.row(int(i)) for i in part], device)
     ids, labels = rows.row(int(rows.lengths.argmin()))
     return collate([(ids, [IGNORE] * len(labels))], device)
-
-
-def precision(spec: TrainingSpec, device: torch.device) -> torch.autocast | nullcontext[None]:
-    """The scope of a forward pass."""
-    if spec.precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)

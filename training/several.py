@@ -17,7 +17,7 @@ import torch
 from cluster.errors import JobFailedError
 from training.assembly import Assembly, assemble, load_model
 from training.checkpoint import PROGRESS, Progress, write_checkpoint
-from training.loop import MicroBatch, Place, Work, precision
+from training.loop import MicroBatch, Place, Work
 from training.rows import TokenRows
 from training.shared_pass import Draws, SharedPass, sharing
 from training.spec import TrainingSpec
@@ -120,10 +120,8 @@ class Runner:
 
 
 def run_several(
-    spec: TrainingSpec,
     shared: SharedPass,
     runners: Mapping[str, Runner],
-    place: Place,
     after_round: Callable[[], None] = lambda: None,
 ) -> None:
     """Take every run to its end. `after_round` is called behind each micro-batch of all."""
@@ -131,8 +129,7 @@ def run_several(
         runner.go_on(None)
     after_round()
     while asked := {name: run.asked for name, run in runners.items() if run.asked}:
-        with precision(spec, place.device):
-            losses = shared.losses({name: each.batch for name, each in asked.items()})
+        losses = shared.losses({name: each.batch for name, each in asked.items()})
         torch.autograd.backward([each.share(losses[name]) for name, each in asked.items()])
         for name in asked:
             runners[name].go_on(losses[name].detach())

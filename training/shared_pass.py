@@ -25,10 +25,9 @@ from cluster.linear import is_plain
 from cluster.quantized_linear import is_quantized
 from training.lora_linear import LoraLinear, Segment, plain_lora, weight_and_bias
 from training.rows import IGNORE
-from training.step import Batch, LossModel, collate
+from training.step import TOLERANCE, Batch, LossModel, collate
 
 _PROBE_TOKENS = 5
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def sharing(base: Any) -> Any:
@@ -104,17 +103,18 @@ class SharedPass:
         for name, batch in batches.items():
             self._parts.append(_Part(name, start, start + len(batch.ids_T)))
             start += len(batch.ids_T)
-        hidden_NH, logits_NV = self._host.outputs(joined)
         targets = [batch.targets_T[batch.targets_T != IGNORE] for batch in batches.values()]
         counts = [len(part) for part in targets]
-        hidden = hidden_NH.split(counts)
-        logits = [logits_NV] * len(counts)
-        if not self._host.has_plain_head:
-            logits = logits_NV.split(counts)
-        return {
-            name: self._models[name].loss(*found)
-            for name, *found in zip(batches, hidden, logits, targets, strict=True)
-        }
+        with self._host.autocast():
+            hidden_NH, logits_NV = self._host.outputs(joined)
+            hidden = hidden_NH.split(counts)
+            logits = [logits_NV] * len(counts)
+            if not self._host.has_plain_head:
+                logits = logits_NV.split(counts)
+            return {
+                name: self._models[name].loss(*found)
+                for name, *found in zip(batches, hidden, logits, targets, strict=True)
+            }
 
     def _check(self, recomputes: bool) -> None:
         if not self._host.is_packed:
@@ -245,10 +245,9 @@ class SharedPass:
         """
         embedding = self._host.base.get_input_embeddings().weight
         batches = self._probes(embedding.device)
-        is_half = embedding.dtype != torch.float32
-        tolerance = _TOLERANCE[embedding.dtype]
+        tolerance = TOLERANCE[embedding.dtype]
         alone: dict[str, torch.Tensor] = {}
-        with torch.no_grad(), torch.autocast(embedding.device.type, torch.bfloat16, is_half):
+        with torch.no_grad():
             for name, model in self._models.items():
                 with self._draws[name]():
                     torch.manual_seed(0)

@@ -168,8 +168,11 @@ class TrainingSpec(Spec):
         description="Rows of one optimiser step over all workers, however many there are. If not "
         "given: `micro_batch_size` x `gradient_accumulation_steps` x the most of `workers.count`.",
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Of the frozen base and the forward pass; adapters train in fp32."
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="Of the frozen base and the forward pass; adapters train in fp32. `fp16`, for "
+        "GPUs without bf16, scales the loss; a step that overflows is done again at half the "
+        "scale, so no row is lost.",
     )
     quantization: QuantizationSpec | None = Field(
         None,
@@ -248,16 +251,6 @@ class TrainingSpec(Spec):
         if self.batch_size is not None and self.gradient_accumulation_steps is not None:
             raise ValueError("give batch_size or gradient_accumulation_steps, not both")
         return self
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _no_loss_scale(cls, value: Any) -> Any:
-        if value == "fp16":
-            raise ValueError(
-                "fp16 needs a loss scale, which no checkpoint holds yet; take bf16, which has "
-                "fp32's range and needs none, or fp32"
-            )
-        return value
 
     @model_validator(mode="after")
     def _quantized_base_stays(self) -> TrainingSpec:

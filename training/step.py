@@ -12,7 +12,7 @@ then no [N, V] exists either. Knows nothing of optimisers or workers.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,13 @@ from training.lora_linear import fuse_loras
 from training.packed import NAME, Layout, packed, prefix_of, recomputation
 from training.rows import IGNORE
 
+# Of a spec's `precision`.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Rows of logits that exist at once: 128 x 128,000 in float32 are 64 MiB.
 _LOGIT_ROWS = 128
+# What gradients of float16 logits, none over 1, are multiplied by while they are that: a share of
+# 1e-6 is then no longer rounded to the next 6e-8, and the head's weights may be up to 100.
+_FLOAT16_GAIN = 2.0**8
 PROBE_LENGTHS = (5, 9, 2)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -84,6 +89,7 @@ class LossModel(torch.nn.Module):
     only where they agree with the base's own: other bases are padded, with whole logits.
 
     Args:
+        precision: What matrix products are computed in; the base's own dtype if not given.
         is_sharded: The output embedding's weight is not here outside its own forward (ZeRO 3).
         recomputes: Backward computes each layer again, of which only the input is kept (gradient
             checkpointing, Chen et al. 2016, arXiv:1604.06174).
@@ -93,13 +99,21 @@ class LossModel(torch.nn.Module):
     """
 
     def __init__(
-        self, model: torch.nn.Module, *, is_sharded: bool = False, recomputes: bool = False
+        self,
+        model: torch.nn.Module,
+        *,
+        precision: torch.dtype | None = None,
+        is_sharded: bool = False,
+        recomputes: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         # Any: PEFT's wrappers and transformers' models have no common type.
         whole: Any = model
         self._base: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+        embedding = self._base.get_input_embeddings().weight
+        self._device_type: str = embedding.device.type
+        self._precision: torch.dtype = precision or embedding.dtype
         config: Any = getattr(model, "active_peft_config", None)
         self._soft_prompt: str | None = (
             config.peft_type.value if config is not None and config.is_prompt_learning else None
@@ -118,9 +132,18 @@ class LossModel(torch.nn.Module):
 
         One call for both, because under ZeRO 3 parameters are gathered around this call alone.
         """
-        if isinstance(asked, Continuation):
-            return self._next_logits(asked)
-        return self.loss(*self.outputs(asked), asked.targets_T[asked.targets_T != IGNORE])
+        with self.autocast():
+            if isinstance(asked, Continuation):
+                return self._next_logits(asked)
+            return self.loss(*self.outputs(asked), asked.targets_T[asked.targets_T != IGNORE])
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The scope of a forward pass: what a method trains is float32 beside a base in half
+        precision. Entered here, as DeepSpeed's engine ends a scope around it; its own would add up
+        gradients in half precision."""
+        if self._precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self._device_type, self._precision)
 
     @property
     def base(self) -> Any:
@@ -238,11 +261,8 @@ class LossModel(torch.nn.Module):
 
     def _choose(self, is_sharded: bool) -> None:
         """Set `is_packed` and `has_plain_head` by what agrees with the padded pass."""
-        parameter = self._base.get_input_embeddings().weight
-        is_half = parameter.dtype != torch.float32
-        # As the loop does: what a method trains is in fp32 beside a base in half precision.
-        with torch.no_grad(), torch.autocast(parameter.device.type, torch.bfloat16, is_half):
-            self._compare(parameter, is_sharded)
+        with torch.no_grad(), self.autocast():
+            self._compare(self._base.get_input_embeddings().weight, is_sharded)
 
     def _compare(self, parameter: torch.Tensor, is_sharded: bool) -> None:
         rows = [([n + i for i in range(n)], [n + i for i in range(n)]) for n in PROBE_LENGTHS]
@@ -254,14 +274,13 @@ class LossModel(torch.nn.Module):
             packed_NH, _ = self._run_packed(batch)
             scale = float(hidden_NH.abs().max())
             difference = (packed_NH - hidden_NH).abs().max() / max(1e-6, scale)
-            self.is_packed = bool(difference <= TOLERANCE[parameter.dtype])
+            self.is_packed = bool(difference <= TOLERANCE[self._precision])
         self.train(was_training)
 
     def _compare_head(self, batch: Any, is_sharded: bool) -> torch.Tensor:
         """Set `has_plain_head`; returns the padded pass's hidden states [N, H]."""
         hidden_NH, expected_NV = self._run(batch)
-        dtype = self._base.get_input_embeddings().weight.dtype
-        tolerance = TOLERANCE[dtype] * max(1e-6, float(expected_NV.abs().max()))
+        tolerance = TOLERANCE[self._precision] * max(1e-6, float(expected_NV.abs().max()))
         head = self._base.get_output_embeddings()
         if not is_sharded:
             difference = (head(hidden_NH) - expected_NV).abs().max()
@@ -302,6 +321,7 @@ class HeadLoss(torch.autograd.Function):
         these and with hidden states that want none, no gradient is made."""
         loss = hidden_NH.new_zeros((), dtype=torch.float32)
         learns = any(ctx.needs_input_grad)
+        gain = _FLOAT16_GAIN if hidden_NH.dtype == torch.float16 else 1.0
         gradients = [torch.zeros_like(tensor) for tensor in (hidden_NH, *trained) if learns]
         # Not the parameters themselves: hooks on them run once, when the whole gradient is there.
         names = [name for name, p in head.named_parameters() if learns and p.requires_grad]
@@ -320,7 +340,7 @@ class HeadLoss(torch.autograd.Function):
                 continue
             # In place, of float32 logits too: a linear head's backward does not read them.
             gradient_RV.sub_(log_sum_R1).exp_()
-            gradient_RV.scatter_add_(-1, target_R1, -torch.ones_like(log_sum_R1))
+            gradient_RV.scatter_add_(-1, target_R1, -torch.ones_like(log_sum_R1)).mul_(gain)
             parts = torch.autograd.grad(
                 logits_RV, (hidden_RH, *aliases), gradient_RV.to(logits_RV.dtype)
             )
@@ -328,12 +348,15 @@ class HeadLoss(torch.autograd.Function):
             for whole, part in zip(gradients[1:], parts[1:], strict=True):
                 whole += part
         ctx.save_for_backward(*gradients)
+        ctx.gain = gain
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients of the hidden states and of what is trained in the head."""
-        first, *others = (g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
+        # In float32: a loss scale over few label tokens is more than float16 holds.
+        scale = grads[0] / ctx.gain
+        first, *others = ((g.float() * scale).to(g.dtype) for g in ctx.saved_tensors)
         return first, None, None, *others
 
 

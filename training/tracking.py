@@ -59,6 +59,8 @@ def figures_of(line: LogLine) -> Figures:
     """What a log line tells."""
     values = {"loss/training": line.loss, "learning_rate": line.learning_rate,
               "grad_norm": line.grad_norm, "tokens_per_s": line.tokens_per_s}  # fmt: skip
+    if line.loss_scale is not None:
+        values["loss_scale"] = line.loss_scale
     return line.step, values
 
 

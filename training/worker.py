@@ -147,7 +147,7 @@ def _train_several(
             saved.is_new = False
 
     with _followed(adapters.values()):
-        run_several(spec, several.shared, runners, place, after_round)
+        run_several(several.shared, runners, after_round)
         for name, runner in runners.items():
             if runner.failure is not None and (tracking := adapters[name].tracking) is not None:
                 tracking.end(is_whole=False)

@@ -43,8 +43,6 @@ def deepspeed_settings(spec: TrainingSpec, world_size: int, trained: int) -> dic
         "gradient_accumulation_steps": spec.accumulation(world_size),
         "gradient_clipping": spec.optimizer.max_grad_norm,  # DeepSpeed's own default is 1.0
         "zero_optimization": zero,
-        # Its engine switches an autocast around it off, unless told of it here.
-        "torch_autocast": {"enabled": spec.precision == "bf16", "dtype": "bfloat16"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -78,8 +76,9 @@ class ZeroBackend:
         self._optimizer: Any = optimizer
         self._parameters = trainable_parameters(engine.module)
         # DeepSpeed averages over workers and micro-batches; the loop hands in shares of a sum.
-        self.gradient_scale = float(dist.get_world_size())
-        self._scale = self.gradient_scale * spec.accumulation(dist.get_world_size())
+        self.gradient_scale = self._workers = float(dist.get_world_size())
+        self._shares = self._workers * spec.accumulation(dist.get_world_size())
+        self._loss_scale = 1.0
         self._make_moments()
 
     def set_learning_rate(self, value: float) -> None:
@@ -87,9 +86,17 @@ class ZeroBackend:
         for group in self._optimizer.param_groups:
             group["lr"] = value * group["rate_ratio"]
 
+    def set_loss_scale(self, value: float) -> None:
+        """See Backend. Not by DeepSpeed's own fp16, which keeps its scale in its own checkpoints,
+        holds every weight in float16 and drops the rows of a step that overflowed: told of a scale,
+        it multiplies losses, divides gradients, and leaves out an update whose norm is infinite."""
+        if value != self._loss_scale:
+            self._optimizer.override_loss_scale(value)
+            self._loss_scale, self.gradient_scale = value, self._workers * value
+
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
-        self.model.backward(loss * self._scale)
+        self.model.backward(loss * (self._shares / self._loss_scale))
         self.model.step()  # updates at the last micro-batch of a step, counts until then
 
     def finish_step(self) -> float:

@@ -48,12 +48,6 @@ def test_a_wrong_choice_gets_the_nearest_known_one() -> None:
     assert "did you mean 'bf16'?" in message({**GOOD, "precision": "bf61"})
 
 
-def test_fp16_is_refused_with_its_reason() -> None:
-    text = message({**GOOD, "precision": "fp16"})
-    assert "precision: fp16 needs a loss scale" in text
-    assert "take bf16" in text
-
-
 def test_rules_between_fields() -> None:
     assert "needs stage 3" in message({**GOOD, "zero": {"offload_parameters": True}})
     assert "needs stage 1, 2 or 3" in message(

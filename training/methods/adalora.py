@@ -69,6 +69,7 @@ class AdaLoraCourse(Course):
 
     def begin_step(self, step: int, steps: int) -> None:
         """See Course."""
+        self._gradients = {}  # of a step that is done again
         # Rounded down, so that some steps are always between the two.
         self._config.total_step = steps
         self._config.tinit = int(self._spec.warmup_ratio * steps)

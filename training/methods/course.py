@@ -32,7 +32,8 @@ class Course:
         """Instead of `prepare` where a run goes on: `state` is what `state()` was."""
 
     def begin_step(self, step: int, steps: int) -> None:
-        """Before the first forward of update `step` (from 0) of `steps`."""
+        """Before the first forward of update `step` (from 0) of `steps`; once more where its
+        gradients overflowed and it is done again."""
 
     def penalty(self) -> torch.Tensor | None:
         """What the last forward adds to the step's loss, a scalar with a graph; the step takes the

@@ -12,13 +12,15 @@
 #
 #   TORCH=cpu  (default) the CPU build of torch, if an index or wheel folder known to pip has it
 #   TORCH=cuda           the CUDA build with the NVIDIA libraries it pins: make install TORCH=cuda
+#   WORKERS=2  (default) how many files of tests run at a time
 
-PYTHON ?= python3.11
-TORCH  ?= cpu
-BIN    := .venv/bin
-STAMP  := .venv/installed-$(TORCH)
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-LOCKED := --require-hashes --no-deps --no-build-isolation
+PYTHON  ?= python3.11
+WORKERS ?= 2
+TORCH   ?= cpu
+BIN     := .venv/bin
+STAMP   := .venv/installed-$(TORCH)
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCKED  := --require-hashes --no-deps --no-build-isolation
 
 # DeepSpeed compiles its optional kernels at first use; none are built at install time.
 export DS_BUILD_OPS := 0
@@ -47,8 +49,13 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install
 	$(BIN)/python configs/demo/run.py
 
+# First what runs in processes of its own, several files at a time; then what needs a cluster of
+# processes, which loads every core itself. The second half runs whatever the first one found.
 test: install
-	$(BIN)/python -m pytest
+	@failed=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ray' -n $(WORKERS) --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest -m ray || failed=1; \
+	exit $$failed
 
 check: install
 	$(BIN)/ruff check

@@ -179,9 +179,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def two_threads() -> None:
-    """Many threads on tiny matrices only fight for the cores."""
-    torch.set_num_threads(2)
+def one_thread() -> None:
+    """Threads on tiny matrices only fight for the cores, which other tests may be using."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,12 @@ import socket
 import sys
 from typing import Any
 
-os.environ |= {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Loopback, with a token. Ray's processes are what the tests wait for, so they are not made "nice",
+# and none is started that nobody needs: one for every CPU in advance, and in every training job one
+# that asks whether its node is about to be taken away.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+               "RAY_worker_niceness": "0", "RAY_prestart_worker_first_driver": "0",
+               "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # fmt: skip
 
 from ray.cluster_utils import Cluster
 

@@ -14,8 +14,14 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+# Here, not where they are used: that is in threads, which must not meet in the middle of an import.
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.writer import scalar
+
 from cluster.store import Store
 
+proto: Any = event_pb2
 # (step, figures by tag), in the order of steps.
 Figures = tuple[int, Mapping[str, float]]
 
@@ -30,11 +36,6 @@ def event_file(figures: Iterable[Figures], *, restart: int | None = None) -> byt
     Args:
         restart: What a reader has seen of this step and later ones does not count.
     """
-    from tensorboardX.proto import event_pb2
-    from tensorboardX.record_writer import RecordWriter
-    from tensorboardX.writer import scalar
-
-    proto: Any = event_pb2
     events = [proto.Event(wall_time=time.time(), file_version="brain.Event:2")]
     if restart is not None:
         start = proto.SessionLog(status=proto.SessionLog.START)

@@ -108,15 +108,28 @@ def test_a_bad_job_ends_before_anything_starts(
     assert not (tmp_path / "store").exists()
 
 
-def test_no_cluster_at_that_address(job: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("address", "part"),
+    [("127.0.0.1:9", "does not answer"), ("http://127.0.0.1:9", "does not answer"),
+     ("nonsense", "host:port")],
+)  # fmt: skip
+def test_no_cluster_at_that_address(
+    job: dict[str, Any],
+    tmp_path: Path,
+    address: str,
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
-    for address in ("127.0.0.1:9", "http://127.0.0.1:9"):
-        result = graft("train", tmp_path / "job.yaml", "--address", address)
-        assert result.returncode == 5
-        assert "does not answer" in result.stderr
-    result = graft("train", tmp_path / "job.yaml", "--address", "nonsense")
-    assert "host:port" in result.stderr
-    assert "4 rows" in result.stdout, "the plan was shown"
+    arguments = ["train", str(tmp_path / "job.yaml"), "--address", address]
+    monkeypatch.setattr(sys, "argv", ["graft", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    told = capsys.readouterr()
+    assert caught.value.code == 5
+    assert part in told.err
+    assert "4 rows" in told.out, "the plan was shown"
 
 
 def test_a_bad_service_ends_before_anything_starts(bases: Bases, tmp_path: Path) -> None:

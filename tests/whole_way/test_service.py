@@ -1,0 +1,93 @@
+"""The adapters that jobs published, served on the same cluster: by OpenAI's client and ours."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from adapters import make_adapter
+from commands import ROOT, Ended, finish, graft, overrides, start
+from conftest import RayCluster, served_at
+from training_jobs import STORE
+
+from cluster.errors import ContextLengthError, ModelNotFoundError
+from cluster.registry import Registry
+from cluster.tables import open_table, write_table
+from serving.client import Client
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def service(
+    ray_cluster: RayCluster, trained: Ended, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """The URL of `graft serve` with two replicas; it is stopped by SIGTERM."""
+    folder = tmp_path_factory.mktemp("service")
+    base = ROOT / "configs/demo/base"
+    Registry(STORE).publish(
+        "prefix-tuning", make_adapter("prefix_tuning", base, folder / "adapter")
+    )
+    settings = overrides(
+        f"store={STORE}", "engine.base_model=configs/demo/base", "gateway.port=0",
+        "replicas.min=2", "replicas.max=2", f"cache={folder}/cache",
+    )  # fmt: skip
+    process = start(
+        "serve", "configs/serving/local.yaml", "--address", ray_cluster.address, *settings
+    )
+    yield served_at(process)
+    process.send_signal(signal.SIGTERM)
+    ended = finish(process)
+    assert ended.code == 0, ended.output
+
+
+def test_openais_client_against_the_served_adapters(service: str) -> None:
+    script = ROOT / "tests/conformance/openai_client.py"
+    arguments = [sys.executable, str(script), service, "demo-base", "lora", "prefix-tuning"]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "conforms" in result.stdout
+
+
+def test_a_file_through_the_command(service: str, tmp_path: Path) -> None:
+    names = ["demo-base", "lora", "prefix-tuning", "lora@1"]
+    rows = {"prompt": [f"row {i}" for i in range(40)], "model": [names[i % 4] for i in range(40)]}
+    write_table(pa.table(rows), tmp_path / "in.parquet")
+    output = graft("generate", tmp_path / "in.parquet", tmp_path / "out.parquet", "--url", service,
+                   "--adapter-column", "model", "--max-tokens", "6", "--quiet")  # fmt: skip
+    assert "40 rows" in output
+    found = open_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["prompt"] for row in found] == rows["prompt"]
+    assert not any(row["error"] for row in found)
+    with Client(service) as client:
+        for row in found[:4]:
+            (alone,) = client.generate([row["prompt"]], adapter=row["model"], max_tokens=6)
+            assert alone.text == row["completion"]
+
+
+def test_errors_of_a_replica_keep_their_form_on_the_way(service: str) -> None:
+    with Client(service, max_attempts=1) as client:
+        with pytest.raises(ContextLengthError, match="context"):
+            client.generate(["x " * 5000], adapter="lora")
+        with pytest.raises(ContextLengthError, match="context"):
+            list(client.stream("x " * 5000, adapter="lora"))
+        with pytest.raises(ModelNotFoundError, match="did you mean 'lora'"):
+            client.generate(["x"], adapter="lroa")
+
+
+def test_a_new_version_is_served_without_a_restart(
+    service: str, registry: Registry, tmp_path: Path
+) -> None:
+    folder = registry.fetch(registry.resolve("prefix-tuning"), tmp_path)
+    with Client(service, max_attempts=1) as client:
+        registry.publish("fresh", folder)
+        deadline = time.monotonic() + 5
+        while "fresh" not in {card.id for card in client.models()}:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        texts = [client.generate(["hi"], adapter=a)[0].text for a in ("fresh", "prefix-tuning")]
+    assert texts[0] == texts[1]

@@ -1,0 +1,52 @@
+"""A cluster that Graft starts on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from commands import ROOT
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """Ray's socket names must fit into 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="g") as folder:
+        yield folder
+
+
+def test_a_session_of_our_own_ends_with_us(tmp_path: Path, short_folder: str) -> None:
+    """A cluster that Graft starts is asked for a token, and no process of it is left."""
+    code = (
+        "import json, os, urllib.request, urllib.error\n"
+        "from cluster.session import session\n"
+        "from cluster.jobs import list_jobs\n"
+        "with session(num_cpus=1) as ray:\n"
+        "    assert ray.started_here and list_jobs(ray) == []\n"
+        "    try: urllib.request.urlopen(ray.dashboard_url + '/api/jobs/')\n"
+        "    except urllib.error.HTTPError as e: print(json.dumps([ray.dashboard_url, e.code]))\n"
+        "    import psutil\n"
+        "    mine = [p.pid for p in psutil.Process().children(recursive=True)]\n"
+        "    print(json.dumps(mine))\n"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"HOME": str(tmp_path), "TMPDIR": short_folder}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            timeout=120, check=False, cwd=ROOT, env=env)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (url, status), processes = map(json.loads, result.stdout.splitlines()[-2:])
+    assert url.startswith("http://127.0.0.1:")
+    assert status in (401, 403)
+    assert len(processes) > 3
+    deadline = time.monotonic() + 10
+    while left := [pid for pid in processes if psutil.pid_exists(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)

@@ -3,6 +3,8 @@
 #
 #   make demo      train four adapters on a local Ray cluster, serve them together, generate
 #   make test      the whole suite: offline, on CPU
+#   make conformance  other people's clients against a service: openai, litellm, langchain-openai,
+#                  llm, lm-eval, schemathesis, from the package index into .venv-conformance
 #   make check     ruff, format and pyright (strict)
 #   make format    let ruff write the format
 #   make bench     measure; asserts nothing
@@ -30,7 +32,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.lock
 TORCH_cpu     := torch==$(TORCH_VERSION)
 TORCH_cuda    := torch===$(TORCH_VERSION)
 
-.PHONY: install demo test check format bench docs lock
+.PHONY: install demo test conformance check format bench docs lock
 
 install: $(STAMP)
 
@@ -56,6 +58,16 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ray' -n $(WORKERS) --dist loadfile || failed=1; \
 	$(BIN)/python -m pytest -m ray || failed=1; \
 	exit $$failed
+
+CLIENTS := .venv-conformance/installed
+$(CLIENTS): tests/conformance/requirements.txt
+	$(PYTHON) -m venv --clear .venv-conformance
+	.venv-conformance/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+conformance: install $(CLIENTS)
+	GRAFT_CONFORMANCE=$(CURDIR)/.venv-conformance/bin/python \
+	  $(BIN)/python -m pytest tests/conformance
 
 check: install
 	$(BIN)/ruff check

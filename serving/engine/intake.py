@@ -194,9 +194,10 @@ class Intake:
             beside = f" + {taken_tokens} that {who}" if taken_tokens else ""
             is_full = prompt_tokens + taken_tokens >= self._context
             remedy = "shorten the prompt" + (" or lower max_tokens" if wanted else "")
+            # It begins as OpenAI's own: clients know this failure by these words.
             raise ContextLengthError(
-                f"the prompt has {prompt_tokens} tokens{beside} and max_tokens is {wanted}, over "
-                f"the context of {self._context}; {remedy}",
+                f"this model's maximum context length is {self._context} tokens; the prompt has "
+                f"{prompt_tokens} tokens{beside} and max_tokens is {wanted}; {remedy}",
                 param="prompt" if is_full else "max_tokens",
             )
         return wanted

@@ -24,6 +24,7 @@ from serving.gateway.errors import answer_graft_error, answer_http_error, error_
 from serving.gateway.guard import Guard
 from serving.gateway.logprobs import TokenText
 from serving.gateway.metrics import CONTENT_TYPE
+from serving.gateway.openapi import document
 from serving.gateway.service import Job, Piece, Service
 from serving.gateway.tracing import Traces
 from serving.protocol import (
@@ -155,6 +156,10 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         await service.backend.check_health()
         return JSONResponse({"status": "ready"})
+
+    @app.get("/openapi.json")
+    async def described() -> Response:
+        return JSONResponse(document())
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:

@@ -1,6 +1,7 @@
 """The HTTP side on a real socket over a real replica: answers and streams in OpenAI's forms."""
 
 import base64
+import json
 import re
 import shutil
 import time
@@ -14,9 +15,13 @@ import numpy as np
 import pytest
 from adapters import make_adapter
 from service import ASK, BASE_NAME, CATALOGUE_TTL_S, NAMES, Running, error, events
+from starlette.routing import Route
 
 from cluster.registry import Registry
+from serving.gateway.access import Door
+from serving.gateway.routes import create_app
 from serving.import_watch import ImportWatch
+from serving.spec import GatewaySpec
 
 Bases = Callable[[str], Path]
 
@@ -413,3 +418,16 @@ def test_impossible_embeddings_name_the_field(
 ) -> None:
     body = {"model": BASE_NAME, "input": "x", **change}
     assert error(http.post("/v1/embeddings", json=body), 400)["param"] == param
+
+
+def test_every_route_is_described(http: httpx2.Client, service: Running) -> None:
+    document = http.get("/openapi.json").json()
+    app = create_app(service.service, GatewaySpec.model_validate({}), Door(None, ttl_s=1))
+    there = {route.path.replace(":path", "") for route in app.routes if isinstance(route, Route)}
+    assert set(document["paths"]) == there - {"/openapi.json"}
+    for operations in document["paths"].values():
+        assert all(operation["responses"]["default"] for operation in operations.values())
+    known = set(document["components"]["schemas"])
+    assert set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document))) <= known
+    asked = document["components"]["schemas"]["CompletionRequest"]
+    assert {"model", "prompt", "max_tokens", "stream"} <= set(asked["properties"])

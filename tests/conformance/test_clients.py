@@ -1,0 +1,82 @@
+"""Clients that other people wrote, unmodified, in an environment of their own: `make conformance`.
+
+GRAFT_CONFORMANCE names that environment's Python; without it they are left out.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import load
+from peft import PeftModel
+from service import BASE_NAME, Running, publish, running
+
+from cluster.base_model import load_tokenizer
+
+PYTHON = os.environ.get("GRAFT_CONFORMANCE", "")
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(not PYTHON, reason="the clients are installed by make conformance")
+
+
+@pytest.fixture(scope="module")
+def served(
+    bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Running, Path]]:
+    folder = tmp_path_factory.mktemp("served")
+    with running(bases("llama"), folder) as service:
+        publish(service.registry, bases("llama"), folder, "lora", "prefix_tuning")
+        yield service, folder
+
+
+def run(*command: object, cwd: Path | None = None) -> str:
+    result = subprocess.run(
+        [PYTHON, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=240,
+        check=False, env={**os.environ, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("client", ["openai", "litellm", "langchain", "llm"])
+def test_client(served: tuple[Running, Path], client: str) -> None:
+    url = served[0].url
+    output = run(HERE / f"{client}_client.py", url, BASE_NAME, "lora", "prefix-tuning")
+    assert "conforms" in output
+
+
+@pytest.mark.parametrize("model", [BASE_NAME, "lora", "prefix-tuning"])
+def test_lm_evals_likelihoods_are_pefts(
+    served: tuple[Running, Path], bases: Callable[[str], Path], model: str
+) -> None:
+    pairs = [("the cat", " sat"), ("hello ", "world"), ("a", "b")]
+    base = bases("llama")
+    output = run(HERE / "lm_eval_client.py", served[0].url, model, base, json.dumps(pairs))
+    found = json.loads(output.splitlines()[-1])
+    tokenizer, reference = load_tokenizer(str(base)), load(base)
+    if model != BASE_NAME:
+        folder = served[1] / model.replace("-", "_")
+        reference = PeftModel.from_pretrained(reference, str(folder)).eval()
+    for (context, text), (likelihood, is_greedy) in zip(pairs, found, strict=True):
+        before, ids = (tokenizer.encode(part) for part in (context, context + text))
+        with torch.no_grad():
+            logprobs = reference(torch.tensor([ids])).logits[0, -len(ids) - 1 :].log_softmax(-1)
+        rows = logprobs[-len(ids) :][len(before) - 1 : -1]
+        told = rows[range(len(rows)), ids[len(before) :]].sum()
+        assert likelihood == pytest.approx(float(told), abs=1e-3)
+        assert is_greedy == (rows.argmax(-1).tolist() == ids[len(before) :])
+
+
+def test_schemathesis_finds_no_server_error(served: tuple[Running, Path], tmp_path: Path) -> None:
+    """Of whatever it makes of our own /openapi.json, nothing is answered with a 5xx."""
+    url = served[0].url
+    run(
+        "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--url", url, "--checks",
+        "not_a_server_error", "--max-examples", "25", "--seed", "1", "--generation-database",
+        "none", "--request-timeout", "60", "--phases", "examples,coverage,fuzzing",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert served[0].stats.running == served[0].stats.waiting == 0

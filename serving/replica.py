@@ -43,6 +43,11 @@ class Replica:
         """References of the adapters that are loaded now."""
         return self._thread.engine.adapters
 
+    @property
+    def adapter_figures(self) -> dict[str, int]:
+        """See Engine.adapter_figures."""
+        return self._thread.engine.adapter_figures
+
     async def stats(self) -> EngineStats:
         """The engine's counts, between two steps."""
         return await self._thread.call(lambda: self._thread.engine.stats)
@@ -135,5 +140,10 @@ class Replica:
         return await asyncio.to_thread(engine.mix, parts)
 
     def _fetch(self, adapter: AdapterVersion) -> LoweredAdapter:
-        folder = self._registry.fetch(adapter, self._cache)
-        return self._thread.engine.lower(folder)
+        """From host memory, or else from the store."""
+        engine = self._thread.engine
+        lowered = engine.host_tier.get(adapter.ref)
+        if lowered is None:
+            lowered = engine.lower(self._registry.fetch(adapter, self._cache))
+            engine.host_tier.put(adapter.ref, lowered)
+        return lowered

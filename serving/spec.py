@@ -71,8 +71,16 @@ class EngineSpec(Spec):
         description="Keep full KV pages and share them between requests of one tenant and "
         "adapter (by content) that begin alike, until pages run out.",
     )
-    max_adapters: PositiveInt = Field(
-        64, description="Adapters held at once; a replica drops the least recently used for others."
+    adapters_gib: PositiveFloat = Field(
+        1.0,
+        description="Memory on the device for adapters, each counted by the bytes of its tensors; "
+        "a replica drops those least recently used, and never one in use, for others.",
+    )
+    host_adapters_gib: NonNegativeFloat | None = Field(
+        None,
+        description="Memory beside a GPU for adapters that come back to it without being fetched "
+        "and lowered again; pinned. If not given: 4 on a GPU and 0 on CPU, where it is the same "
+        "memory and `adapters_gib` is the one to raise.",
     )
 
 

@@ -93,7 +93,9 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
             modules_to_save=["lm_head", "embed_tokens", "norm", "0.mlp"],
         )
     ),
-    "trainable_tokens": _peft(peft.TrainableTokensConfig(**_CAUSAL, token_indices=[8, 101, 5, 13])),
+    "trainable_tokens": _peft(
+        peft.TrainableTokensConfig(**_CAUSAL, token_indices=[*range(254, 2, -3), 7, 13])
+    ),
     "lora_tokens": _peft(
         peft.LoraConfig(
             **_CAUSAL, r=3, target_modules=["q_proj"], trainable_token_indices=[40, 13, 7]

@@ -2,6 +2,7 @@
 
 from serving.adapters.apply import DeltaHooks, Segment
 from serving.adapters.lowering import lower
+from serving.adapters.memory import moved, num_bytes, pinned
 from serving.adapters.mixing import Part, mixed
 from serving.adapters.primitives import (
     Block,
@@ -33,4 +34,7 @@ __all__ = [
     "describe",
     "lower",
     "mixed",
+    "moved",
+    "num_bytes",
+    "pinned",
 ]

@@ -49,6 +49,7 @@ def add_rows(
     Raises:
         AdapterError: they fit neither the config nor the base, or `deltas` has the module already.
     """
+    changed: set[str] = set()
     for module, rows_KH in rows.items():
         key = f"{PREFIX}{module}{_ROWS}"
         shape = shape_of(folder, key, module, target)
@@ -82,11 +83,26 @@ def add_rows(
                 )
             sparse = compressed(change, target.modules[tied], target)
             deltas[tied] = LinearDelta(sparse=sparse)
+            changed.add(tied)
+    asked = _asked(folder)
+    names = [str(name) for name in asked] if isinstance(asked, dict) else [""] if asked else []
+    missing = next((n for n in names if not any(m.endswith(n) for m in changed)), None)
+    if missing is not None:
+        raise fault(
+            folder.path,
+            WEIGHTS,
+            f"has no rows for the trainable_token_indices of its config ({missing or asked!r}); "
+            "save the adapter anew",
+        )
+
+
+def _asked(folder: AdapterFolder) -> Any:
+    return folder.config.get("trainable_token_indices") or folder.config.get("token_indices")
 
 
 def _tokens_of(folder: AdapterFolder, module: str) -> list[int]:
     """The tokens whose rows a module has, in the order of the rows. Raises AdapterError."""
-    tokens: Any = folder.config.get("trainable_token_indices") or folder.config.get("token_indices")
+    tokens = _asked(folder)
     if isinstance(tokens, dict):
         found = [value for name, value in tokens.items() if module.endswith(str(name))]
         tokens = found[0] if found and all(value == found[0] for value in found) else None

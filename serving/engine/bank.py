@@ -1,4 +1,5 @@
-"""The adapters that an engine holds: installed by name, counted by request, evicted when idle.
+"""The adapters that an engine holds: installed by name, counted by request and by bytes, evicted
+when idle.
 
 An adapter that is removed while requests use it stays until the last of them has ended, under a
 name that no new request can get. Knows the runner's hooks; no pages, no requests.
@@ -16,11 +17,13 @@ from cluster.errors import (
     RequestError,
 )
 from cluster.spec import nearest
-from serving.adapters import LoweredAdapter
+from serving.adapters import LoweredAdapter, num_bytes
 from serving.engine.batch import LoadedAdapter
 from serving.engine.offset import SmallBases
 from serving.engine.runner import Runner
 from serving.spec import EngineSpec
+
+_GIB = 2**30
 
 
 class AdapterBank:
@@ -30,10 +33,11 @@ class AdapterBank:
         loads: Adapters that were installed.
         hits: Requests whose adapter another one had used before.
         evictions: Adapters that were removed to make room.
+        num_bytes: Of the adapters held, removed ones in use included.
     """
 
     def __init__(self, spec: EngineSpec, runner: Runner, small_bases: SmallBases) -> None:
-        self._spec, self._runner, self._small_bases = spec, runner, small_bases
+        self._runner, self._small_bases = runner, small_bases
         self._named: dict[str, LoadedAdapter] = {}  # least recently used first
         self._held: dict[str, LoadedAdapter] = {}  # by unique name, removed ones included
         self._users: dict[str, int] = {}  # requests in progress by unique name
@@ -41,6 +45,9 @@ class AdapterBank:
         self._variants: dict[str, str] = {}  # an adapter at another rank -> the adapter
         self._fresh: set[str] = set()  # unique names that no request has used yet
         self.loads = self.hits = self.evictions = 0
+        self._sizes: dict[str, int] = {}  # bytes by unique name
+        self._max_bytes = int(spec.adapters_gib * _GIB)
+        self.num_bytes = 0
 
     @property
     def names(self) -> list[str]:
@@ -83,12 +90,7 @@ class AdapterBank:
                 f"of {context_tokens - taken + lowered.prefix_tokens}; raise "
                 "engine.max_context_tokens if the base allows it"
             )
-        while len(self._named) >= self._spec.max_adapters:
-            if not (evict and self._evict()):
-                raise OverloadedError(
-                    f"adapter {name!r}: {len(self._named)} adapters are loaded, which is "
-                    "engine.max_adapters; remove one or raise it"
-                )
+        size = self._make_room(name, lowered, evict=evict)
         self._runner.hooks.install(lowered.deltas)
         # Two adapters of one name, the older still finishing, must not share a segment.
         unique = f"{name}#{self.loads}"
@@ -99,6 +101,8 @@ class AdapterBank:
         loaded = LoadedAdapter(unique, lowered, lowered.content or unique, taken)
         self._named[name] = self._held[unique] = loaded
         self._users[unique] = 0
+        self._sizes[unique] = size
+        self.num_bytes += size
 
     def remove(self, name: str) -> None:
         """Take the name away; the adapter goes when nobody uses it. Raises ModelNotFoundError."""
@@ -128,6 +132,7 @@ class AdapterBank:
             del self._held[variant], self._variants[variant]
         del self._held[loaded.name], self._users[loaded.name]
         self._fresh.discard(loaded.name)
+        self.num_bytes -= self._sizes.pop(loaded.name)
         self._runner.hooks.uninstall(loaded.lowered.deltas)
         self._small_bases.uninstall(loaded.name)
 
@@ -148,6 +153,24 @@ class AdapterBank:
             )
             self._variants[variant] = loaded.name
         return self._held[variant]
+
+    def _make_room(self, name: str, lowered: LoweredAdapter, *, evict: bool) -> int:
+        """See that the adapter's bytes fit; returns them. Those of removed adapters that are still
+        in use count."""
+        size = num_bytes(lowered)
+        if size > self._max_bytes:
+            raise AdapterError(
+                f"adapter {name!r}: its {size / _GIB:.3g} GiB are over engine.adapters_gib, which "
+                f"is {self._max_bytes / _GIB:.3g}; raise it"
+            )
+        while (held := self.num_bytes) + size > self._max_bytes:
+            if not (evict and self._evict()):
+                raise OverloadedError(
+                    f"adapter {name!r}: {held / _GIB:.3g} of {self._max_bytes / _GIB:.3g} GiB "
+                    f"(engine.adapters_gib) are in use, and it needs {size / _GIB:.3g}; remove an "
+                    "adapter or raise it"
+                )
+        return size
 
     def _evict(self) -> bool:
         """Remove the least recently used adapter without requests, if there is one."""

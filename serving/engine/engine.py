@@ -21,6 +21,7 @@ from serving.engine.answer import Answer
 from serving.engine.bank import AdapterBank
 from serving.engine.batch import Computed, LoadedAdapter, Source, build, context_slots
 from serving.engine.figures import EngineStats, Figures
+from serving.engine.host_tier import HostTier
 from serving.engine.intake import Intake
 from serving.engine.offset import SmallBases
 from serving.engine.pages import PagePool
@@ -39,6 +40,8 @@ from serving.engine.sequence import Chunk, Sequence
 from serving.spec import EngineSpec
 
 _NOTHING = LoweredAdapter()
+_GIB = 2**30
+_HOST_ADAPTERS_GIB = 4.0  # beside a GPU
 
 
 class Engine:
@@ -65,6 +68,7 @@ class Engine:
         )
         self._intake = Intake(spec, self.runner)
         self._bank = AdapterBank(spec, self.runner, self._small_bases)
+        self.host_tier = HostTier(_host_bytes(spec, self.runner.device), self.runner.device)
         self._answers: dict[str, Answer] = {}
         self._figures = Figures()
         self._count = self._steps = 0
@@ -130,9 +134,23 @@ class Engine:
         Raises:
             AdapterError: the folder does not fit; nothing changed.
             ConflictError: the name is taken.
-            OverloadedError: engine.max_adapters are loaded.
+            OverloadedError: there is no room in engine.adapters_gib.
         """
         self.install_adapter(name, self.lower(path))
+
+    @property
+    def adapter_figures(self) -> dict[str, int]:
+        """The bank's counts and bytes, and those of the host tier behind it; from any thread."""
+        bank, host = self._bank, self.host_tier
+        return {
+            "bytes": bank.num_bytes,
+            "loads": bank.loads,
+            "hits": bank.hits,
+            "evictions": bank.evictions,
+            "host_bytes": host.num_bytes,
+            "host_hits": host.hits,
+            "host_evictions": host.evictions,
+        }
 
     def mix(self, parts: Many[Part]) -> LoweredAdapter:
         """The weighted sum of lowered adapters. Safe to call from another thread. Raises
@@ -147,7 +165,7 @@ class Engine:
             ModelNotFoundError: one of them is not loaded.
             RequestError: one of them is no change of weights.
             ConflictError: the name is taken.
-            OverloadedError: engine.max_adapters are loaded.
+            OverloadedError: there is no room in engine.adapters_gib.
         """
         parts = [Part(n, self._bank.get(n).lowered, weight) for n, weight in weights.items()]
         self.install_adapter(name, self.mix(parts))
@@ -163,9 +181,9 @@ class Engine:
             evict: Drop least recently used adapters without requests where there is no room.
 
         Raises:
-            AdapterError: its prefix can never fit.
+            AdapterError: its prefix, or its bytes, can never fit.
             ConflictError: the name is taken.
-            OverloadedError: engine.max_adapters are loaded.
+            OverloadedError: there is no room in engine.adapters_gib.
         """
         self._bank.install(name, lowered, evict=evict)
 
@@ -404,3 +422,9 @@ class Engine:
             raise ConflictError(
                 "submitted requests are in progress; step them to their ends, or cancel them"
             )
+
+
+def _host_bytes(spec: EngineSpec, device: torch.device) -> int:
+    if spec.host_adapters_gib is not None:
+        return int(spec.host_adapters_gib * _GIB)
+    return int(_HOST_ADAPTERS_GIB * _GIB) if device.type == "cuda" else 0

@@ -21,6 +21,7 @@ from cluster.errors import (
     OverloadedError,
     RequestError,
 )
+from serving.adapters import num_bytes
 from serving.engine import (
     Engine,
     EngineSpec,
@@ -251,14 +252,16 @@ def test_an_unknown_adapter_gets_the_nearest(engine: Engine) -> None:
 
 
 def test_adapters_come_and_go(bases: Bases, adapters: dict[str, Path]) -> None:
-    engine = make_engine(bases("llama"), max_adapters=2)
+    sizes = {v: num_bytes(make_engine(bases("llama")).lower(adapters[v])) for v in adapters}
+    room = sizes["prefix_tuning"] + sizes["lora"] + sizes["bitfit"]
+    engine = make_engine(bases("llama"), adapters_gib=(room + 64) / 2**30)
     request = GenerationRequest(prompt="x", adapter="a", max_tokens=6, ignore_eos=True)
     engine.add_adapter("a", adapters["prefix_tuning"])
     expected = engine.generate([request])[0].token_ids
     with pytest.raises(ConflictError, match="loaded already"):
         engine.add_adapter("a", adapters["lora"])
-    engine.add_adapter("b", adapters["bitfit"])
-    with pytest.raises(OverloadedError, match="max_adapters"):
+    engine.add_adapter("b", adapters["lora"])
+    with pytest.raises(OverloadedError, match="adapters_gib"):
         engine.add_adapter("c", adapters["lora"])
     engine.submit(request, "running")
     engine.step()
@@ -266,7 +269,8 @@ def test_adapters_come_and_go(bases: Bases, adapters: dict[str, Path]) -> None:
     assert engine.adapters == ["b"]
     with pytest.raises(ModelNotFoundError):
         engine.submit(request)
-    engine.add_adapter("a", adapters["lora"])  # the name is free; the old one still finishes
+    engine.add_adapter("a", adapters["bitfit"])  # the name is free; the old one still finishes
+    assert engine.adapter_figures["bytes"] == room
     tokens: list[int] = []
     while engine.has_work:
         tokens += [token for output in engine.step() for token in output.token_ids]
@@ -334,7 +338,7 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("lora", "unknown tensor", edit_tensors(lambda t: t.update({"other": torch.ones(2)})), "other"),
     ("lora", "integers", edit_tensors(lambda t: t.update({A: t[A].int()})), "floating point"),
     ("lora", "not finite", edit_tensors(lambda t: t[A].fill_(float("nan"))), "NaN"),
-    ("lora", "unknown kind", edit_config(lambda c: c.update(peft_type="LOHA")), "LOHA"),
+    ("lora", "unknown kind", edit_config(lambda c: c.update(peft_type="XLORA")), "XLORA"),
     ("prompt_tuning", "length", edit_config(lambda c: c.update(num_virtual_tokens=6)), "shape"),
     ("prompt_tuning", "extra", edit_tensors(lambda t: t.update({"x": torch.ones(1)})), "alone"),
     ("prefix_tuning", "encoder", edit_config(lambda c: c.update(num_transformer_submodules=2)),

@@ -14,7 +14,9 @@ import httpx2
 import pyarrow as pa
 import pytest
 import typer
-from service import ASK, BASE_NAME, CATALOGUE_TTL_S, NAMES, VARIANTS, error, publish, running
+from adapters import make_adapter
+from safetensors.torch import load_file
+from service import ASK, BASE_NAME, CATALOGUE_TTL_S, error, publish, running
 from typer.testing import CliRunner
 
 from cluster.errors import JobFailedError, NotFoundError, SpecError
@@ -31,17 +33,38 @@ from serving.spec import GatewaySpec
 Bases = Callable[[str], Path]
 
 
-def test_more_adapters_than_the_engine_holds(bases: Bases, tmp_path: Path) -> None:
-    with running(bases("llama"), tmp_path, max_adapters=2) as small:
-        publish(small.registry, bases("llama"), tmp_path, *VARIANTS)
+@pytest.mark.parametrize("host_gib", [0, 1.0])
+def test_more_adapters_than_the_engine_holds(bases: Bases, tmp_path: Path, host_gib: float) -> None:
+    """A working set twice the memory churns; what host memory keeps is fetched only once."""
+    copies = 3
+    folder = make_adapter("lora", bases("llama"), tmp_path / "lora")
+    names = [f"lora-{number}" for number in range(2 * copies)]
+    # Its tensors, at their ranks, and nothing else.
+    size = sum(t.nbytes for t in load_file(folder / "adapter_model.safetensors").values())
+    memory = {"adapters_gib": 1.05 * copies * size / 2**30, "host_adapters_gib": host_gib}
+    with running(bases("llama"), tmp_path, **memory) as small:
+        for name in names:
+            small.registry.publish(name, folder)
+        most = 0
 
         def ask(model: str) -> int:
+            nonlocal most
             body = {"model": model, "prompt": "x", "max_tokens": 10, "ignore_eos": True}
-            return httpx2.post(f"{small.url}/v1/completions", json=body, timeout=60).status_code
+            status = httpx2.post(f"{small.url}/v1/completions", json=body, timeout=60).status_code
+            most = max(most, small.replica.adapter_figures["bytes"])
+            return status
 
         with ThreadPoolExecutor(16) as pool:
-            assert set(pool.map(ask, NAMES * 6)) == {200}
-        assert len(small.replica.adapters) == 2
+            assert set(pool.map(ask, names * 6)) == {200}
+        figures = small.replica.adapter_figures
+        assert len(small.replica.adapters) == copies
+        assert figures["bytes"] == pytest.approx(copies * size, rel=0.05)
+        assert most <= 1.05 * copies * size
+        assert figures["hits"] + figures["loads"] == 6 * len(names)
+        assert figures["evictions"] == figures["loads"] - copies > 0
+        assert (figures["host_hits"] > 0) == (host_gib > 0)
+        if host_gib:
+            assert figures["host_bytes"] == pytest.approx(len(names) * size, rel=0.05)
 
 
 def test_over_the_queue_limit_is_429(bases: Bases, tmp_path: Path) -> None:
@@ -266,7 +289,9 @@ def test_the_dashboard_shows_what_there_is(bases: Bases, tmp_path: Path) -> None
     dashboard = json.loads(Path("configs/serving/grafana.json").read_text())
     shown = "\n".join(t["expr"] for panel in dashboard["panels"] for t in panel["targets"])
     asked = set(re.findall(r"graft_\w+", shown))
-    with running(bases("llama"), tmp_path, max_adapters=1) as small:
+    folder = make_adapter("lora", bases("llama"), tmp_path / "alone")
+    size = sum(t.nbytes for t in load_file(folder / "adapter_model.safetensors").values())
+    with running(bases("llama"), tmp_path, adapters_gib=(size + 8) / 2**30) as small:
         publish(small.registry, bases("llama"), tmp_path, "lora", "bitfit")
         url = f"{small.url}/v1/completions"
         for model in ("lora", "lora", "bitfit", "nobody"):

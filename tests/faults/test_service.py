@@ -165,7 +165,9 @@ def test_killed_replicas_cost_nobody_a_token(service: Service) -> None:
             for _ in range(KILLS):
                 await asyncio.sleep(0.7)
                 assert not all(task.done() for task in asked), "nothing ran when it was killed"
-                os.kill(replicas()[-1], signal.SIGKILL)
+                while not (found := replicas()):  # scaled down to one, which was killed
+                    await asyncio.sleep(0.05)
+                os.kill(found[-1], signal.SIGKILL)
             return await asyncio.gather(*asked)
 
     assert asyncio.run(wave()) == service.expected

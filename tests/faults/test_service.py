@@ -125,7 +125,7 @@ async def connected(service: Service) -> AsyncIterator[httpx2.AsyncClient]:
         yield http
 
 
-def until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
+def until(condition: Callable[[], object], *, timeout_s: float, what: str) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, what
@@ -165,9 +165,9 @@ def test_killed_replicas_cost_nobody_a_token(service: Service) -> None:
             for _ in range(KILLS):
                 await asyncio.sleep(0.7)
                 assert not all(task.done() for task in asked), "nothing ran when it was killed"
-                while not (found := replicas()):  # scaled down to one, which was killed
-                    await asyncio.sleep(0.05)
-                os.kill(found[-1], signal.SIGKILL)
+                # Scaled down to one, which was killed, there is none for a while.
+                await asyncio.to_thread(until, replicas, timeout_s=60, what="no replica came up")
+                os.kill(replicas()[-1], signal.SIGKILL)
             return await asyncio.gather(*asked)
 
     assert asyncio.run(wave()) == service.expected

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from io import SEEK_CUR, SEEK_END, SEEK_SET, BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -63,6 +64,31 @@ class Store:
         with _faults(f"{self.uri}/{key}"):
             return bytes(obstore.get(self._store, _checked(key)).bytes())
 
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """So many of its bytes from `start` on. Raises NotFoundError."""
+        with _faults(f"{self.uri}/{key}"):
+            found = obstore.get_range(self._store, _checked(key), start=start, length=length)
+            return bytes(found)
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """Its bytes in pieces of some megabytes. Raises NotFoundError."""
+        with _faults(f"{self.uri}/{key}"):
+            found = obstore.get(self._store, _checked(key))
+            for chunk in found.stream(min_chunk_size=_CHUNK_BYTES):
+                yield bytes(chunk)
+
+    def open(self, key: str) -> BufferedReader:
+        """A seekable file that reads what is asked for alone. Raises NotFoundError."""
+        with _faults(f"{self.uri}/{key}"):
+            size = int(obstore.head(self._store, _checked(key))["size"])
+        return BufferedReader(_Ranges(self, key, size))
+
+    def identity(self, key: str) -> str:
+        """Another text whenever its bytes may be others. Raises NotFoundError."""
+        with _faults(f"{self.uri}/{key}"):
+            found = obstore.head(self._store, _checked(key))
+        return f"{key} {found['size']} {found['e_tag'] or found['last_modified']}"
+
     def exists(self, key: str) -> bool:
         """Whether `key` is there."""
         try:
@@ -99,9 +125,7 @@ class Store:
     def download(self, key: str, to: Path) -> None:
         """Stream `key` into the file `to` (its folder exists). Raises NotFoundError."""
         with _faults(f"{self.uri}/{key}"), to.open("wb") as file:
-            for chunk in obstore.get(self._store, _checked(key)).stream(
-                min_chunk_size=_CHUNK_BYTES
-            ):
+            for chunk in self.stream(key):
                 file.write(chunk)
 
     def delete(self, key: str) -> None:
@@ -115,6 +139,38 @@ class Store:
     def local_path(self) -> Path | None:
         """The folder on this machine's file system, or None for object storage."""
         return local_folder(self.uri)
+
+
+class _Ranges(RawIOBase):
+    """A key's bytes, each read a request of its own."""
+
+    def __init__(self, store: Store, key: str, size: int) -> None:
+        self._store, self._key, self._size, self._at = store, key, size, 0
+
+    def readable(self) -> bool:
+        """See IOBase."""
+        return True
+
+    def seekable(self) -> bool:
+        """See IOBase."""
+        return True
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        """See IOBase."""
+        self._at = offset + {SEEK_SET: 0, SEEK_CUR: self._at, SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """See IOBase."""
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        """See RawIOBase."""
+        length = max(0, min(len(buffer), self._size - self._at))
+        if length:
+            buffer[:length] = self._store.read_range(self._key, self._at, length)
+        self._at += length
+        return length
 
 
 def open_store(uri: str) -> Store:

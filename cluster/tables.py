@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from cluster.errors import DataError
 
 _STREAM_MAGIC = b"\xff\xff\xff\xff"
-_IPC = (".arrow", ".ipc", ".feather")
-_PARQUET = (".parquet", ".pq")
-_JSONL = (".jsonl", ".ndjson")
+IPC = (".arrow", ".ipc", ".feather")
+PARQUET = (".parquet", ".pq")
+JSONL = (".jsonl", ".ndjson")
 _CHUNK_ROWS = 256  # a row may be a whole document
 _Chunk = list[dict[str, Any]]
 
@@ -39,9 +39,9 @@ def open_table(path: str | Path) -> pa.Table:
             (whose loading may run code).
     """
     path = Path(path)
-    with _faults(path):
+    with faults(path):
         table = _read(path)
-    _check_schema(table.schema, path)
+    check_schema(table.schema, path)
     if table.num_rows == 0:
         raise DataError(f"data {path}: has no rows")
     return table
@@ -67,7 +67,7 @@ class RowStream:
         number = 0
         chunks = self._chunks(columns)
         while True:
-            with _faults(self.path, from_row=number):
+            with faults(self.path, from_row=number):
                 chunk = next(chunks, None)
             if chunk is None:
                 return
@@ -78,7 +78,7 @@ class RowStream:
 def stream_rows(path: str | Path) -> RowStream:
     """The rows at `path`, in memory only a few hundred at a time; raises as `open_table`."""
     path = Path(path)
-    with _faults(path):
+    with faults(path):
         stream = _stream(path)
     if stream.num_rows == 0:
         raise DataError(f"data {path}: has no rows")
@@ -88,7 +88,7 @@ def stream_rows(path: str | Path) -> RowStream:
 def check_writable(path: str | Path) -> None:
     """Raise DataError unless `write_table` knows the kind of `path` and its folder exists."""
     path = Path(path)
-    if path.suffix.lower() not in (*_IPC, *_PARQUET, *_JSONL):
+    if path.suffix.lower() not in (*IPC, *PARQUET, *JSONL):
         raise DataError(
             f"output {path}: unknown kind {path.suffix!r}; use .arrow, .parquet or .jsonl"
         )
@@ -108,9 +108,9 @@ def write_table(table: pa.Table, path: str | Path) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if path.suffix.lower() in _PARQUET:
+        if path.suffix.lower() in PARQUET:
             pq.write_table(table, partial)
-        elif path.suffix.lower() in _JSONL:
+        elif path.suffix.lower() in JSONL:
             with partial.open("w", encoding="utf-8") as lines:
                 for batch in table.to_batches(max_chunksize=_CHUNK_ROWS):
                     for row in batch.to_pylist():
@@ -126,9 +126,9 @@ def write_table(table: pa.Table, path: str | Path) -> None:
 
 
 @contextmanager
-def _faults(path: Path, from_row: int | None = None) -> Generator[None]:
-    """What reading raises, as DataError."""
-    if not path.exists():
+def faults(path: object, from_row: int | None = None) -> Generator[None]:
+    """What reading raises, as DataError; `path` is its place in messages."""
+    if isinstance(path, Path) and not path.exists():
         raise DataError(f"data {path}: does not exist; check the path")
     where = "" if from_row is None else f"from row {from_row} on: "
     try:
@@ -142,7 +142,8 @@ def _faults(path: Path, from_row: int | None = None) -> Generator[None]:
         raise DataError(f"data {path}: {where}cannot be read: {reason}") from error
 
 
-def _check_schema(schema: pa.Schema, path: Path) -> None:
+def check_schema(schema: pa.Schema, path: object) -> None:
+    """Raise DataError for a column whose reading may run code."""
     for field in schema:
         metadata: dict[bytes, bytes] = field.metadata or {}
         if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in metadata:
@@ -154,11 +155,11 @@ def _check_schema(schema: pa.Schema, path: Path) -> None:
 
 def _stream(path: Path) -> RowStream:
     suffix = path.suffix.lower()
-    if suffix in (*_JSONL, ".json") and path.is_file():
+    if suffix in (*JSONL, ".json") and path.is_file():
         return _stream_json(path)
-    if suffix in _PARQUET and path.is_file():
+    if suffix in PARQUET and path.is_file():
         file = pq.ParquetFile(path, memory_map=True)
-        _check_schema(file.schema_arrow, path)
+        check_schema(file.schema_arrow, path)
 
         def parts(columns: Sequence[str]) -> Iterator[_Chunk]:
             for batch in file.iter_batches(_CHUNK_ROWS, columns=list(columns)):
@@ -166,7 +167,7 @@ def _stream(path: Path) -> RowStream:
 
         return RowStream(path, tuple(file.schema_arrow.names), file.metadata.num_rows, parts)
     table = _read(path)  # memory-mapped, all of them
-    _check_schema(table.schema, path)
+    check_schema(table.schema, path)
 
     def slices(columns: Sequence[str]) -> Iterator[_Chunk]:
         for batch in table.select(list(columns)).to_batches(max_chunksize=_CHUNK_ROWS):
@@ -201,11 +202,11 @@ def _read(path: Path) -> pa.Table:
     if path.is_dir():
         return _read_saved_dataset(path)
     suffix = path.suffix.lower()
-    if suffix in _IPC:
+    if suffix in IPC:
         return _read_ipc(path)
-    if suffix in _PARQUET:
+    if suffix in PARQUET:
         return pq.read_table(path, memory_map=True)
-    if suffix in (*_JSONL, ".json"):
+    if suffix in (*JSONL, ".json"):
         return pyarrow.json.read_json(path)
     raise ValueError(f"unknown kind {suffix!r}; use .arrow, .parquet, .jsonl or a dataset folder")
 

@@ -8,8 +8,9 @@ import socket
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
-from cluster.errors import ClusterError, ConflictError, SpecError
+from cluster.errors import ClusterError, ConflictError, NotFoundError, SpecError
 from cluster.names import absolute_path
 from cluster.session import Session
 from serving.spec import ServingSpec
@@ -48,37 +49,21 @@ def running(spec: ServingSpec, session: Session) -> Generator[str]:
         ConflictError: the port is taken, or the cluster serves something already.
         ClusterError: the replicas do not come up; the message has their reason.
     """
-    if session.address is None:
-        raise ClusterError(
-            f"{session.dashboard_url}: serving needs a node of the cluster; run `graft serve` on "
-            "one, with --address auto"
-        )
     port = _port(spec)
-    # Ray Serve tells of each deployment and proxy at INFO.
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
+    serve = _serve(session)
+    from serving.deployment import engines_of
 
-    from serving.deployment import build, engines_of
-
-    for name in ("ray.serve", "ray"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     others = list(serve.status().applications)
     if others:
         raise ConflictError(
             f"Ray Serve runs {', '.join(others)} on this cluster already, and Graft's service "
-            "needs its port and route; stop that, or use another cluster"
+            "needs its port and route; stop that, give --update if it is this service, or use "
+            "another cluster"
         )
     serve.start(http_options={"host": spec.gateway.host, "port": port})
     try:
-        try:
-            engines, gateways = build(spec)
-            serve.run(engines, name=engines_of(spec), route_prefix=None)
-            serve.run(gateways, name=spec.name, route_prefix="/")
-        except (RuntimeError, RayServeException) as error:
-            raise ClusterError(f"service {spec.name!r} did not come up: {error}") from error
-        host = "127.0.0.1" if spec.gateway.host in ("0.0.0.0", "::") else spec.gateway.host
-        yield f"http://{host}:{port}"
+        _deploy(serve, spec)
+        yield _url(spec.gateway.host, port)
     finally:
         # In this order: the gateways finish what they have taken, and need the engines for it.
         serve.delete(spec.name)
@@ -93,6 +78,73 @@ def _can_trace() -> bool:
         return find_spec("opentelemetry.exporter.otlp.proto.http") is not None
     except ModuleNotFoundError:
         return False
+
+
+def roll_over(spec: ServingSpec, session: Session) -> str:
+    """Replace the parts of the running service of this name that a `checked` spec changes, one
+    replica after another, each after its running requests; returns the URL once all are new.
+
+    Raises:
+        NotFoundError: no service of this name runs on the cluster.
+        ConflictError: it listens elsewhere, which no update changes.
+        ClusterError: the new replicas do not come up; the old ones go on.
+    """
+    serve = _serve(session)
+    from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]
+
+    from serving.deployment import engines_of
+
+    running = serve.status().applications
+    if not {spec.name, engines_of(spec)} <= set(running):
+        there = ", ".join(running) or "none"
+        raise NotFoundError(
+            f"service {spec.name!r}: does not run on this cluster, where Ray Serve has: {there}; "
+            "leave out --update to start it"
+        )
+    client = _get_global_client()
+    assert client is not None
+    host, port = str(client.http_config.host), client.http_config.port
+    if spec.gateway.host != host or spec.gateway.port not in (0, port):
+        raise ConflictError(
+            f"service {spec.name!r}: listens on {host}:{port}, not {spec.gateway.host}:"
+            f"{spec.gateway.port}; stop and start it to move it"
+        )
+    _deploy(serve, spec)
+    return _url(host, port)
+
+
+def _serve(session: Session) -> Any:
+    """Ray Serve's module. Raises ClusterError for a cluster that is only known by its URL."""
+    if session.address is None:
+        raise ClusterError(
+            f"{session.dashboard_url}: serving needs a node of the cluster; run `graft serve` on "
+            "one, with --address auto"
+        )
+    # Ray Serve tells of each deployment and proxy at INFO.
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    from ray import serve
+
+    for name in ("ray.serve", "ray"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return serve
+
+
+def _deploy(serve: Any, spec: ServingSpec) -> None:
+    """Bring both applications to `spec`; returns when every part answers."""
+    from ray.serve.exceptions import RayServeException
+
+    from serving.deployment import build, engines_of
+
+    try:
+        engines, gateways = build(spec)
+        serve.run(engines, name=engines_of(spec), route_prefix=None)
+        serve.run(gateways, name=spec.name, route_prefix="/")
+    except (RuntimeError, RayServeException) as error:
+        raise ClusterError(f"service {spec.name!r} did not come up: {error}") from error
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
 
 
 def _port(spec: ServingSpec) -> int:

@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -67,8 +67,8 @@ class BatchReport:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One result, by its row's number."""
+class RowResult:
+    """What is added to one row, by its number."""
 
     row: int
     completion: str | None = None
@@ -105,7 +105,7 @@ async def run_batch(
     began = time.monotonic()
     prompts, models = table[column], table[adapter_column] if adapter_column else None
     waiting = iter([row for row in range(table.num_rows) if row not in done])
-    bar = _progress(enabled=progress)
+    bar = progress_bar(enabled=progress)
     tokens = errors = 0
 
     async def worker(file: TextIO, task: Any) -> None:
@@ -142,7 +142,7 @@ async def run_batch(
     )
 
 
-def _with_answers(table: pa.Table, results: list[_Row]) -> pa.Table:
+def _with_answers(table: pa.Table, results: list[RowResult]) -> pa.Table:
     """`table` with the columns of ADDED."""
     for name, kind in ADDED.items():
         table = table.append_column(name, pa.array([getattr(r, name) for r in results], kind))
@@ -154,7 +154,22 @@ def _checked(
 ) -> tuple[pa.Table, str]:
     """The input and the name of its prompt column."""
     table = open_table(source)
-    names = table.column_names
+    column = prompt_column(source, table.column_names, adapter, adapter_column, ADDED)
+    check_writable(target)
+    if target.exists() and not overwrite:
+        raise ConflictError(f"output {target}: exists already; delete it, or allow overwriting")
+    return table, column
+
+
+def prompt_column(
+    source: object,
+    names: Sequence[str],
+    adapter: str | None,
+    adapter_column: str | None,
+    added: Iterable[str],
+) -> str:
+    """The column of the prompts among the `names` of an input. Raises DataError where that or
+    another that is wanted lacks, or one that is added is there already."""
     column = next((name for name in PROMPT_COLUMNS if name in names), None)
     if column is None:
         raise DataError(
@@ -166,29 +181,31 @@ def _checked(
         raise DataError(
             f"data {source}: has no column {adapter_column!r}; it has {', '.join(names)}"
         )
-    taken = [name for name in ADDED if name in names]
+    taken = [name for name in added if name in names]
     if taken:
         raise DataError(f"data {source}: column {taken[0]!r} is one that is added; rename it")
-    check_writable(target)
-    if target.exists() and not overwrite:
-        raise ConflictError(f"output {target}: exists already; delete it, or allow overwriting")
-    return table, column
+    return column
+
+
+def check_row(row: int, prompt: Any, model: Any) -> None:
+    """Raise DataError for what is no prompt, or no name of a model."""
+    if not prompt or not isinstance(prompt, (str, list)):
+        raise DataError(f"row {row}: the prompt is empty or no text; fill it")
+    if model is not None and not isinstance(model, str):
+        raise DataError(f"row {row}: the adapter is {model!r}, not a name")
 
 
 async def _answer(
     client: AsyncClient, row: int, cell: Any, model: Any, options: Mapping[str, Any]
-) -> _Row:
+) -> RowResult:
     """One row's result; whatever is wrong with it becomes its error."""
     try:
         prompt: Any = cell.as_py()
-        if not prompt or not isinstance(prompt, (str, list)):
-            raise DataError(f"row {row}: the prompt is empty or no text; fill it")
-        if model is not None and not isinstance(model, str):
-            raise DataError(f"row {row}: the adapter is {model!r}, not a name")
+        check_row(row, prompt, model)
         answer = await client.generate_one(prompt, adapter=model, **options)  # type: ignore[arg-type]
     except (GraftError, UnicodeDecodeError) as error:
-        return _Row(row, error=str(error))
-    return _Row(
+        return RowResult(row, error=str(error))
+    return RowResult(
         row, answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens
     )
 
@@ -203,7 +220,7 @@ def _fingerprint(source: Path, asked: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _open_journal(path: Path, fingerprint: str) -> tuple[TextIO, dict[int, _Row]]:
+def _open_journal(path: Path, fingerprint: str) -> tuple[TextIO, dict[int, RowResult]]:
     """The journal, held for this call alone until it is closed, and what it has.
 
     Raises:
@@ -223,7 +240,7 @@ def _open_journal(path: Path, fingerprint: str) -> tuple[TextIO, dict[int, _Row]
         raise
 
 
-def _read_journal(path: Path, fingerprint: str) -> dict[int, _Row]:
+def _read_journal(path: Path, fingerprint: str) -> dict[int, RowResult]:
     """Answers of an interrupted call; errors are tried again. Begins the journal if there is none.
 
     Raises:
@@ -236,7 +253,7 @@ def _read_journal(path: Path, fingerprint: str) -> dict[int, _Row]:
     lines = whole[: whole.rfind(b"\n") + 1].splitlines()  # a last line may be cut short
     try:
         found = json.loads(lines[0])["fingerprint"] if lines else None
-        rows = [_Row(**json.loads(line)) for line in lines[1:]]
+        rows = [RowResult(**json.loads(line)) for line in lines[1:]]
     except (ValueError, KeyError, TypeError) as error:
         raise ConflictError(f"{path}: is not a journal of ours; delete it") from error
     if found != fingerprint:
@@ -248,7 +265,8 @@ def _read_journal(path: Path, fingerprint: str) -> dict[int, _Row]:
     return {row.row: row for row in rows if row.error is None}
 
 
-def _progress(*, enabled: bool) -> Progress:
+def progress_bar(*, enabled: bool) -> Progress:
+    """On stderr; a task has a field `speed`, a text."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -57,6 +57,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
 
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 # Vectors of one answer; texts of a few thousand tokens stay far below a service's body limit.
 _INPUTS_AT_ONCE = 32
 _GROWING = wait_random_exponential(multiplier=0.2, max=10)
@@ -300,11 +301,7 @@ class AsyncClient:
         self, prompt: Prompt, adapter: str | None, options: Options
     ) -> tuple[str, dict[str, Any]]:
         """Path and body for a prompt."""
-        model = await self._model(adapter)
-        body: dict[str, Any] = {"model": model, "max_tokens": 64, "temperature": 0.0, **options}
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            return "/v1/chat/completions", {**body, "messages": list(prompt)}
-        return "/v1/completions", {**body, "prompt": prompt}
+        return request_body(prompt, await self._model(adapter), options)
 
     async def _model(self, adapter: str | None) -> str:
         """The name of an adapter, or of the base, which the service tells."""
@@ -340,17 +337,11 @@ class AsyncClient:
             raise OperationError(f"{self.base_url}{path}: the answer is cut short") from error
 
     async def _retrying(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._max_attempts),
-            wait=_pause_s,
-            retry=retry_if_exception(_may_mend),
-            reraise=True,
-        )
-        async for attempt in retrying:
-            with attempt:
-                async with self._pace.turn():
-                    return await call()
-        raise AssertionError("tenacity re-raises the last failure")
+        async def paced() -> Any:
+            async with self._pace.turn():
+                return await call()
+
+        return await retrying(paced, self._max_attempts)
 
     def _unreachable(self, error: Exception) -> UnavailableError:
         return UnavailableError(
@@ -430,6 +421,31 @@ class Client:
         except KeyboardInterrupt:
             future.cancel()
             raise
+
+
+def request_body(
+    prompt: Prompt, model: str | None, options: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Path and body for a prompt; what `options` leave out is as `Options` says."""
+    body: dict[str, Any] = {"model": model, "max_tokens": 64, "temperature": 0.0, **options}
+    if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+        return CHAT, {**body, "messages": list(prompt)}
+    return COMPLETIONS, {**body, "prompt": prompt}
+
+
+async def retrying(call: Callable[[], Awaitable[R]], max_attempts: int) -> R:
+    """`call`, again as long as that may mend its failure, with growing pauses. Raises GraftError,
+    the last one."""
+    attempts = AsyncRetrying(
+        stop=stop_after_attempt(max_attempts),
+        wait=_pause_s,
+        retry=retry_if_exception(_may_mend),
+        reraise=True,
+    )
+    async for attempt in attempts:
+        with attempt:
+            return await call()
+    raise AssertionError("tenacity re-raises the last failure")
 
 
 def _may_mend(error: BaseException) -> bool:

@@ -24,6 +24,12 @@ def serve(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster: host:port or auto [env: RAY_ADDRESS].")
     ] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update", help="Roll the running service of this name over to SPEC, and return."
+        ),
+    ] = False,
 ) -> None:
     """Serve a base model and every adapter of a store over HTTP, until interrupted."""
     import signal
@@ -31,10 +37,14 @@ def serve(
 
     from cluster.session import session
     from cluster.spec import load_spec
-    from serving.app import checked, running
+    from serving.app import checked, roll_over, running
     from serving.spec import ServingSpec
 
     service = checked(load_spec(ServingSpec, spec, set_ or ()))
+    if update:
+        with session(address) as cluster:
+            typer.echo(f"{service.name}: updated at {roll_over(service, cluster)}/v1")
+        return
     stop = threading.Event()
     with session(address) as cluster, running(service, cluster) as url:
         # Until here either signal breaks the start off; from here they end the service in order.
@@ -48,10 +58,13 @@ def serve(
 
 def generate(
     source: Annotated[
-        Path, typer.Argument(metavar="IN", help="Rows with a column prompt or messages.")
+        str, typer.Argument(metavar="IN", help="Rows with a column prompt or messages.")
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The rows with their answers: .arrow, …")
+        str,
+        typer.Argument(
+            metavar="OUT", help="The rows with their answers: .arrow, …; offline, a folder or URI."
+        ),
     ],
     adapter: Annotated[
         str | None, typer.Option(help="NAME, NAME@VERSION, NAME:ALIAS, or a mix A:0.7+B:0.3.")
@@ -72,12 +85,28 @@ def generate(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in progress at once.")] = 64,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    offline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SPEC.yaml",
+            help="Without a service: by engines of this spec, as of `graft serve`, on a cluster.",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Offline: override a key. Repeatable.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Offline: as of `graft serve` [env: RAY_ADDRESS].")
+    ] = None,
+    part_rows: Annotated[
+        int, typer.Option(min=1, help="Offline: rows that are kept at once.")
+    ] = 1024,
 ) -> None:
-    """Answer every row of a file through a running service.
+    """Answer every row of a file through a running service, or offline on a cluster.
 
     An interrupted call keeps its answers; the same call again goes on from there.
     """
-    from cluster.errors import JobFailedError
+    from cluster.errors import JobFailedError, SpecError
     from serving.client import Client, Options
 
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
@@ -85,16 +114,25 @@ def generate(
         options["seed"] = seed
     if stop:
         options["stop"] = stop
-    with Client(url, api_key=api_key, concurrency=concurrency) as client:
-        report = client.generate_file(
-            source,
-            target,
-            adapter=adapter,
-            adapter_column=adapter_column,
-            overwrite=overwrite,
-            progress=not quiet,
-            **options,
-        )
+    rows = {"adapter": adapter, "adapter_column": adapter_column}
+    if offline is not None:
+        if overwrite:
+            raise SpecError("--overwrite: an offline run replaces nothing; name an empty folder")
+        from cluster.spec import load_spec
+        from serving.app import checked
+        from serving.offline.pool import generate_offline
+        from serving.spec import ServingSpec
+
+        spec = checked(load_spec(ServingSpec, offline, set_ or ()))
+        report = generate_offline(
+            spec, source, target, options=options, address=address, part_rows=part_rows,
+            progress=not quiet, **rows,
+        )  # fmt: skip
+    else:
+        with Client(url, api_key=api_key, concurrency=concurrency) as client:
+            report = client.generate_file(
+                source, target, overwrite=overwrite, progress=not quiet, **rows, **options
+            )
     typer.echo(f"{target}: {report}")
     if report.failed:
         raise JobFailedError(

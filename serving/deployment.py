@@ -5,6 +5,8 @@ What they do is in `replica` and `gateway`; here is only how Ray starts and call
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import time
@@ -173,14 +175,22 @@ class Gateway:
 def build(spec: ServingSpec) -> tuple[Any, Any]:
     """The two Ray Serve applications of `spec`: engines, and gateways that ask those running.
 
-    Apart, so that the gateways can end first: what they have taken is still answered.
+    Apart, so that the gateways can end first: what they have taken is still answered. Each gets
+    what concerns it alone, and is replaced in an update only where that has changed.
     """
-    document = spec.model_dump(mode="json")
     env = _environment(spec)
-    return (
-        _engines(spec, env).bind(document),
-        _gateways(spec, env).bind(document, engines_of(spec)),
-    )
+    document = spec.model_dump(mode="json", include={"name", "store", "cache", "engine"})
+    engines = _versioned(_engines(spec, env), document).bind(document)
+    document = spec.model_dump(mode="json", include={"name", "store", "gateway"})
+    document["engine"] = {"base_model": spec.engine.base_model}
+    document["replicas"] = {"min": spec.replicas.min, "max": max(1, spec.replicas.min)}
+    return engines, _versioned(_gateways(spec, env), document).bind(document, engines_of(spec))
+
+
+def _versioned(deployment: Any, document: Mapping[str, Any]) -> Any:
+    """Left to itself Serve takes every deployment for a new one, and replaces all its replicas."""
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    return deployment.options(version=digest, _internal=True)
 
 
 def engines_of(spec: ServingSpec) -> str:
@@ -227,6 +237,7 @@ def _engines(spec: ServingSpec, env: Mapping[str, str]) -> Any:
                 policy_kwargs={"target": replicas.target_outstanding_tokens},
             ),
         ),
+        max_surge_percent=replicas.surge_percent,
         health_check_period_s=5,
         request_router_config=RequestRouterConfig.model_validate(router),
         ray_actor_options={

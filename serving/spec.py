@@ -115,6 +115,13 @@ class ReplicasSpec(Spec):
         description="Seconds that a replica which is taken away has for its running requests; "
         "what is left then goes on at another.",
     )
+    surge_percent: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="Replicas started beyond the number wanted while an update replaces them, in "
+        "percent of it; the cluster needs room for them. With 0 one leaves before another starts.",
+    )
     max_ongoing_requests: PositiveInt = Field(
         256, description="Requests that a replica accepts; further ones wait at the gateway."
     )

@@ -296,7 +296,7 @@ def choices(request: GenerationRequest, n: int) -> list[GenerationRequest]:
     require(possible, "n", f"n is {n!r:.80}; it must be a whole number from 1 to {MAX_CHOICES}")
     if request.seed is None:
         return [request] * n
-    return [request, *(replace(request, seed=_derived(request.seed, i)) for i in range(1, n))]
+    return [request, *(replace(request, seed=derived_seed(request.seed, i)) for i in range(1, n))]
 
 
 def best_choices(answers: Sequence[Sequence[TokenLogprobs]], n: int) -> list[int]:
@@ -310,7 +310,7 @@ def best_choices(answers: Sequence[Sequence[TokenLogprobs]], n: int) -> list[int
     return sorted(range(len(answers)), key=mean, reverse=True)[:n]
 
 
-def _derived(seed: int, index: int) -> int:
-    """A seed of 63 bits that no neighbouring seed shares."""
+def derived_seed(seed: int, index: int) -> int:
+    """The seed of one of several draws that share `seed`: 63 bits that no neighbour has."""
     digest = blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

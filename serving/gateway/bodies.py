@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -34,6 +35,11 @@ async def read_body(request: Request, cls: type[B], spec: GatewaySpec) -> B:
     data = _parse(raw)
     if not isinstance(data, dict):
         raise RequestError(f"the body is a JSON {_kind(data)}; send an object")
+    return checked(data, cls)
+
+
+def checked(data: Mapping[str, Any], cls: type[B]) -> B:
+    """`data` as `cls`. Raises RequestError, with the field."""
     try:
         return cls.model_validate(data)
     except ValidationError as error:

@@ -48,7 +48,11 @@ ROOMS = {
     "serving.client": {"serving.batch_file", "serving.pace", "serving.protocol", "cluster"},
     "serving.pace": {"cluster"},
     "serving.batch_file": {"serving.client", "cluster"},
-    "serving.command": {"serving.app", "serving.client", "serving.keys", "serving.spec", "cluster"},
+    "serving.offline": {"serving.offline", "serving.replica", "serving.gateway",
+                        "serving.catalogue", "serving.protocol", "serving.client",
+                        "serving.batch_file", "serving.engine.request", "serving.spec", "cluster"},
+    "serving.command": {"serving.app", "serving.client", "serving.offline", "serving.keys",
+                        "serving.spec", "cluster"},
 }  # fmt: skip
 
 # Prefix of the importing module -> libraries that must not be loaded by importing it.
@@ -67,6 +71,7 @@ WITHOUT = {
     "serving.protocol": {"torch", "ray", "transformers"},
     "serving.client": {"torch", "ray", "transformers", "fastapi"},
     "serving.gateway.routes": {"ray", "deepspeed", "datasets", "opentelemetry.sdk"},
+    "serving.offline": {"ray"},
     "serving.adapters": {"ray", "deepspeed", "datasets", "obstore", "fastapi"},
     "serving.engine": {"ray", "deepspeed", "datasets", "obstore", "fastapi"},
 }

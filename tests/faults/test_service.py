@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -21,12 +20,13 @@ import httpx2
 import psutil
 import pytest
 from adapters import make_adapter
+from commands import finish, overrides, start
 from conftest import RayCluster, served_at
 
 from cluster.registry import Registry
+from serving.client import AsyncClient
 from serving.engine import Engine, EngineSpec, GenerationRequest
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 REQUESTS, MAX_REPLICAS, KILLS = 200, 3, 3
 ADAPTERS = (None, "lora", "prefix-tuning")
@@ -34,11 +34,13 @@ ADAPTERS = (None, "lora", "prefix-tuning")
 
 @dataclass(frozen=True)
 class Service:
-    """`graft serve` at `url`; `expected` is what each of the requests must be answered with."""
+    """`graft serve` at `url`; `expected` is what each of the requests must be answered with.
+    `command` is what started it."""
 
     url: str
     process: subprocess.Popen[str]
     expected: list[str]
+    command: list[str]
 
 
 def request(number: int) -> dict[str, Any]:
@@ -72,29 +74,34 @@ def service(
         "replicas.look_back_s=2", "replicas.upscale_delay_s=1", "replicas.downscale_delay_s=6",
         "engine.max_running_requests=16",
     )  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", "serve", "configs/serving/local.yaml",
-         "--address", ray_cluster.address, *(p for s in settings for p in ("--set", s))],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, **ray_cluster.env},
-    )  # fmt: skip
-    yield Service(served_at(process), process, [answer.text for answer in answers])
+    address = ("--address", ray_cluster.address)
+    command = ["serve", "configs/serving/local.yaml", *address, *overrides(*settings)]
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in ray_cluster.env.items():
+            patch.setenv(key, value)
+        process = start(*command)
+        yield Service(served_at(process), process, [answer.text for answer in answers], command)
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 0, output
 
 
-def replicas() -> list[int]:
-    """The processes of the engine replicas."""
+def processes(actor: str, deployment: str = "") -> list[int]:
+    """The processes of one kind of actor."""
     found: list[int] = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if "ServeReplica" in process.name() and "engine" in " ".join(process.cmdline()):
+            if actor in process.name() and deployment in " ".join(process.cmdline()):
                 found.append(process.pid)
         except psutil.NoSuchProcess:
             continue
     return sorted(found)
+
+
+def replicas() -> list[int]:
+    """The processes of the engine replicas."""
+    return processes("ServeReplica", "engine")
 
 
 async def ask(http: httpx2.AsyncClient, number: int) -> str:
@@ -185,6 +192,69 @@ def test_less_load_fewer_replicas_and_no_stream_is_cut(service: Service) -> None
 
     asyncio.run(grow(service, 2))
     asyncio.run(trickle())
+
+
+async def answer_while(service: Service, is_over: Callable[[], bool]) -> int:
+    """Keep 24 requests in progress, each right at its first try; returns how many there were."""
+    numbers = iter(range(100_000))
+
+    async def worker(http: httpx2.AsyncClient) -> int:
+        count = 0
+        while not is_over():
+            number = next(numbers) % REQUESTS
+            assert await ask(http, number) == service.expected[number]
+            count += 1
+        return count
+
+    async with connected(service) as http:
+        return sum(await asyncio.gather(*(worker(http) for _ in range(24))))
+
+
+def test_a_changed_spec_is_rolled_out_and_nobody_notices(service: Service) -> None:
+    """Engines and gateways are replaced under load, streams included."""
+    before = {*replicas(), *processes("ServeReplica", "gateway")}
+    changes = overrides("engine.max_running_requests=12", "gateway.max_waiting_requests=2048")
+    update = start(*service.command, *changes, "--update")
+    assert asyncio.run(answer_while(service, lambda: update.poll() is not None)) > 24
+    ended = finish(update)
+    assert ended.code == 0, ended.output
+    assert f"updated at {service.url}" in ended.output
+    assert before.isdisjoint({*replicas(), *processes("ServeReplica", "gateway")})
+
+    engines = replicas()  # what concerns the gateways alone leaves the engines as they are
+    gateway = overrides("engine.max_running_requests=12", "gateway.max_waiting_requests=1024")
+    ended = finish(start(*service.command, *gateway, "--update"))
+    assert ended.code == 0, ended.output
+    assert replicas() == engines
+    elsewhere = finish(start(*service.command, *overrides("gateway.port=9"), "--update"))
+    assert (elsewhere.code, "stop and start it to move it" in elsewhere.output) == (4, True)
+
+
+def test_the_path_to_the_engines_heals(service: Service) -> None:
+    """A gateway, the proxy and Serve's controller are killed under load. What was on its way
+    through one of the first two is asked again by our client; engines are not touched."""
+    engines = replicas()
+    numbers = list(range(0, REQUESTS, 5))
+
+    async def through_client() -> None:
+        async with AsyncClient(service.url, max_attempts=30) as client:
+            for actor, deployment in (
+                ("ServeReplica", "gateway"), ("ProxyActor", ""), ("ServeController", "")
+            ):  # fmt: skip
+                asked = [asyncio.create_task(through(client, number)) for number in numbers]
+                await asyncio.sleep(0.3)
+                (pid,) = processes(actor, deployment)[:1]
+                os.kill(pid, signal.SIGKILL)
+                assert await asyncio.gather(*asked) == [service.expected[n] for n in numbers], actor
+
+    async def through(client: AsyncClient, number: int) -> str:
+        options: Any = request(number)
+        prompt = options.pop("prompt")
+        return (await client.generate_one(prompt, **options)).text
+
+    asyncio.run(through_client())
+    assert replicas() == engines
+    until(lambda: bool(processes("ServeController")), timeout_s=30, what="no controller")
 
 
 def test_a_terminated_service_finishes_what_runs(service: Service) -> None:

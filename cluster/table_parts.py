@@ -1,0 +1,233 @@
+"""A table of any size in shared storage, cut into parts that are read apart.
+
+A table is a file, or a folder of files in the order of their names: Parquet, JSONL, and on a file
+system (NFS included) Arrow and `save_to_disk`. Where it is cut follows from the files alone. Knows
+file formats, not what the columns mean.
+
+`TableSource.parts` looks at every file and must run before Ray is imported, as in cluster.tables;
+who reads a part later finds the very files that were looked at, or is told.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.errors import DataError, NotFoundError
+from cluster.names import absolute_uri
+from cluster.store import Store
+from cluster.tables import IPC, JSONL, PARQUET, check_schema, faults, open_table
+
+Rows = pa.Table | list[dict[str, Any]]  # of JSONL, whose keys and types may differ by line
+_SAVED = "state.json"  # of a save_to_disk folder, which is one table
+# A row group is read from its beginning up to a part's end: cut it into no more parts than this.
+_PARTS_OF_GROUP = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of one file. `first_row` counts over all files.
+
+    `start` is a row of the file's row group `group` (Parquet), a row of the file (Arrow), or a
+    byte (JSONL, of which it takes `num_bytes`).
+    """
+
+    file: str
+    first_row: int
+    num_rows: int
+    start: int
+    group: int = 0
+    num_bytes: int = 0
+
+
+class TableSource:
+    """The table at a local path or a URI. Raises DataError where there is none."""
+
+    def __init__(self, uri: str) -> None:
+        whole = absolute_uri(uri)
+        is_file = Path(whole).suffix.lower() in (*IPC, *PARQUET, *JSONL)
+        folder, _, name = whole.rpartition("/") if is_file else (whole, "", "")
+        self.uri = whole
+        local = Path(folder)
+        if "://" not in folder and not (local / name).exists():
+            raise DataError(f"data {whole}: does not exist; check the path")
+        self._store = Store(folder or "/")
+        self._local = self._store.local_path()
+        self.files = self._find(name)
+
+    def _find(self, name: str) -> dict[str, str]:
+        """Content identities by file: a key below the folder, or "" for a saved dataset."""
+        if not name and self._local is not None and (self._local / _SAVED).is_file():
+            keys = sorted(path.name for path in self._local.iterdir() if path.is_file())
+            return {"": " ".join(self._store.identity(key) for key in keys)}
+        known = (*IPC, *PARQUET, *JSONL)
+        names = [name] if name else [k for k in self._store.list() if k.lower().endswith(known)]
+        # Hidden by the habit of all who read such folders: what begins with "_" or ".".
+        names = [k for k in names if not any(part[0] in "_." for part in k.split("/"))] or names[:1]
+        if not names:
+            raise DataError(f"data {self.uri}: holds no .parquet, .jsonl or .arrow file")
+        try:
+            return {key: self._store.identity(key) for key in names}
+        except NotFoundError as error:
+            raise DataError(f"data {self.uri}: does not exist; check the URI") from error
+
+    def columns(self) -> list[str]:
+        """What every file has; of JSONL, its first line tells."""
+        found = [self._columns(file) for file in self.files]
+        return [name for name in found[0] if all(name in names for names in found)]
+
+    def parts(self, num_rows: int) -> list[Part]:
+        """All rows in order, in parts of about so many.
+
+        Raises:
+            DataError: a file is damaged, of an unknown kind, or has an Arrow extension type; or
+                there is no row at all.
+        """
+        parts: list[Part] = []
+        first_row = 0
+        for file in self.files:
+            with faults(self._where(file)):
+                for part in self._cut(file, first_row, num_rows):
+                    parts.append(part)
+                    first_row += part.num_rows
+        if not parts:
+            raise DataError(f"data {self.uri}: has no rows")
+        return parts
+
+    def read(self, part: Part) -> Rows:
+        """The rows of one part. Raises DataError, also for a file that has changed."""
+        if part.file not in self.files:
+            raise DataError(
+                f"data {self._where(part.file)}: is gone; begin anew with what is there"
+            )
+        with faults(self._where(part.file)):
+            if _kind(part.file) == "jsonl":
+                raw = self._store.read_range(part.file, part.start, part.num_bytes)
+                return [_object(line) for line in raw.splitlines() if line.strip()]
+            if _kind(part.file) == "parquet":
+                return self._read_parquet(part)
+            return open_table(self._path(part.file)).slice(part.start, part.num_rows)
+
+    def _cut(self, file: str, first_row: int, num_rows: int) -> Iterator[Part]:
+        kind = _kind(file)
+        if kind == "jsonl":
+            yield from _cut_lines(file, self._store.stream(file), first_row, num_rows)
+            return
+        if kind == "parquet":
+            with self._parquet(file) as opened:
+                metadata = opened.metadata
+            groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        else:
+            groups = [open_table(self._path(file)).num_rows]
+        for group, rows in enumerate(groups):
+            most = max(num_rows, -(-rows // _PARTS_OF_GROUP)) if kind == "parquet" else num_rows
+            for start in range(0, rows, most):
+                size = min(most, rows - start)
+                yield Part(file, first_row, size, start, group)
+                first_row += size
+
+    def _columns(self, file: str) -> list[str]:
+        with faults(self._where(file)):
+            if _kind(file) == "jsonl":
+                lines = (line for line in _lines(self._store.stream(file)) if line.strip())
+                return list(_object(next(lines, b"{}")))
+            if _kind(file) == "parquet":
+                with self._parquet(file) as opened:
+                    return list(opened.schema_arrow.names)
+            return open_table(self._path(file)).column_names
+
+    def _parquet(self, file: str) -> pq.ParquetFile:
+        """Closed by whoever takes it."""
+        opened = pq.ParquetFile(self._store.open(file))
+        check_schema(opened.schema_arrow, self._where(file))
+        return opened
+
+    def _read_parquet(self, part: Part) -> pa.Table:
+        """A row group's rows up to the part's end are decoded, a batch at a time."""
+        kept: list[pa.RecordBatch] = []
+        at, end = 0, part.start + part.num_rows
+        with self._parquet(part.file) as opened:
+            for batch in opened.iter_batches(part.num_rows, row_groups=[part.group]):
+                first, last = max(part.start - at, 0), min(end - at, batch.num_rows)
+                if first < last:
+                    kept.append(batch.slice(first, last - first))
+                at += batch.num_rows
+                if at >= end:
+                    break
+            return pa.Table.from_batches(kept, opened.schema_arrow)
+
+    def _path(self, file: str) -> Path:
+        if self._local is None:
+            raise DataError(
+                f"data {self._where(file)}: Arrow files are read from a file system; write Parquet "
+                "or JSONL to object storage"
+            )
+        return self._local / file
+
+    def _where(self, file: str) -> str:
+        return f"{self._store.uri}/{file}" if file else self.uri
+
+
+def encoded(rows: Rows, added: Sequence[tuple[pa.Field, list[Any]]]) -> tuple[str, bytes]:
+    """A file of `rows` with columns added: the suffix of its name and its bytes. JSONL stays JSONL,
+    everything else becomes Parquet."""
+    if isinstance(rows, pa.Table):
+        table: Any = rows
+        for field, values in added:
+            table = table.append_column(field, pa.array(values, field.type))
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        return ".parquet", sink.getvalue()
+    lines = [
+        json.dumps(
+            {**row, **{field.name: values[i] for field, values in added}}, ensure_ascii=False
+        )
+        for i, row in enumerate(rows)
+    ]
+    return ".jsonl", ("\n".join(lines) + "\n").encode()
+
+
+def _kind(file: str) -> str:
+    suffix = Path(file).suffix.lower()
+    return "parquet" if suffix in PARQUET else "jsonl" if suffix in JSONL else "arrow"
+
+
+def _cut_lines(file: str, chunks: Iterator[bytes], first_row: int, num_rows: int) -> Iterator[Part]:
+    """JSONL has no index: it is read through once."""
+    start = at = rows = 0
+    for line in _lines(chunks):
+        at += len(line)
+        rows += bool(line.strip())
+        if rows == num_rows:
+            yield Part(file, first_row, rows, start, num_bytes=at - start)
+            first_row, start, rows = first_row + rows, at, 0
+    if rows:
+        yield Part(file, first_row, rows, start, num_bytes=at - start)
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines with their ends."""
+    rest: list[bytes] = []
+    for chunk in chunks:
+        *whole, last = chunk.split(b"\n")
+        for line in whole:
+            yield b"".join([*rest, line, b"\n"])
+            rest = []
+        if last:
+            rest.append(last)
+    if rest:
+        yield b"".join(rest)
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("a line is not a JSON object")
+    return row

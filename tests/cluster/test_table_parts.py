@@ -1,0 +1,119 @@
+"""Parts of a table, read apart, are the table: every format, on a folder and in a bucket."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import DataError
+from cluster.store import open_store
+from cluster.table_parts import TableSource, _lines, encoded
+from cluster.tables import write_table
+
+ROWS: list[dict[str, Any]] = [{"id": i, "prompt": f"p{i} ü"} for i in range(23)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=9)
+    else:
+        write_table(pa.Table.from_pylist(rows), path)
+
+
+def plain(rows: Any) -> list[dict[str, Any]]:
+    return rows if isinstance(rows, list) else rows.to_pylist()
+
+
+def read_all(source: TableSource, num_rows: int) -> list[dict[str, Any]]:
+    parts = source.parts(num_rows)
+    found: list[dict[str, Any]] = []
+    for part in parts:
+        assert part.first_row == len(found)
+        rows = plain(source.read(part))
+        assert 0 < len(rows) == part.num_rows
+        found += rows
+    return found
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 9, 100])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "arrow"])
+def test_parts_are_the_table(tmp_path: Path, suffix: str, num_rows: int) -> None:
+    write(tmp_path / f"b.{suffix}", ROWS[10:])
+    write(tmp_path / f"a.{suffix}", ROWS[:10])
+    (tmp_path / "_hidden").mkdir()
+    write(tmp_path / f"_hidden/c.{suffix}", ROWS)
+    source = TableSource(str(tmp_path))
+    assert source.columns() == ["id", "prompt"]
+    assert read_all(source, num_rows) == ROWS
+    assert read_all(TableSource(str(tmp_path / f"a.{suffix}")), num_rows) == ROWS[:10]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_from_a_bucket(s3_bucket: Callable[[], str], tmp_path: Path, suffix: str) -> None:
+    uri = s3_bucket()
+    write(tmp_path / f"a.{suffix}", ROWS)
+    open_store(uri).create(f"in/a.{suffix}", (tmp_path / f"a.{suffix}").read_bytes())
+    for where in (f"{uri}/in", f"{uri}/in/a.{suffix}"):
+        assert read_all(TableSource(where), 4) == ROWS
+
+
+def test_a_saved_dataset(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved", num_shards=3)
+    assert read_all(TableSource(str(tmp_path / "saved")), 5) == ROWS
+
+
+def test_a_large_row_group_is_not_read_over_and_over(tmp_path: Path) -> None:
+    rows = {"prompt": [str(i) for i in range(1000)]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    assert len(TableSource(str(tmp_path / "a.parquet")).parts(1)) <= 16
+
+
+@given(st.lists(st.binary(max_size=4).map(lambda b: b.replace(b"x", b"\n")), max_size=8))
+def test_lines_do_not_depend_on_how_bytes_arrive(chunks: list[bytes]) -> None:
+    assert list(_lines(iter(chunks))) == b"".join(chunks).splitlines(keepends=True) or any(
+        b"\r" in chunk or b"\x0b" in chunk for chunk in chunks
+    )
+
+
+def test_json_keeps_its_lines_and_tables_their_types(tmp_path: Path) -> None:
+    mixed = [{"id": 1}, {"id": "two", "extra": [1]}]
+    added = [(pa.field("answer", pa.string()), ["x", None])]
+    suffix, data = encoded(mixed, added)
+    assert suffix == ".jsonl"
+    assert [json.loads(line) for line in data.splitlines()] == [
+        {"id": 1, "answer": "x"}, {"id": "two", "extra": [1], "answer": None}
+    ]  # fmt: skip
+    suffix, data = encoded(pa.table({"id": pa.array([1, 2], pa.int8())}), added)
+    assert suffix == ".parquet"
+    assert pq.read_table(pa.BufferReader(data)).schema.field("id").type == pa.int8()
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        TableSource(str(tmp_path / "gone.parquet"))
+    with pytest.raises(DataError, match=r"holds no \.parquet"):
+        TableSource(str(tmp_path))
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n[1]\n')
+    with pytest.raises(DataError, match="not a JSON object"):
+        read_all(TableSource(str(tmp_path / "a.jsonl")), 10)
+    (tmp_path / "b.parquet").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=r"b\.parquet: cannot be read"):
+        TableSource(str(tmp_path / "b.parquet")).parts(10)
+    (tmp_path / "c.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match="has no rows"):
+        TableSource(str(tmp_path / "c.jsonl")).parts(10)
+
+
+def test_a_file_that_changed_has_another_identity(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ROWS)
+    before = TableSource(str(tmp_path / "a.jsonl")).files
+    write(tmp_path / "a.jsonl", ROWS[::-1])
+    assert TableSource(str(tmp_path / "a.jsonl")).files != before

@@ -1,0 +1,90 @@
+"""`graft generate --offline` on a real cluster: killed in the middle, begun twice, done once."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from adapters import make_adapter
+from commands import finish, overrides, start
+from conftest import RayCluster
+
+from cluster.registry import Registry
+from serving.engine import Engine, EngineSpec, GenerationRequest
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+ROWS, PART_ROWS, TOKENS = 480, 8, 40
+NAMES = [None, "lora", "prefix-tuning", "nobody"]
+
+
+def test_killed_in_the_middle_it_ends_with_every_row_once(
+    ray_cluster: RayCluster, bases: Callable[[str], Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for key, value in ray_cluster.env.items():
+        monkeypatch.setenv(key, value)
+    base, registry = bases("llama"), Registry(str(tmp_path / "store"))
+    engine = Engine(EngineSpec(base_model=str(base)))
+    for variant in ("lora", "prefix_tuning"):
+        path = make_adapter(variant, base, tmp_path / variant)
+        registry.publish(variant.replace("_", "-"), path)
+        engine.add_adapter(variant.replace("_", "-"), path)
+    models = [NAMES[i % len(NAMES)] for i in range(ROWS)]
+    rows = pa.table({"prompt": [f"row {i}" for i in range(ROWS)], "model": models})
+    pq.write_table(rows, tmp_path / "in.parquet", row_group_size=100)
+    settings = overrides(
+        f"store={registry.store.uri}", f"engine.base_model={base}", f"cache={tmp_path}/cache",
+        "replicas.min=1", "replicas.max=2",
+    )  # fmt: skip
+
+    def run() -> subprocess.Popen[str]:
+        return start(
+            "generate", tmp_path / "in.parquet", tmp_path / "out", "--adapter-column", "model",
+            "--max-tokens", TOKENS, "--part-rows", PART_ROWS, "--quiet",
+            "--offline", "configs/serving/local.yaml", "--address", ray_cluster.address, *settings,
+        )  # fmt: skip
+
+    marks = tmp_path / "out/_graft/parts"
+    first = run()
+    until(lambda: (tmp_path / "out/_graft/plan.json").exists(), first)
+    second = finish(run())
+    assert (second.code, "another call is writing it now" in second.output) == (4, True)
+    until(lambda: len(list(marks.glob("*"))) >= 3, first)
+    engines = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in p.name()]
+    os.kill(engines[0].pid, signal.SIGKILL)  # its part goes to another
+    done = len(list(marks.glob("*")))
+    until(lambda: len(list(marks.glob("*"))) > done + 2, first)
+    first.kill()
+    first.communicate()
+    kept = {path.name: path.stat().st_mtime_ns for path in marks.glob("*")}
+    assert 0 < len(kept) < ROWS // PART_ROWS
+
+    ended = finish(run())
+    assert ended.code == 5, ended.output
+    assert f"{ROWS} rows, " in ended.output
+    assert "of them kept from before" in ended.output
+    assert f"{ROWS // 4} of {ROWS} rows failed" in ended.output
+    assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in marks.glob("*")}.items()
+    found = pq.read_table(tmp_path / "out").to_pylist()
+    assert [row["row"] for row in found] == list(range(ROWS))
+    known = [row for row in found if row["model"] != "nobody"]
+    answers = engine.generate(
+        [GenerationRequest(r["prompt"], adapter=r["model"], max_tokens=TOKENS) for r in known]
+    )
+    assert [row["completion"] for row in known] == [answer.text for answer in answers]
+    assert all(row["error"] is None for row in known)
+    assert all("neither the base nor" in r["error"] for r in found if r["model"] == "nobody")
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

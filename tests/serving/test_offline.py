@@ -1,0 +1,136 @@
+"""Offline answers are the service's, row by row; an output takes each part once."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from service import BASE_NAME, NAMES, Running
+
+from cluster.errors import ConflictError, DataError, StoreError
+from cluster.registry import Catalog
+from cluster.table_parts import TableSource
+from cluster.tables import open_table, write_table
+from serving.batch_file import RowResult
+from serving.client import Client
+from serving.offline.answering import Asked, answer_rows
+from serving.offline.output import Output, Plan, check_same
+
+CHAT = [{"role": "user", "content": "hi"}]
+GREEDY: dict[str, Any] = {"max_tokens": 6}
+DRAWN: dict[str, Any] = {**GREEDY, "temperature": 1.0, "top_p": 0.9, "seed": 7, "stop": ["e"]}
+ADDED = ("completion", "finish_reason", "prompt_tokens", "completion_tokens", "error")
+
+
+def answer(service: Running, asked: Asked, rows: list[dict[str, Any]]) -> list[RowResult]:
+    return asyncio.run(answer_rows(service.service, asked, rows, 100, concurrency=5))
+
+
+@pytest.mark.parametrize("options", [GREEDY, DRAWN])
+def test_answers_are_those_of_the_service(
+    service: Running, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    names = [BASE_NAME, *NAMES, None, "lora@1", "lora:stable", "lroa"]
+    rows = [{"prompt": f"row {i}", "model": names[i % len(names)]} for i in range(20)]
+    rows += [{"prompt": "", "model": "lora"}, {"prompt": None, "model": "lora"},
+             {"prompt": "x" * 500, "model": "lora"}]  # fmt: skip
+    write_table(pa.Table.from_pylist(rows), tmp_path / "in.arrow")
+    with Client(service.url) as client:
+        client.generate_file(
+            tmp_path / "in.arrow", tmp_path / "out.arrow", adapter_column="model", **options
+        )
+    expected = open_table(tmp_path / "out.arrow").to_pylist()
+    found = answer(service, Asked("prompt", None, "model", options, seed=1), rows)
+    assert [result.row for result in found] == list(range(100, 100 + len(rows)))
+    for result, row in zip(found, expected, strict=True):
+        told = {name: getattr(result, name) for name in ADDED}
+        if row["prompt"]:
+            assert told == {name: row[name] for name in ADDED}
+        else:
+            assert "is empty or no text" in told["error"]
+    assert sum(result.error is not None for result in found) == 5
+
+
+def test_chats_are_rendered_as_the_service_does(service: Running) -> None:
+    with Client(service.url) as client:
+        (expected,) = client.generate([CHAT], adapter="lora", **GREEDY)
+    rows = [{"messages": CHAT}, {"messages": [{"role": "nobody", "content": "x"}]}]
+    good, bad = answer(service, Asked("messages", "lora", None, GREEDY, seed=1), rows)
+    assert (good.completion, good.prompt_tokens) == (expected.text, expected.prompt_tokens)
+    assert bad.error is not None
+    assert bad.error.startswith("messages.0.role")
+
+
+def test_without_a_seed_every_row_draws_by_its_own(service: Running) -> None:
+    options = {"max_tokens": 12, "temperature": 1.0, "ignore_eos": True}
+    rows = [{"prompt": "same"}] * 6
+    first, again, other = (
+        [r.completion for r in answer(service, Asked("prompt", None, None, options, seed), rows)]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert len(set(first)) == len(rows)
+
+
+def test_a_store_that_fails_is_no_rows_fault(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise StoreError("the store does not answer")
+
+    monkeypatch.setattr("serving.offline.answering._TRIES", 2)
+    monkeypatch.setattr(service.service.catalogue, "resolve", broken)
+    with pytest.raises(StoreError):
+        answer(service, Asked("prompt", "lora", None, GREEDY, seed=1), [{"prompt": "x"}])
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    pq.write_table(pa.table({"prompt": [f"p{i}" for i in range(10)]}), tmp_path / "in.parquet")
+    source = TableSource(str(tmp_path / "in.parquet"))
+    asked = Asked("prompt", "bot", None, GREEDY, seed=5)
+    catalog = Catalog({"bot": [1, 2]}, {("bot", "stable"): 1})
+    return Plan(source.uri, source.files, {"base_model": "b"}, asked, catalog, source.parts(4))
+
+
+def test_a_part_is_written_once(plan: Plan, tmp_path: Path) -> None:
+    output, source = Output(str(tmp_path / "out")), TableSource(plan.source)
+    assert output.plan() is None
+    output.begin(plan)
+    assert output.plan() == plan
+    for text in ("first", "second"):  # an engine died between the part and its mark
+        for place, part in reversed(list(enumerate(plan.parts))):
+            results = [
+                RowResult(part.first_row + i, text, "stop", 2, 3, None if i else "bad")
+                for i in range(part.num_rows)
+            ]
+            output.finish(place, part, source.read(part), results)
+    counts = output.finished()
+    assert sorted(counts) == [0, 1, 2]
+    assert sum(each.failed for each in counts.values()) == 3
+    found = pq.read_table(tmp_path / "out").to_pylist()
+    assert [row["row"] for row in found] == list(range(10))
+    assert [row["prompt"] for row in found] == [f"p{i}" for i in range(10)]
+    assert {row["completion"] for row in found} == {"first"}
+
+
+def test_another_call_does_not_go_on_with_an_output(plan: Plan, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    check_same(plan, replace(plan, asked=replace(plan.asked, seed=99)), "out")
+    for change in (
+        {"asked": replace(plan.asked, options={"max_tokens": 7})},
+        {"asked": replace(plan.asked, adapter="other")},
+        {"engine": {"base_model": "c"}},
+        {"source": "/elsewhere.parquet"},
+    ):
+        with pytest.raises(ConflictError, match="was begun with another"):
+            check_same(plan, replace(plan, **change), "out")
+    with pytest.raises(DataError, match="has changed since"):
+        check_same(plan, replace(plan, files={"in.parquet": "other"}), "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").touch()
+    with pytest.raises(ConflictError, match=r"holds notes\.txt"):
+        Output(str(tmp_path / "full")).plan()

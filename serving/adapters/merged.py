@@ -12,7 +12,6 @@ change weights is refused, never served wrongly. Nothing of a method is known he
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cluster.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, fault
 from cluster.errors import AdapterError
+from serving.adapters.alone import peft_alone
 from serving.adapters.config import refuse_unread
 from serving.adapters.dense import factored
 from serving.adapters.linear import change_of_bias, fit_shift, placed
@@ -44,6 +44,7 @@ _TOLERANCE = 1e-4  # of the largest output: float32's share of it is a tenth
 _ROUNDING = 2e-7  # of the norms of weight and change: float32 rounds each element by up to 6e-8
 
 
+@peft_alone()
 def lower_merged(
     folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
 ) -> LoweredAdapter:
@@ -142,12 +143,10 @@ def _with_peft(
 
     base = _hollow(target, tensors if folder.method in _FROM_WEIGHTS else {})
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model: Any = peft.PeftModel(base, config, _NAME, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
-            found: Any = peft.set_peft_model_state_dict(
-                model, dict(tensors), _NAME, low_cpu_mem_usage=True
-            )
+        model: Any = peft.PeftModel(base, config, _NAME, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
+        found: Any = peft.set_peft_model_state_dict(
+            model, dict(tensors), _NAME, low_cpu_mem_usage=True
+        )
     except Exception as error:
         raise _refused(folder, error) from error
     if found.unexpected_keys:

@@ -10,7 +10,6 @@ change of weights (a prefix, a block, a second model) is refused by name.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -18,6 +17,7 @@ from hashlib import blake2b
 import torch
 
 from cluster.errors import RequestError
+from serving.adapters.alone import without_warnings
 from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter, Replacement
 from serving.adapters.target import Target
 
@@ -133,8 +133,7 @@ def _weighted(
 def _sum_of_sparse(found: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor | None:
     if not found:
         return None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    with without_warnings("Sparse CSR tensor support is in beta"):
         weight, first = found[0]
         total = first.to_sparse_coo() * weight
         for weight, sparse in found[1:]:

@@ -9,7 +9,6 @@ parameter: values at flat indices, or all of it. SHiRA (arXiv:2406.13175): rows 
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.adapter_folder import WEIGHTS, AdapterFolder, fault
+from serving.adapters.alone import without_warnings
 from serving.adapters.config import refuse_unread
 from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter, Replacement
 from serving.adapters.target import ModuleShape, Target, bare_name, shape_of
@@ -220,8 +220,7 @@ def compressed(change: Sparse, shape: ModuleShape, target: Target) -> torch.Tens
     values = change.values_K * shape.scale
     if shape.kind == "transposed":
         places, rows, columns = places.flip(0), columns, rows
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    with without_warnings("Sparse CSR tensor support is in beta"):
         table = torch.sparse_coo_tensor(
             places, values, (rows, columns), check_invariants=True
         ).coalesce()

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,28 @@ def test_a_method_that_does_more_than_its_merged_weight_is_refused(
     monkeypatch.setattr(Linear, "forward", bent)
     with pytest.raises(AdapterError, match=r"computes on '.*' something else than the weight"):
         lower(folder, describe(load(bases("opt")), "opt"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_folders_lowered_in_threads_do_not_disturb_each_other(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT replaces a method of every torch module meanwhile; BOFT would compile for a GPU."""
+    from peft.tuners.boft import layer
+
+    target = describe(load(bases("opt")), "opt")
+    folders = [make_folder(kind, bases("opt"), tmp_path / kind)[0] for kind in ("LOHA", "BOFT")]
+    one_by_one = [lower(folder, target).deltas for folder in folders]
+    plain, compiled = torch.nn.Module.register_parameter, list[str]()
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: compiled.append("again"))
+    with ThreadPoolExecutor(4) as threads:
+        found = [lowered.deltas for lowered in threads.map(lower, folders * 8, repeat(target))]
+    assert torch.nn.Module.register_parameter is plain
+    assert not compiled
+    for deltas, expected in zip(found, one_by_one * 8, strict=True):
+        assert deltas.keys() == expected.keys()
+        for module, delta in deltas.items():
+            torch.testing.assert_close(vars(delta), vars(expected[module]))
 
 
 def test_a_change_is_kept_at_its_true_rank() -> None:

@@ -1,4 +1,4 @@
-"""Linear modules on CPU through oneDNN.
+"""Linear modules on CPU through oneDNN, and through our own kernel where weights stay.
 
 torch gives float32 products to MKL, which on AMD processors with AVX-512 reaches half of what
 oneDNN does, and a fraction of it for thin ones (docs/log.md); oneDNN is in every build of torch,
@@ -16,10 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear as torch_linear
 from transformers.pytorch_utils import Conv1D as _Conv1D
 
+from cluster.packed_product import PackedWeight, packed
+
 # Below so many multiplications the operator costs more than it saves.
 _LEAST_PRODUCTS = 2**19
-# Rows that the packed layout is chosen for: a decoding step's. Others run as fast with it.
-_PACKED_ROWS = 32
+# What oneDNN lays its copies out for.
+_DECODING_ROWS = 32
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
@@ -28,7 +30,7 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 class Linear(torch.nn.Linear):
     """`torch.nn.Linear`, computed by `linear`, or by what `pack` made of its weight."""
 
-    packed: torch.Tensor | None = None
+    packed: PackedWeight | torch.Tensor | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., I] -> [..., O]."""
@@ -38,7 +40,7 @@ class Linear(torch.nn.Linear):
 class Conv1D(_Conv1D):
     """transformers' linear module with its weight the other way round, computed likewise."""
 
-    packed: torch.Tensor | None = None
+    packed: PackedWeight | torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., I] -> [..., O]."""
@@ -62,14 +64,17 @@ def adopt(model: torch.nn.Module) -> None:
 
 
 def pack(model: torch.nn.Module) -> None:
-    """Give every adopted linear module of `model` a copy of its weight in the layout that oneDNN
-    computes with: for inference alone, with weights that stay. No effect elsewhere than on CPU."""
+    """Give every adopted linear module of `model` a copy of its weight for a kernel of ours:
+    for inference alone, with weights that stay. Where there is no such kernel, the copy is oneDNN's
+    own for few rows; elsewhere than on CPU there is none."""
     for module in model.modules():
-        if isinstance(module, (Linear, Conv1D)) and _HAS_ONEDNN:
+        if isinstance(module, (Linear, Conv1D)) and module.weight.device.type == "cpu":
             weight = module.weight.detach()
-            if weight.device.type == "cpu" and weight.dtype in _packable():
-                weight_OI = weight if isinstance(module, Linear) else weight.T.contiguous()
-                module.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _PACKED_ROWS)
+            weight_OI = weight if isinstance(module, Linear) else weight.T
+            module.packed = packed(weight_OI)
+            if module.packed is None and _HAS_ONEDNN and weight.dtype in _packable():
+                reorder = torch.ops.mkldnn._reorder_linear_weight
+                module.packed = reorder(weight_OI.contiguous(), _DECODING_ROWS)
 
 
 def _packable() -> tuple[torch.dtype, ...]:
@@ -108,6 +113,8 @@ def _forward(module: Any, x: torch.Tensor, weight_OI: torch.Tensor) -> torch.Ten
     # An attribute that hides the parameter is somebody's replacement of it.
     if module.packed is None or "weight" in vars(module) or x.dtype is not weight_OI.dtype:
         return linear(x, weight_OI, module.bias)
+    if isinstance(module.packed, PackedWeight):
+        return module.packed.product(x, module.bias)
     return _product(x, module.packed, module.bias)
 
 

@@ -44,7 +44,8 @@ class EngineSpec(Spec):
     packed_weights: bool = Field(
         True,
         description="On CPU, keep a copy of each linear weight in the layout that is multiplied "
-        "fastest: as much memory again as the weights.",
+        "fastest (with AVX-512 also to the same bits whatever runs beside it): as much memory "
+        "again as the weights.",
     )
     threads: PositiveInt | None = Field(
         None, description="CPU threads of the forward pass; torch's default if not given."

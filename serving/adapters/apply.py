@@ -2,13 +2,15 @@
 
     T tokens of the step    I in    O out
 
-Rows lie sorted by adapter, so each adapter is one contiguous segment and its delta one in-place
-`addmm` on a slice of the base's output. Forward hooks sit on those modules alone that some loaded
-adapter changes; a step without adapters runs the base as it is.
+Rows lie sorted by adapter, so each adapter is one contiguous segment and its delta works in place
+on a slice of the base's output; on CPU, the low-rank ones of few rows are one call for a module.
+Forward hooks sit on those modules alone that some loaded adapter changes; a step without adapters
+runs the base as it is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cluster.errors import AdapterError
 from cluster.linear import product
+from serving.adapters import cpu_low_rank
 from serving.adapters.primitives import (
     ACTIVATIONS,
     Block,
@@ -53,8 +56,11 @@ class DeltaHooks:
         self._users: dict[_Place, int] = {}
         self._body: Sequence[Segment] = ()
         self._head_rows: Sequence[Segment] = ()
+        self._is_active = False
+        self._planned: tuple[Sequence[Segment], Sequence[Segment]] = ((), ())
         # Which dimension of a module's output counts the step's tokens, by name.
         self._rows_dim: dict[str, int] = {}
+        self._tasks: dict[tuple[str, int | None], _Tasks] = {}  # of these segments, by module
         self._kept: dict[str, torch.Tensor] = {}  # inputs of this pass, by module
         self.queries: dict[int, torch.Tensor] = {}  # [T, H, D] of this pass, by layer
         self._is_tuple: dict[str, bool] = {}  # a router's, say; replaced parameters alone fit it
@@ -142,6 +148,7 @@ class DeltaHooks:
 
     def uninstall(self, deltas: Mapping[str, Delta]) -> None:
         """Count one adapter less."""
+        self._plan((), ())
         for place in _places(deltas):
             self._users[place] -= 1
             if not self._users[place]:
@@ -151,13 +158,19 @@ class DeltaHooks:
     def active(self, body: Sequence[Segment], head: Sequence[Segment]) -> Generator[None]:
         """The scope of one forward pass: `body` counts the step's tokens, `head` the rows of which
         logits are made."""
-        self._body, self._head_rows = body, head
+        if [*map(_key, (body, head))] != [*map(_key, self._planned)]:
+            self._plan(body, head)  # steps that decode the same requests have the same tasks
+        self._body, self._head_rows, self._is_active = body, head, True
         try:
             yield
         finally:
-            self._body = self._head_rows = ()
+            self._body, self._head_rows, self._is_active = (), (), False
             self._kept.clear()
             self.queries.clear()
+
+    def _plan(self, body: Sequence[Segment], head: Sequence[Segment]) -> None:
+        self._planned = (body, head)
+        self._tasks.clear()
 
     def _keep_hook(self, name: str) -> Any:
         def keep(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -198,11 +211,17 @@ class DeltaHooks:
         def apply(
             _: torch.nn.Module, args: tuple[Any, ...], options: Mapping[str, Any], output: Any
         ) -> None:
+            if not self._is_active:
+                return
             total = _parts(output)[0].shape[rows_dim]
-            for segment in self._head_rows if is_head else self._body:
-                delta = segment.deltas.get(name)
-                if delta is None:
-                    continue
+            row_tokens = _row_tokens(args[0], output, rows_dim)
+            tasks = self._tasks.get((name, row_tokens))
+            if tasks is None:
+                segments = self._head_rows if is_head else self._body
+                tasks = self._tasks[name, row_tokens] = _tasks(
+                    name, segments, row_tokens, args[0], output
+                )
+            for segment, delta in tasks.single:
                 rows = _Rows(rows_dim, total, segment)
                 if isinstance(delta, LinearDelta):
                     _add(rows.of(output), rows.of(args[0]), delta)
@@ -224,8 +243,49 @@ class DeltaHooks:
                 for part, new in zip(_parts(output), _parts(replayed), strict=True):
                     own_part = rows.of(part)
                     own_part.copy_(new.reshape(own_part.shape))
+            if tasks.low_rank is not None:
+                cpu_low_rank.add(output, args[0], tasks.low_rank)
 
         return apply
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """What one step's segments do to one module's output: one by one, and then in one call."""
+
+    single: Sequence[tuple[Segment, Delta]]
+    low_rank: cpu_low_rank.LowRankRows | None
+
+
+def _tasks(
+    name: str, segments: Sequence[Segment], row_tokens: int | None, x: Any, y: Any
+) -> _Tasks:
+    single: list[tuple[Segment, Delta]] = []
+    parts: list[tuple[int, int, LinearDelta]] = []
+    for segment in segments:
+        delta = segment.deltas.get(name)
+        if isinstance(delta, LinearDelta) and row_tokens is not None:
+            start, end = segment.start * row_tokens, segment.end * row_tokens
+            if cpu_low_rank.takes(delta, end - start, x, y):
+                parts.append((start, end, delta))
+                delta = delta.without_low_rank
+        if delta is not None:
+            single.append((segment, delta))
+    return _Tasks(single, cpu_low_rank.together(parts))
+
+
+def _row_tokens(x: Any, y: Any, rows_dim: int) -> int | None:
+    """How many tokens stand for one row, if rows follow each other in memory; else None."""
+    if not isinstance(y, torch.Tensor) or not isinstance(x, torch.Tensor):
+        return None
+    if x.dtype is not y.dtype or not y.is_contiguous() or y.shape[:-1] != x.shape[:-1]:
+        return None
+    before, after = y.shape[:rows_dim], y.shape[rows_dim + 1 : -1]
+    return math.prod(after) if math.prod(before) == 1 else None
+
+
+def _key(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
+    return [(segment.start, segment.end, id(segment.deltas)) for segment in segments]
 
 
 @dataclass(frozen=True)

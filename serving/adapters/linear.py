@@ -92,14 +92,19 @@ def fit_shift(
     return shift
 
 
-def placed(delta: LinearDelta, target: Target) -> LinearDelta:
-    """Contiguous, in the engine's dtype, on its device."""
+def placed(delta: LinearDelta, target: Target, *, is_embedding: bool = False) -> LinearDelta:
+    """In the engine's dtype, on its device, copied (the file is mapped), and contiguous: A as
+    [r, I], or row by token of an embedding."""
 
-    def place(part: torch.Tensor | None) -> torch.Tensor | None:
-        return None if part is None else part.to(target.device, target.dtype).contiguous()
+    def place(part: torch.Tensor | None, is_transposed: bool = False) -> torch.Tensor | None:
+        if part is None:
+            return None
+        part = part.T if is_transposed else part
+        copy = torch.empty(part.shape, dtype=target.dtype, device=target.device).copy_(part)
+        return copy.T if is_transposed else copy
 
     return LinearDelta(
-        a_Ir=place(delta.a_Ir),
+        a_Ir=place(delta.a_Ir, not is_embedding),
         b_rO=place(delta.b_rO),
         shift_O=place(delta.shift_O),
         scale_O=place(delta.scale_O),

@@ -124,8 +124,8 @@ def _lowered(
 ) -> LoweredAdapter:
     deltas |= {module: LinearDelta(shift_O=shift) for module, shift in found.shifts.items()}
     placed_deltas: dict[str, Delta] = {
-        name: placed(delta, target) for name, delta in deltas.items() if
-        isinstance(delta, LinearDelta)
+        name: placed(delta, target, is_embedding=target.modules[name].kind == "embedding")
+        for name, delta in deltas.items() if isinstance(delta, LinearDelta)
     }  # fmt: skip
     placed_deltas |= replacements(found.replaced, target)
     add_rows(folder, found.rows, placed_deltas, target)

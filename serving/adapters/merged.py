@@ -60,7 +60,8 @@ def lower_merged(
         if shift is not None:
             shift = shift if delta.shift_O is None else shift + delta.shift_O
             delta = dataclasses.replace(delta, shift_O=shift)
-        deltas[module] = placed(delta, target)
+        is_embedding = target.modules[module].kind == "embedding"
+        deltas[module] = placed(delta, target, is_embedding=is_embedding)
     deltas |= {module: placed(LinearDelta(shift_O=s), target) for module, s in shifts.items()}
     return LoweredAdapter(deltas | replacements(whole, target))
 

@@ -105,7 +105,7 @@ def _sum_of_linear(module: str, terms: Sequence[tuple[_Term, LinearDelta]]) -> L
         if delta.a_Ir is not None and delta.b_rO is not None
     ]
     return LinearDelta(
-        a_Ir=torch.cat([a_Ir for a_Ir, _, _ in low_rank], dim=1) if low_rank else None,
+        a_Ir=_side_by_side([a_Ir for a_Ir, _, _ in low_rank]) if low_rank else None,
         b_rO=torch.cat([b_rO.to(a.dtype) for a, b_rO, _ in low_rank]) if low_rank else None,
         shift_O=_weighted(terms, lambda delta: delta.shift_O),
         scale_O=_weighted(terms, lambda delta: delta.scale_O, around=1.0),
@@ -113,6 +113,13 @@ def _sum_of_linear(module: str, terms: Sequence[tuple[_Term, LinearDelta]]) -> L
         dense_IO=_weighted(terms, lambda delta: delta.dense_IO),
         sparse=_sum_of_sparse([(t.weight, d.sparse) for t, d in terms if d.sparse is not None]),
     )
+
+
+def _side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """As columns [I, r], in memory as they are: rank by rank, or an embedding's by token."""
+    if all(a_Ir.T.is_contiguous() for a_Ir in parts):
+        return torch.cat([a_Ir.T for a_Ir in parts]).T
+    return torch.cat([*parts], dim=1)
 
 
 def _weighted(

@@ -9,7 +9,7 @@ The engine knows these and no method; a method knows how it lowers to these and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -36,6 +36,13 @@ class LinearDelta:
     dense_IO: torch.Tensor | None = None
     sparse: torch.Tensor | None = None
     factor: float = 1.0
+
+    @property
+    def without_low_rank(self) -> LinearDelta | None:
+        """The same less x A B; None if that was all."""
+        rest = replace(self, a_Ir=None, b_rO=None, factor=1.0)
+        others = (getattr(rest, part.name) for part in fields(rest) if part.name != "factor")
+        return rest if any(part is not None for part in others) else None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from cluster.errors import BaseModelError
+from serving.engine import cpu_attention
 
 NAME = "graft_paged"
 # Attention variants that the formula below does not have; a layer that asks for one is refused.
@@ -69,15 +70,21 @@ class AttentionPlan:
             self._masks[index, window] = mask
         return self._masks[index, window]
 
+    def decode_starts(self, window: int | None) -> torch.Tensor:
+        """The first of its slots that each decoding row sees, int64 [B]."""
+        assert self.decode_lengths_B is not None
+        if window is None:
+            return torch.zeros_like(self.decode_lengths_B)
+        return (self.decode_lengths_B - window).clamp_(min=0)
+
     def decode_mask(self, window: int | None) -> torch.Tensor:
-        """Which slots each decoding row sees, bool [B, 1, 1, S]."""
+        """Which slots each decoding row sees, bool [B, 1, 1, S]; made once for all layers."""
         if (-1, window) not in self._masks:
             assert self.decode_slots_BS is not None
             assert self.decode_lengths_B is not None
             slot_S = torch.arange(self.decode_slots_BS.shape[1], device=self.write_T.device)
             mask = slot_S < self.decode_lengths_B[:, None]
-            if window is not None:
-                mask &= slot_S >= self.decode_lengths_B[:, None] - window
+            mask &= slot_S >= self.decode_starts(window)[:, None]
             self._masks[-1, window] = mask[:, None, None, :]
         return self._masks[-1, window]
 
@@ -118,6 +125,9 @@ def paged_attention(
     values[plan.write_T] = value[0].transpose(0, 1)
     query_TH = query[0].transpose(0, 1)
     plan.queries[layer] = query_TH
+    decode = (keys, values, scaling, sliding_window)
+    if not plan.spans:
+        return _decode(plan, query_TH, *decode)[None], None
     output_TH = torch.empty_like(query_TH, memory_format=torch.contiguous_format)
     for index, span in enumerate(plan.spans):
         rows = slice(span.start, span.end)
@@ -133,13 +143,13 @@ def paged_attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )[0].transpose(0, 1)
     if plan.decode_B is not None:
-        output_TH[plan.decode_B] = _decode(plan, query_TH, keys, values, scaling, sliding_window)
+        output_TH[plan.decode_B] = _decode(plan, query_TH[plan.decode_B], *decode)
     return output_TH[None], None
 
 
 def _decode(
     plan: AttentionPlan,
-    query_TH: torch.Tensor,
+    query_BH: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     scaling: float | None,
@@ -147,37 +157,27 @@ def _decode(
 ) -> torch.Tensor:
     """One token of each decoding row against its context, [B, H, D]. The heads of a group share
     their keys, so they stand where queries of one sequence would."""
-    assert plan.decode_B is not None
     assert plan.decode_slots_BS is not None
+    assert plan.decode_lengths_B is not None
     num_kv_heads, size = keys.shape[1], keys.shape[2]
-    query_BH = query_TH[plan.decode_B]
-    query_BKG = query_BH.view(len(query_BH), num_kv_heads, -1, size)
-    output = _attend(
-        query_BKG,
+    if cpu_attention.runs(query_BH, keys):
+        return cpu_attention.attend(
+            query_BH,
+            keys,
+            values,
+            plan.decode_slots_BS,
+            plan.decode_starts(window),
+            plan.decode_lengths_B,
+            size**-0.5 if scaling is None else scaling,
+        )
+    output = scaled_dot_product_attention(
+        query_BH.reshape(len(query_BH), num_kv_heads, -1, size),
         keys[plan.decode_slots_BS].transpose(1, 2),
         values[plan.decode_slots_BS].transpose(1, 2),
-        plan.decode_mask(window),
-        size**-0.5 if scaling is None else scaling,
+        attn_mask=plan.decode_mask(window),
+        scale=scaling,
     )
     return output.reshape(query_BH.shape)
-
-
-def _attend(
-    query_BKGD: torch.Tensor,
-    key_BKSD: torch.Tensor,
-    value_BKSD: torch.Tensor,
-    mask_B11S: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    """Each row's few queries against its context, [B, K, G, D]."""
-    if query_BKGD.device.type != "cpu" or query_BKGD.dtype == torch.float32:
-        return scaled_dot_product_attention(
-            query_BKGD, key_BKSD, value_BKSD, attn_mask=mask_B11S, scale=scaling
-        )
-    # torch's kernel for half precision on CPU takes four times as long for one query (docs/log.md).
-    score_BKGS = (query_BKGD * scaling) @ key_BKSD.transpose(-1, -2)
-    weight_BKGS = score_BKGS.float().masked_fill(~mask_B11S, -torch.inf).softmax(-1)
-    return weight_BKGS.to(value_BKSD.dtype) @ value_BKSD
 
 
 AttentionInterface.register(NAME, paged_attention)

@@ -19,7 +19,7 @@ from cluster.base_model import base_config, empty_base, load_base, longest_conte
 from cluster.errors import BaseModelError
 from cluster.linear import pack
 from cluster.memory import keep_freed_memory
-from serving.adapters import DeltaHooks, EmbeddingPrefix, KVPrefix, Target, describe
+from serving.adapters import DeltaHooks, EmbeddingPrefix, KVPrefix, Target, cpu_low_rank, describe
 from serving.engine.attention import NAME
 from serving.engine.batch import Batch, Computed, Row, Source
 from serving.engine.flat import FlatPass
@@ -55,6 +55,8 @@ class Runner:
             pack(self.model)
         self.target: Target = describe(self.model, spec.base_model)
         self.hooks = DeltaHooks(self.model)
+        if self.device.type == "cpu":
+            cpu_low_rank.prepare(self.target.dtype)
         self.vocabulary: int = self.model.get_input_embeddings().weight.shape[0]
         self.max_context_tokens = _context(self.model, spec)
         _refuse_by_length(self.model, spec, self.max_context_tokens)

@@ -5,6 +5,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from cluster.linear import adopt, is_plain, linear, pack, product
+from cluster.packed_product import packed
 
 NEED = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
 
@@ -39,12 +40,34 @@ def test_views_of_any_stride() -> None:
     )
 
 
-def test_a_row_is_the_same_alone_and_among_others() -> None:
-    x, module = torch.randn(600, 768), torch.nn.Linear(768, 900).requires_grad_(False)
-    adopt(module)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_alone_and_among_others(dtype: torch.dtype) -> None:
+    x, module = torch.randn(100, 768).to(dtype), torch.nn.Linear(768, 901).to(dtype)
+    adopt(module.requires_grad_(False))
     pack(module)
     with torch.inference_mode():
-        assert torch.equal(module(x)[40:48], module(x[40:48]))
+        for first, last in ((0, 1), (40, 48), (7, 32), (99, 100)):
+            assert torch.equal(module(x)[first:last], module(x[first:last]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [1, 30, 33, 768])
+@pytest.mark.parametrize("outputs", [1, 16, 31, 97])
+@pytest.mark.parametrize("rows", [0, 1, 12, 13, 29])
+def test_packed_products_of_any_shape(
+    dtype: torch.dtype, inputs: int, outputs: int, rows: int
+) -> None:
+    x, weight, bias = (
+        torch.randn(*s).to(dtype) for s in ((rows, inputs), (outputs, inputs), (outputs,))
+    )
+    weight_of = packed(weight)
+    if weight_of is None:
+        pytest.skip(f"no kernel for {dtype} and {inputs} inputs here")
+    for own in (bias, None):
+        expected = x.double() @ weight.double().T + (0 if own is None else own.double())
+        found = weight_of.product(x, own)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(found.double(), expected, atol=tolerance * 30, rtol=tolerance)
 
 
 def test_autocast_is_torchs() -> None:

@@ -1,0 +1,105 @@
+"""The kernel of low_rank.cpp: what many adapters add to one module's output, in one call.
+
+T tokens    I in    O out    r rank
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.native import kernel
+from serving.adapters.primitives import LinearDelta
+
+# Of one adapter. Two products are as fast for as many, and faster for more (docs/log.md).
+_MOST_TOKENS = 64
+_SOURCE = Path(__file__).with_name("low_rank.cpp")
+_NAMES = {
+    torch.float32: "add_float32",
+    torch.bfloat16: "add_bfloat16",
+    torch.float16: "add_float16",
+}
+_TYPES = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_int]
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("start", "end", "rank", "a", "b")),
+        ("factor", ctypes.c_double),
+        ("low", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class LowRankRows:
+    """Tokens from `start` to `end` (excluded) and what each adds to them, as the kernel reads it.
+    It holds what it points to."""
+
+    table: Any
+    deltas: Sequence[LinearDelta]
+    tokens: int  # the last one's number, and one
+
+
+def prepare(dtype: torch.dtype) -> None:
+    """Have the kernel compiled, which takes seconds at first, before anybody waits for it."""
+    _kernel(dtype)
+
+
+def takes(delta: LinearDelta, tokens: int, x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether x A B of so many tokens of this delta, from x [..., I] onto y [..., O], is the
+    kernel's to compute."""
+    a_Ir, b_rO = delta.a_Ir, delta.b_rO
+    return (
+        a_Ir is not None
+        and b_rO is not None
+        and tokens <= _MOST_TOKENS
+        and all(part.device.type == "cpu" for part in (a_Ir, b_rO, x, y))
+        and a_Ir.dtype is b_rO.dtype is x.dtype is y.dtype
+        and (a_Ir.shape[0], b_rO.shape[1]) == (x.shape[-1], y.shape[-1])
+        and a_Ir.T.is_contiguous()
+        and b_rO.is_contiguous()
+        and _kernel(y.dtype) is not None
+    )
+
+
+def together(parts: Sequence[tuple[int, int, LinearDelta]]) -> LowRankRows | None:
+    """What the kernel needs to know of (start, end, delta); None if there is nothing."""
+    table = (_Segment * len(parts))()
+    low = 0
+    for entry, (start, end, delta) in zip(table, parts, strict=True):
+        assert delta.a_Ir is not None
+        assert delta.b_rO is not None
+        a, b, rank = delta.a_Ir.data_ptr(), delta.b_rO.data_ptr(), delta.b_rO.shape[0]
+        entry.start, entry.end, entry.rank, entry.a, entry.b = start, end, rank, a, b
+        entry.factor, entry.low = delta.factor, low
+        low += (end - start) * rank
+    if not parts:
+        return None
+    return LowRankRows(table, [d for *_, d in parts], max(end for _, end, _ in parts))
+
+
+def add(y: torch.Tensor, x: torch.Tensor, rows: LowRankRows) -> None:
+    """y += factor (x A) B on the rows of each delta, in place: y [..., O] contiguous, x [..., I],
+    of the deltas' dtype."""
+    x = x.contiguous()
+    assert rows.tokens * y.shape[-1] <= y.numel(), "a step's rows are those that it was made of"
+    _kernel(y.dtype)(
+        y.data_ptr(),
+        x.data_ptr(),
+        rows.table,
+        len(rows.table),
+        x.shape[-1],
+        y.shape[-1],
+        torch.get_num_threads(),
+    )
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype) -> Any:
+    return kernel(_SOURCE, _NAMES[dtype], _TYPES) if dtype in _NAMES else None

@@ -1,0 +1,158 @@
+// y += factor (x A) B for the rows of many adapters at once, on CPU; called by cpu_low_rank.py.
+//
+//   T rows   I in   O out   r rank   S segments
+//
+// Two products for each adapter and module cost more calls than arithmetic where adapters have few
+// rows each, as in decoding. Here a module's adapters are one call; each A and B is read once, at
+// its own rank. A row's sums run in the same order whatever rows stand beside it.
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int kBlock = 8;        // ranks at a time
+constexpr int64_t kColumns = 256;  // outputs of a task
+
+}  // namespace
+
+// The rows `start` to `end` (excluded) of one adapter: A is [r, I], B [r, O], `low` its first place
+// among the products x A.
+template <typename T>
+struct Segment {
+  int64_t start, end, rank;
+  const T *a, *b;
+  double factor;
+  int64_t low;
+};
+
+namespace {
+
+// What one vector of x and one of A give, onto sixteen partial sums.
+template <typename T>
+struct Dot {
+  static constexpr int64_t kStep = kLanes;
+  static Floats add(Floats total, const T* x, const T* a, int64_t left) {
+    return total + load(x, left) * load(a, left);
+  }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Dot<BFloat16> {
+  static constexpr int64_t kStep = 2 * kLanes;
+  static __m512bh pairs(const BFloat16* source, int64_t left) {
+    const __mmask32 own = left >= kStep ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
+    return (__m512bh)_mm512_maskz_loadu_epi16(own, source);
+  }
+  static Floats add(Floats total, const BFloat16* x, const BFloat16* a, int64_t left) {
+    return _mm512_dpbf16_ps(total, pairs(x, left), pairs(a, left));
+  }
+};
+#endif
+
+// x A of `kBlock` ranks from `first` on, for `rows` rows from `t` on.
+template <int rows, typename T>
+void shrink(float* low, const T* x, const Segment<T>& segment, int64_t t, int64_t first, int64_t in,
+            int64_t out) {
+  const int64_t count = std::min<int64_t>(kBlock, segment.rank - first);
+  const T *a[kBlock], *b[kBlock];
+  for (int64_t j = 0; j < kBlock; ++j) {
+    a[j] = segment.a + (first + std::min<int64_t>(j, count - 1)) * in;
+    b[j] = segment.b + (first + std::min<int64_t>(j, count - 1)) * out;
+  }
+  Floats lanes[rows][kBlock] = {};
+  for (int64_t i = 0; i < in; i += Dot<T>::kStep)
+    for (int j = 0; j < kBlock; ++j) {
+      if (t == segment.start) {  // what comes next: too short to be foreseen
+        __builtin_prefetch(a[j] + kBlock * in + i);
+        __builtin_prefetch(b[j] + i, 0, 2);
+      }
+      for (int row = 0; row < rows; ++row)
+        lanes[row][j] = Dot<T>::add(lanes[row][j], x + (t + row) * in + i, a[j] + i, in - i);
+    }
+  for (int row = 0; row < rows; ++row)
+    store(low + segment.low + (t + row - segment.start) * segment.rank + first,
+          sum_each(lanes[row]), count);
+}
+
+// y += factor low B for `rows` rows from `t` on, of `kColumns` columns from `first` on.
+template <int rows, typename T>
+void expand(T* y, const float* low, const Segment<T>& segment, int64_t t, int64_t first,
+            int64_t out) {
+  const float* factors = low + segment.low + (t - segment.start) * segment.rank;
+  for (int64_t o = first; o < std::min(first + kColumns, out); o += 2 * kLanes) {
+    const int64_t second = std::min(o + kLanes, out);
+    Floats lanes[rows][2] = {};
+    for (int64_t j = 0; j < segment.rank; ++j) {
+      const T* b = segment.b + j * out;
+      const Floats own[2] = {load(b + o, out - o), load(b + second, out - second)};
+      for (int row = 0; row < rows; ++row)
+        for (int k = 0; k < 2; ++k) lanes[row][k] += factors[row * segment.rank + j] * own[k];
+    }
+    for (int row = 0; row < rows; ++row)
+      for (int k = 0; k < 2; ++k) {
+        const int64_t at = k ? second : o;
+        T* target = y + (t + row) * out + at;
+        store(target, load(target, out - at) + lanes[row][k] * float(segment.factor), out - at);
+      }
+  }
+}
+
+// Calls `work` with as many rows at once as registers hold, and then row by row.
+template <int most, typename Work>
+void by_rows(int64_t start, int64_t end, Work work) {
+  for (; start + most <= end; start += most) work(std::integral_constant<int, most>(), start);
+  for (; start < end; ++start) work(std::integral_constant<int, 1>(), start);
+}
+
+template <typename T>
+void add(T* y, const T* x, const Segment<T>* segments, int64_t count, int64_t in, int64_t out,
+         int threads) {
+  struct Part {
+    int64_t segment, first;
+  };
+  std::vector<Part> shrinks, expands;
+  int64_t num_low = 0;
+  for (int64_t s = 0; s < count; ++s) {
+    const Segment<T>& segment = segments[s];
+    for (int64_t j = 0; j < segment.rank; j += kBlock) shrinks.push_back({s, j});
+    for (int64_t o = 0; o < out; o += kColumns) expands.push_back({s, o});
+    num_low = std::max(num_low, segment.low + (segment.end - segment.start) * segment.rank);
+  }
+  std::vector<float> low(num_low);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (size_t p = 0; p < shrinks.size(); ++p) {
+      const Segment<T>& segment = segments[shrinks[p].segment];
+      by_rows<2>(segment.start, segment.end, [&](auto rows, int64_t t) {
+        shrink<rows>(low.data(), x, segment, t, shrinks[p].first, in, out);
+      });
+    }
+#pragma omp for schedule(static)
+    for (size_t p = 0; p < expands.size(); ++p) {
+      const Segment<T>& segment = segments[expands[p].segment];
+      by_rows<4>(segment.start, segment.end, [&](auto rows, int64_t t) {
+        expand<rows>(y, low.data(), segment, t, expands[p].first, out);
+      });
+    }
+  }
+}
+
+}  // namespace
+
+// x: [T, I]; y: [T, O].
+#define ADD(name, T)                                                                             \
+  extern "C" void name(T* y, const T* x, const Segment<T>* segments, int64_t count, int64_t in, \
+                       int64_t out, int threads) {                                               \
+    add(y, x, segments, count, in, out, threads);                                                \
+  }
+
+ADD(add_float32, float)
+ADD(add_bfloat16, BFloat16)
+#ifdef __FLT16_MANT_DIG__
+ADD(add_float16, _Float16)
+#endif

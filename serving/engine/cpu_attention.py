@@ -1,0 +1,64 @@
+"""The kernel of paged_attention.cpp, for tensors.
+
+B decoding rows    S context slots    H heads    K key/value heads    D head size
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.native import kernel
+
+_SOURCE = Path(__file__).with_name("paged_attention.cpp")
+_NAMES = {
+    torch.float32: "attend_float32",
+    torch.bfloat16: "attend_bfloat16",
+    torch.float16: "attend_float16",
+}
+_TYPES = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int]
+
+
+def runs(query: torch.Tensor, memory: torch.Tensor) -> bool:
+    """Whether there is a kernel for this query and keys and values that lie there."""
+    if memory.device.type != "cpu" or query.dtype is not memory.dtype:
+        return False
+    return _kernel(memory.dtype) is not None
+
+
+def attend(
+    query_BHD: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots_BS: torch.Tensor,
+    starts_B: torch.Tensor,
+    lengths_B: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """What each row sees in its slots from `starts_B` to `lengths_B` (excluded), [B, H, D].
+
+    Args:
+        keys, values: [slots, K, D], contiguous, of the query's dtype.
+        slots_BS, starts_B, lengths_B: int64; each row sees one slot at least.
+    """
+    query_BHD, slots_BS = query_BHD.contiguous(), slots_BS.contiguous()
+    output_BHD = torch.empty_like(query_BHD)
+    rows, heads, size = query_BHD.shape
+    tensors = (output_BHD, query_BHD, keys, values, slots_BS, starts_B, lengths_B)
+    kv_heads = keys.shape[1]
+    _kernel(query_BHD.dtype)(
+        *(tensor.data_ptr() for tensor in tensors),
+        *(rows, slots_BS.shape[1], kv_heads, heads // kv_heads, size),
+        scaling,
+        torch.get_num_threads(),
+    )
+    return output_BHD
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype) -> Any:
+    return kernel(_SOURCE, _NAMES[dtype], _TYPES) if dtype in _NAMES else None

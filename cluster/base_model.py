@@ -115,7 +115,7 @@ def load_tokenizer(path: str) -> Any:
 def encode_prompt(tokenizer: Any, text: str, *, is_whole: bool = True) -> list[int]:
     """The ids of a prompt: with the tokenizer's opening tokens, without a closing one unless an
     encoder reads it and it `is_whole` (nothing follows)."""
-    ids: list[int] = list(tokenizer(text)["input_ids"])
+    ids = encode_text(tokenizer, text)
     if is_whole and getattr(tokenizer, "closes_prompts", False):
         return ids
     if (
@@ -125,6 +125,12 @@ def encode_prompt(tokenizer: Any, text: str, *, is_whole: bool = True) -> list[i
     ):
         ids.pop()
     return ids
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text that nothing follows, with all the tokenizer's tokens: what an embedding is
+    of. Bases that embed are trained with their closing token, whose state they put it in."""
+    return list(tokenizer(text)["input_ids"])
 
 
 def load_base(

@@ -143,6 +143,17 @@ def byte_tokenizer(opening: str | None = None) -> Any:
     )
 
 
+def closing_tokenizer(opening: str | None) -> Any:
+    """One that closes each text with its end token, and opens it, as encoders' do."""
+    tokenizer = byte_tokenizer()
+    single = f"{opening or ''} $A <|end|>".strip()
+    special = [(t, tokenizer.convert_tokens_to_ids(t)) for t in single.split() if t != "$A"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=special
+    )
+    return tokenizer
+
+
 def make_base(family: str, folder: Path, seed: int = 0) -> Path:
     """A base of that family with random weights large enough that tokens differ."""
     torch.manual_seed(seed)

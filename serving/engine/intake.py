@@ -10,7 +10,7 @@ from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
 
-from cluster.base_model import encode_prompt, load_tokenizer
+from cluster.base_model import encode_prompt, encode_text, load_tokenizer
 from cluster.errors import ContextLengthError, RequestError
 from serving.adapters import EmbeddingPrefix, LoweredAdapter
 from serving.engine.answer import Answer
@@ -157,7 +157,8 @@ class Intake:
         elif self.tokenizer is None:
             raise RequestError("the base has no tokenizer; give prompt_token_ids", param="prompt")
         else:
-            ids, param = encode_prompt(self.tokenizer, request.prompt or ""), "prompt"
+            encode = encode_prompt if request.pooling is None else encode_text
+            ids, param = encode(self.tokenizer, request.prompt or ""), "prompt"
         if not ids:
             raise RequestError(f"{param} is empty; give at least one token", param=param)
         return ids, param

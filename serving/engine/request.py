@@ -79,7 +79,8 @@ class GenerationRequest:
     temperature, top_k, top_p and min_p, in this order.
 
     Attributes:
-        prompt: Text, tokenised with the base's opening tokens; or `prompt_token_ids`, as they are.
+        prompt: Text, tokenised with the base's opening tokens, and for `pooling` with its closing
+            ones; or `prompt_token_ids`, as they are.
         adapter: A name given to `add_adapter`, or None for the base alone.
         adapter_rank: Take so many of a DyLoRA's ranks; None for all.
         max_tokens: Tokens to generate; None for as many as the context allows. 0 is for

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
 from pydantic import BaseModel
 
 from serving.engine.request import best_choices
@@ -37,16 +37,12 @@ from serving.protocol import (
 )
 
 
-class WholeForm(Protocol):
-    """How one route writes its answers."""
+class Form(Protocol):
+    """How one route writes its answers, whole or as a stream."""
 
     def whole(self, answers: Sequence[Piece], used: Usage) -> BaseModel:
         """The body; `answers` has the one piece of each answer, in order of index."""
         ...
-
-
-class Form(WholeForm, Protocol):
-    """How one route writes its answers, whole or as a stream."""
 
     def chunks(self, piece: Piece, used: Usage | None) -> list[BaseModel]:
         """The chunks of one piece; `used` goes on each."""
@@ -122,27 +118,26 @@ class CompletionForm:
         return prompt if isinstance(prompt, str) else self._texts.of(prompt)
 
 
-class EmbeddingForm:
-    """/v1/embeddings, which never streams."""
+def embedding_body(job: Job, body: EmbeddingRequest, answers: Sequence[Piece]) -> bytes:
+    """The body of /v1/embeddings, which never streams: an EmbeddingList in JSON.
 
-    def __init__(self, job: Job, body: EmbeddingRequest) -> None:
-        self._job, self._as_text = job, body.encoding_format == "base64"
-
-    def whole(self, answers: Sequence[Piece], used: Usage) -> BaseModel:
-        """See Form."""
-        data = [
-            Embedding(index=piece.index, embedding=self._written(piece.embedding))
-            for piece in answers
-            if piece.embedding is not None
-        ]
-        assert len(data) == len(answers), "every answer is a vector"
-        read = EmbeddingUsage(prompt_tokens=used.prompt_tokens, total_tokens=used.prompt_tokens)
-        return EmbeddingList(data=data, model=self._job.model, usage=read)
-
-    def _written(self, vector: np.ndarray) -> list[float] | str:
-        if self._as_text:
-            return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        return vector.tolist()
+    For a thread of its own, as it may have millions of numbers. They are not validated again, and
+    each vector is written by a call of its own: during one no other thread runs.
+    """
+    read = EmbeddingUsage(prompt_tokens=job.prompt_tokens, total_tokens=job.prompt_tokens)
+    whole = EmbeddingList(data=[], model=job.model, usage=read).model_dump()
+    del whole["data"]
+    entry = Embedding(index=0, embedding="").model_dump()
+    data: list[str] = []
+    for piece in answers:
+        assert piece.embedding is not None, "every answer is a vector"
+        vector: list[float] | str = (
+            base64.b64encode(piece.embedding.astype("<f4").tobytes()).decode()
+            if body.encoding_format == "base64"
+            else piece.embedding.tolist()
+        )
+        data.append(json.dumps({**entry, "index": piece.index, "embedding": vector}))
+    return f'{json.dumps(whole)[:-1]}, "data": [{", ".join(data)}]}}'.encode()
 
 
 class ChatForm:

@@ -17,7 +17,7 @@ from cluster.errors import GraftError, RequestError
 from cluster.mixes import AdapterMix, NamedAdapter
 from serving.engine.ranges import check_token_ids
 from serving.gateway.access import Door, Tenant
-from serving.gateway.answers import ChatForm, CompletionForm, EmbeddingForm, Form, WholeForm
+from serving.gateway.answers import ChatForm, CompletionForm, Form, embedding_body
 from serving.gateway.bodies import read_body
 from serving.gateway.chat import render
 from serving.gateway.errors import answer_graft_error, answer_http_error, error_body
@@ -95,10 +95,12 @@ def _add_answers(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
         body = await read_body(request, EmbeddingRequest, spec)
         job = await service.embedding_job(body, _tenant(request), request.state.began_s)
         try:
-            return await _whole(service, job, EmbeddingForm(job, body))
+            answers = await _answers(service, job)
         except RequestError as error:
             error.param = _INPUTS.get(error.param or "", error.param)
             raise
+        whole = await asyncio.to_thread(embedding_body, job, body, answers)
+        return Response(whole, media_type="application/json")
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
@@ -177,17 +179,18 @@ async def _respond(service: Service, body: Sampling, job: Job, form: Form) -> Re
         first = await anext(pieces)
         events = _events(service, body, job, first, pieces, form)
         return StreamingResponse(events, media_type="text/event-stream", headers=_HEADERS)
-    return await _whole(service, job, form)
+    answers = await _answers(service, job)
+    used = job.usage(sum(piece.tokens for piece in answers))
+    return JSONResponse(form.whole(answers, used).model_dump())
 
 
-async def _whole(service: Service, job: Job, form: WholeForm) -> Response:
+async def _answers(service: Service, job: Job) -> list[Piece]:
+    """The one piece of each answer, in order of index."""
     answers: dict[int, Piece] = {}
     async with aclosing(service.run(job, stream=False)) as pieces:
         async for piece in pieces:
             answers[piece.index] = piece
-    used = job.usage(sum(piece.tokens for piece in answers.values()))
-    whole = form.whole([answers[index] for index in range(len(job.requests))], used)
-    return JSONResponse(whole.model_dump())
+    return [answers[index] for index in range(len(job.requests))]
 
 
 async def _events(

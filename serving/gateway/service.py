@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from cluster.base_model import encode_prompt
+from cluster.base_model import encode_prompt, encode_text
 from cluster.errors import DeadlineError, EngineError, OverloadedError, RequestError
 from cluster.mixes import NamedAdapter
 from serving.catalogue import Catalogue
@@ -127,7 +127,7 @@ class Service:
         adapter = await self._resolve(body.model, tenant)
         per_prompt = max(body.n or 1, body.best_of or 1)
         self._check_count(len(body.prompts) * per_prompt, "prompt")
-        prompts = await asyncio.to_thread(self._encode, body.prompts)
+        prompts = await asyncio.to_thread(self._encode, body.prompts, encode_prompt)
         is_ranked = per_prompt > (body.n or 1)
         return self._job(
             "cmpl", began_s, body, tenant, adapter, prompts, per_prompt,
@@ -152,7 +152,7 @@ class Service:
         """Of a request that arrived at `began_s`. Raises CallerError for whatever cannot run."""
         adapter = await self._resolve(body.model, tenant)
         self._check_count(len(body.inputs), "input")
-        prompts = await asyncio.to_thread(self._encode, body.inputs)
+        prompts = await asyncio.to_thread(self._encode, body.inputs, encode_text)
         requests = [
             GenerationRequest(
                 prompt_token_ids=prompt,
@@ -279,9 +279,11 @@ class Service:
                 param=param,
             )
 
-    def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    def _encode(
+        self, prompts: Sequence[str | list[int]], encode: Callable[[Any, str], list[int]]
+    ) -> list[list[int]]:
         return [
-            encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
+            encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
             for prompt in prompts
         ]
 

@@ -1,5 +1,6 @@
 """The HTTP side on a real socket over a real replica: answers and streams in OpenAI's forms."""
 
+import asyncio
 import base64
 import json
 import re
@@ -14,11 +15,15 @@ import httpx2
 import numpy as np
 import pytest
 from adapters import make_adapter
-from service import ASK, BASE_NAME, CATALOGUE_TTL_S, NAMES, Running, error, events
+from conftest import closing_tokenizer
+from service import ASK, BASE_NAME, CATALOGUE_TTL_S, NAMES, Running, error, events, running
 from starlette.routing import Route
 
 from cluster.registry import Registry
+from serving.engine import Engine, EngineSpec, GenerationRequest
+from serving.gateway import routes
 from serving.gateway.access import Door
+from serving.gateway.answers import embedding_body
 from serving.gateway.routes import create_app
 from serving.import_watch import ImportWatch
 from serving.spec import GatewaySpec
@@ -392,6 +397,40 @@ def test_embeddings_are_the_engines(service: Running, http: httpx2.Client, model
     np.testing.assert_allclose(short["embedding"], first / np.linalg.norm(first), atol=1e-6)
     plain = np.array(ask(model=BASE_NAME)["data"][0]["embedding"])
     assert (abs(plain - vectors[0]).max() > 0.01) == (model != BASE_NAME)
+
+
+def test_an_embedding_is_of_the_closing_token_and_a_completion_is_not(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many models that embed have it in their template. The body is written off the loop."""
+    base, loops = shutil.copytree(bases("llama"), tmp_path / "base"), list[bool]()
+    closing_tokenizer(None).save_pretrained(base)
+
+    def noting(*args: Any) -> bytes:
+        try:
+            loops.append(bool(asyncio.get_running_loop()))
+        except RuntimeError:
+            loops.append(False)
+        return embedding_body(*args)
+
+    monkeypatch.setattr(routes, "embedding_body", noting)
+    with running(base, tmp_path) as service, httpx2.Client(base_url=service.url) as client:
+        body = {"model": BASE_NAME, "input": "hello"}
+        answer = client.post("/v1/embeddings", json=body).json()
+        ids = service.service.tokenizer("hello")["input_ids"]
+        assert len(ids) == 6
+        assert answer["usage"]["prompt_tokens"] == 6
+        body["input"] = ids
+        whole = client.post("/v1/embeddings", json=body).json()["data"]
+        assert answer["data"] == whole
+        used = client.post("/v1/completions", json={"model": BASE_NAME, **ASK}).json()["usage"]
+        assert used["prompt_tokens"] == 5
+    assert loops == [False, False]
+    engine = Engine(EngineSpec(base_model=str(base)))
+    asked = GenerationRequest(prompt="hello", max_tokens=0, pooling="last")
+    (result,) = engine.generate([asked])
+    assert result.embedding is not None
+    np.testing.assert_allclose(result.embedding, whole[0]["embedding"], atol=1e-6)
 
 
 NO_EMBEDDINGS: list[tuple[dict[str, Any], str]] = [

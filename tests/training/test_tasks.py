@@ -13,8 +13,7 @@ import pytest
 import torch
 import transformers
 from adapters import randomize
-from conftest import CONFIGS, byte_tokenizer
-from tokenizers import processors
+from conftest import CONFIGS, byte_tokenizer, closing_tokenizer
 from workers import Case, run_case, run_cases, state_of, weights_of
 
 from cluster.base_model import empty_base, load_base
@@ -72,17 +71,6 @@ SEQ2SEQ, CLASSIFIERS = ("t5", "bart"), ("llama", "bert", "roberta")
 
 def task_of(family: str) -> Task:
     return "seq_2_seq_lm" if family in SEQ2SEQ else "sequence_classification"
-
-
-def closing_tokenizer(opening: str | None) -> Any:
-    """One that closes each text with its end token, and opens it, as encoders' do."""
-    tokenizer = byte_tokenizer()
-    single = f"{opening or ''} $A <|end|>".strip()
-    special = [(t, tokenizer.convert_tokens_to_ids(t)) for t in single.split() if t != "$A"]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, special_tokens=special
-    )
-    return tokenizer
 
 
 @pytest.fixture(scope="module")

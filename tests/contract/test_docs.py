@@ -99,3 +99,17 @@ def test_every_file_of_the_packages_is_packaged() -> None:
         for path in (ROOT / room).rglob("*.py")
     }
     assert found == packaged
+
+
+def test_every_kernel_is_packaged() -> None:
+    import tomllib
+    from fnmatch import fnmatch
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]
+    kernels = [path for kind in ("*.cpp", "*.h") for path in ROOT.glob(f"*/**/{kind}")]
+    names = [path.relative_to(ROOT) for path in kernels if ".venv" not in path.parts]
+    assert names
+    for name in names:
+        room, *rest = name.parts
+        assert any(fnmatch("/".join(rest), pattern) for pattern in patterns[room]), name

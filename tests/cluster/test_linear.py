@@ -45,6 +45,8 @@ def test_a_row_is_the_same_alone_and_among_others(dtype: torch.dtype) -> None:
     x, module = torch.randn(100, 768).to(dtype), torch.nn.Linear(768, 901).to(dtype)
     adopt(module.requires_grad_(False))
     pack(module)
+    if packed(module.weight) is None:
+        pytest.skip(f"no kernel for {dtype} here; oneDNN chooses by the number of rows")
     with torch.inference_mode():
         for first, last in ((0, 1), (40, 48), (7, 32), (99, 100)):
             assert torch.equal(module(x)[first:last], module(x[first:last]))

@@ -29,6 +29,10 @@ def test_each_row_sees_its_own_context_alone(
     if not has_kernel:
         monkeypatch.setattr(cpu_attention, "runs", lambda *_: False)
     lengths = [1, 33, 7, 16, 20]
+    if has_kernel and not cpu_attention.runs(
+        torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)
+    ):
+        pytest.skip(f"no kernel for {dtype} here")
     memory = [torch.randn(SLOTS * ROWS, kv_heads, size).to(dtype) for _ in range(2)]
     slots = torch.randperm(SLOTS * ROWS)[: ROWS * max(lengths)].view(ROWS, -1)
     write = torch.stack([slots[row, n - 1] for row, n in enumerate(lengths)])

@@ -66,6 +66,11 @@ def parse_mix(model: str) -> list[tuple[str, float]] | None:
     return parts
 
 
+def is_mix(ref: str) -> bool:
+    """Whether an exact reference is that of a mix."""
+    return "+" in ref
+
+
 def members_of(ref: str) -> list[str]:
     """The exact references of the adapters in AdapterMix.ref, or `ref` itself if it is of one."""
-    return [part.rpartition(":")[0] for part in ref.split("+")] if "+" in ref else [ref]
+    return [part.rpartition(":")[0] for part in ref.split("+")] if is_mix(ref) else [ref]

@@ -187,6 +187,8 @@ class AsyncClient:
         Raises:
             GraftError: the first that failed; the others are dropped.
         """
+        if isinstance(inputs, str):
+            raise RequestError("inputs is one text; give a list of texts", param="inputs")
         # A request has texts or token ids, never both.
         kinds = [list(kind) for _, kind in groupby(inputs, key=lambda part: isinstance(part, str))]
         parts = [

@@ -57,6 +57,13 @@ def add_rows(
         tokens = _tokens_of(folder, module)
         if not shape.takes_low_rank or weight is None or shape.kind == "transposed":
             raise fault(folder.path, WEIGHTS, f"has {key!r}, whose module has no rows of tokens")
+        if shape.is_quantized:
+            raise fault(
+                folder.path,
+                WEIGHTS,
+                f"has {key!r}, rows of a module that the base {target.name} keeps in 4 or 8 bits; "
+                "serve it over the plain base",
+            )
         size, hidden = weight.shape
         if tuple(rows_KH.shape) != (len(tokens), hidden) or max(tokens) >= size:
             raise fault(

@@ -16,6 +16,7 @@ from cluster.errors import (
     OverloadedError,
     RequestError,
 )
+from cluster.mixes import is_mix
 from cluster.spec import nearest
 from serving.adapters import LoweredAdapter, num_bytes
 from serving.engine.batch import LoadedAdapter
@@ -173,8 +174,10 @@ class AdapterBank:
         return size
 
     def _evict(self) -> bool:
-        """Remove the least recently used adapter without requests, if there is one."""
-        idle = next((n for n, held in self._named.items() if not self._users[held.name]), None)
+        """Remove the least recently used adapter without requests, if there is one; a mix first,
+        as it is summed again from its members, and anybody may ask for as many as he likes."""
+        free = [name for name, held in self._named.items() if not self._users[held.name]]
+        idle = next((name for name in free if is_mix(name)), free[0] if free else None)
         if idle is not None:
             self.remove(idle)
             self.evictions += 1

@@ -6,6 +6,7 @@ and `cancel` from the one thread that owns the engine. No Ray, no HTTP.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
@@ -25,6 +26,7 @@ from serving.engine.host_tier import HostTier
 from serving.engine.intake import Intake
 from serving.engine.offset import SmallBases
 from serving.engine.pages import PagePool
+from serving.engine.ranges import require
 from serving.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -163,10 +165,15 @@ class Engine:
 
         Raises:
             ModelNotFoundError: one of them is not loaded.
-            RequestError: one of them is no change of weights.
+            RequestError: there is none, one of them is no change of weights, or a weight is no
+                finite number.
             ConflictError: the name is taken.
             OverloadedError: there is no room in engine.adapters_gib.
         """
+        require(len(weights) > 0, "weights", "weights is empty; give at least one adapter")
+        for part, weight in weights.items():
+            wrong = f"weights[{part[:120]!r}] is {weight!r}; it must be a finite number"
+            require(math.isfinite(weight), "weights", wrong)
         parts = [Part(n, self._bank.get(n).lowered, weight) for n, weight in weights.items()]
         self.install_adapter(name, self.mix(parts))
 
@@ -325,8 +332,9 @@ class Engine:
         one by one, so that only requests of the guilty one fail; their ends go to `outputs`."""
         try:
             computed = self._forward(chunks)
-            self._gather(chunks, computed.states_MH)
             sampled = self._sample(chunks, computed.logits_NV)
+            # Last: what is tried again after a failure must not be added to a sum twice.
+            self._gather(chunks, computed.states_MH)
         except Exception as error:
             names = sorted({chunk.sequence.adapter for chunk in chunks})
             if len(names) == 1:

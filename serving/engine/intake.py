@@ -194,11 +194,12 @@ class Intake:
             who = "adapter and decoder take" if self._is_seq2seq else "the adapter takes"
             beside = f" + {taken_tokens} that {who}" if taken_tokens else ""
             is_full = prompt_tokens + taken_tokens >= self._context
+            asked = "" if request.pooling else f" and max_tokens is {wanted}"
             remedy = "shorten the prompt" + (" or lower max_tokens" if wanted else "")
             # It begins as OpenAI's own: clients know this failure by these words.
             raise ContextLengthError(
                 f"this model's maximum context length is {self._context} tokens; the prompt has "
-                f"{prompt_tokens} tokens{beside} and max_tokens is {wanted}; {remedy}",
+                f"{prompt_tokens} tokens{beside}{asked}; {remedy}",
                 param="prompt" if is_full else "max_tokens",
             )
         return wanted

@@ -110,6 +110,37 @@ def test_a_mean_takes_nothing_from_other_prompts_pages_and_a_last_token_does(bas
         torch.testing.assert_close(torch.from_numpy(result.embedding), expected, atol=1e-4, rtol=0)
 
 
+def test_a_pass_that_is_tried_again_adds_nothing_twice(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = EngineSpec(base_model=str(bases("llama")), max_step_tokens=24, prefix_cache=False)
+    engine = Engine(spec)
+    engine.add_adapter("lora", make_adapter("lora", bases("llama"), tmp_path))
+    asked = [embedding(PROMPTS[1], name, "mean") for name in (None, "lora")]
+    expected = engine.generate(asked)
+    sample, failures = engine._sample, list[int]()
+
+    def fail(chunks: Any, logits_NV: torch.Tensor) -> Any:
+        if len(chunks) > 1:
+            failures.append(chunks[0].start)
+            raise RuntimeError("out of memory")
+        return sample(chunks, logits_NV)
+
+    monkeypatch.setattr(engine, "_sample", fail)
+    results = engine.generate(asked)
+    assert any(failures), "one of them was in the middle of its prompt"
+    for result, before in zip(results, expected, strict=True):
+        assert result.embedding is not None
+        assert before.embedding is not None
+        np.testing.assert_allclose(result.embedding, before.embedding, atol=1e-5)
+
+
+def test_a_prompt_over_the_context_is_told_nothing_of_max_tokens(bases: Bases) -> None:
+    engine = Engine(EngineSpec(base_model=str(bases("llama"))))
+    with pytest.raises(RequestError, match="the prompt has 200 tokens; shorten the prompt"):
+        engine.submit(embedding([1] * 200, None, "last"))
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,20 @@ def test_tokens_that_do_not_fit_are_refused(
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(AdapterError, match=message):
         lower(tmp_path, describe(load(bases("llama")), "llama"))
+
+
+def test_tokens_of_a_quantised_module_are_refused(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    plain, name = describe(load(bases("llama")), "llama"), "model.layers.0.mlp.up_proj"
+    key = f"base_model.model.{name}.trainable_tokens_delta"
+    save_file({key: torch.ones(1, 32)}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [3]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    hidden = {"weight": torch.empty(48, 32, device="meta")}
+    shape = replace(plain.modules[name], parameters=hidden, is_quantized=True)
+    with pytest.raises(AdapterError, match="keeps in 4 or 8 bits; serve it over the plain base"):
+        lower(tmp_path, replace(plain, modules={**plain.modules, name: shape}))
 
 
 def test_tokens_of_a_weight_that_is_saved_whole_too_are_refused(

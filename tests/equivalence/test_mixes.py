@@ -10,6 +10,7 @@ import torch
 from adapters import load, make_adapter
 
 from cluster.errors import ModelNotFoundError, RequestError
+from serving.adapters import Part
 from serving.engine import Engine, EngineSpec, GenerationRequest, ScoreRequest
 
 TOLERANCE = 1e-4
@@ -121,4 +122,18 @@ def test_what_is_no_change_of_weights_is_refused_by_name(bases: Bases, tmp_path:
             engine.add_mix("mix", {one: 0.5, other: 0.5})
     with pytest.raises(ModelNotFoundError, match="'nobody'"):
         engine.add_mix("mix", {"lora": 0.5, "nobody": 0.5})
+    for weights, message in [({}, "is empty"), ({"lora": float("nan")}, "must be a finite number")]:
+        with pytest.raises(RequestError, match=message):
+            engine.add_mix("mix", weights)
     assert "mix" not in engine.adapters
+
+
+def test_mixes_leave_before_adapters(bases: Bases, tmp_path: Path) -> None:
+    """They are summed again from members that are held, and there are any number of them."""
+    base = bases("llama")
+    engine = engine_of(base, {n: make_adapter("lora", base, tmp_path / n) for n in "ab"})
+    engine._bank._max_bytes = engine.adapter_figures["bytes"] * 5 // 2
+    for weight in (0.1, 0.2, 0.3):
+        parts = [Part(n, engine._bank.get(n).lowered, weight) for n in "ab"]
+        engine.install_adapter(f"a:{weight}+b:{weight}", engine.mix(parts), evict=True)
+        assert engine.adapters == ["a", "b", f"a:{weight}+b:{weight}"]

@@ -97,6 +97,8 @@ def test_embeddings_are_of_length_one_and_in_order(client: Client) -> None:
     assert client.embed([]).shape == (0, 0)
     with pytest.raises(RequestError, match="dimensions"):
         client.embed(["hi"], dimensions=1000)
+    with pytest.raises(RequestError, match="inputs is one text; give a list"):
+        client.embed("hello")
 
 
 def test_the_servers_errors_are_raised_as_they_were_there(client: Client) -> None:

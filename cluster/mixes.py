@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 from cluster.errors import RequestError
+from cluster.names import is_mix
 from cluster.registry import AdapterVersion
 
 MAX_PARTS = 8
@@ -64,11 +65,6 @@ def parse_mix(model: str) -> list[tuple[str, float]] | None:
             )
         parts.append((name, float(weight)))
     return parts
-
-
-def is_mix(ref: str) -> bool:
-    """Whether an exact reference is that of a mix."""
-    return "+" in ref
 
 
 def members_of(ref: str) -> list[str]:

@@ -46,3 +46,8 @@ def absolute_path(path: str) -> str:
 def local_folder(uri: str) -> Path | None:
     """The folder on this machine's file system, or None for object storage."""
     return None if urlsplit(uri).scheme else Path(uri)
+
+
+def is_mix(ref: str) -> bool:
+    """Whether an exact reference is that of a mix."""
+    return "+" in ref

@@ -16,7 +16,7 @@ from cluster.errors import (
     OverloadedError,
     RequestError,
 )
-from cluster.mixes import is_mix
+from cluster.names import is_mix
 from cluster.spec import nearest
 from serving.adapters import LoweredAdapter, num_bytes
 from serving.engine.batch import LoadedAdapter

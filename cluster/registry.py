@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,17 +106,26 @@ class Registry:
         return version
 
     def stage(
-        self, name: str, folder: Path, *, card: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        folder: Path,
+        *,
+        card: Mapping[str, Any] | None = None,
+        claim: Callable[[], int] | None = None,
     ) -> dict[str, Any]:
         """Upload a PEFT folder under the next number of `name`, not visible yet; its manifest, for
-        `reveal`. Raises AdapterError as `publish`."""
+        `reveal`. Raises AdapterError as `publish`.
+
+        Args:
+            claim: Gives the number instead, once the folder is known to be sound.
+        """
         check_name(name, "adapter")
         opened = open_adapter_folder(folder)
         check_finite(opened)
         paths = [folder / file for file in PUBLISHED_FILES]
         present = [p.name for p in paths if p.is_file() and not p.is_symlink()]
         files = {file: _file_entry(folder / file) for file in present}
-        number = self._claim(name)
+        number = claim() if claim else self.claim(name)
         version = AdapterVersion(
             name=name,
             version=number,
@@ -139,6 +148,24 @@ class Registry:
         except ConflictError:
             return None
         return self.read(manifest["name"], manifest["version"])
+
+    def claim(self, name: str) -> int:
+        """Take the next free number; a number once taken is never given again."""
+        folders = self.store.list_folders(f"adapters/{name}")
+        taken = [int(folder) for folder in folders if folder.isdecimal()]
+        number = max(taken, default=0) + 1
+        while True:
+            try:
+                self.store.create(f"{_folder(name, number)}/claim", b"")
+                return number
+            except ConflictError:
+                number += 1
+
+    def discard(self, name: str, number: int) -> None:
+        """Delete what a `stage` that will never be revealed has uploaded; its number stays taken,
+        so that no other version ever has it."""
+        for file in PUBLISHED_FILES:
+            self.store.delete(f"{_folder(name, number)}/{file}")
 
     def import_folder(self, name: str, folder: Path) -> AdapterVersion:
         """Publish a plain PEFT folder made elsewhere; as `publish`, with its origin in the card."""
@@ -265,18 +292,6 @@ class Registry:
                     f"adapter {version.ref}: {file} in {self.store.uri} does not match its "
                     "manifest's hash; it was changed or damaged: publish the adapter anew"
                 )
-
-    def _claim(self, name: str) -> int:
-        """Take the next free number; a number once taken is never given again."""
-        folders = self.store.list_folders(f"adapters/{name}")
-        taken = [int(folder) for folder in folders if folder.isdecimal()]
-        number = max(taken, default=0) + 1
-        while True:
-            try:
-                self.store.create(f"{_folder(name, number)}/claim", b"")
-                return number
-            except ConflictError:
-                number += 1
 
     def _numbers(self, name: str) -> list[int]:
         matches = map(_MANIFEST_KEY.fullmatch, self.store.list(f"adapters/{name}"))

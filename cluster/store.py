@@ -104,16 +104,19 @@ class Store:
             pages = self._store.list(_checked(prefix) if prefix else None, return_arrow=False)
             return sorted(meta["path"] for page in pages for meta in page)
 
-    def marks(self, prefix: str) -> dict[str, str]:
-        """Every key below the folder `prefix`, sorted, each with a mark of its content."""
+    def marks(self, prefix: str) -> dict[str, tuple[str, int]]:
+        """Every key below the folder `prefix`, sorted, with a mark of its content and its bytes."""
         with _faults(f"{self.uri}/{prefix}"):
             pages = self._store.list(_checked(prefix), return_arrow=False)
-            marks = {
-                meta["path"]: f"{meta['e_tag']} {meta['size']} {meta['last_modified'].isoformat()}"
+            found = {
+                meta["path"]: (
+                    f"{meta['e_tag']} {meta['size']} {meta['last_modified'].isoformat()}",
+                    int(meta["size"]),
+                )
                 for page in pages
                 for meta in page
             }
-        return dict(sorted(marks.items()))
+        return dict(sorted(found.items()))
 
     def list_folders(self, prefix: str = "") -> list[str]:
         """The names of the folders directly below `prefix`, sorted."""

@@ -1,18 +1,23 @@
 """PEFT folders dropped into a store: taken once, whole, by one of many, the bad ones apart."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from cluster.adapter_folder import CONFIG, WEIGHTS
-from cluster.imports import Imports
+from cluster.errors import AdapterError, StoreError
+from cluster.import_prefix import download, folders
+from cluster.imports import MAX_IMPORT_BYTES, Imports
 from cluster.registry import Registry
+from cluster.store import Store
 
 
 def peft_folder(path: Path, value: float = 1.0) -> Path:
@@ -121,3 +126,91 @@ def test_what_cannot_be_read_or_is_damaged_stops_nobody(tmp_path: Path) -> None:
     assert set(look.failed) == {"a-bad"}
     claimed.unlink()
     assert [version.ref for version in imports.look().imported] == ["a-bad@1"]
+
+
+def test_no_link_is_followed(tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "store"))
+    drop = tmp_path / "store" / "imports"
+    secret = registry.publish("secret", peft_folder(tmp_path / "whole"))
+    weights = tmp_path / "store" / "adapters" / "secret" / f"{secret.version:08d}" / WEIGHTS
+    peft_folder(drop / "team-a-file")
+    (drop / "team-a-file" / WEIGHTS).unlink()
+    (drop / "team-a-file" / WEIGHTS).symlink_to(weights)
+    (drop / "team-a-folder").symlink_to(weights.parent)
+    (drop / "loop").symlink_to(drop.parent)
+    peft_folder(drop / "good")
+    one, other = Imports(registry), Imports(registry)
+    looks = [imports.look() for _ in range(3) for imports in (one, other)]
+    refused = [pair for look in looks for pair in look.refused.items()]
+    assert sorted(name for name, _ in refused) == ["loop", "team-a-file", "team-a-folder"]
+    assert all("is a link" in reason for _, reason in refused)
+    assert [version.ref for look in looks for version in look.imported] == ["good@1"]
+    assert registry.names() == ["good", "secret"]
+    (drop / "team-a-folder").unlink()
+    shutil.copytree(weights.parent, drop / "team-a-folder")
+    assert [v.ref for _ in range(2) for v in one.look().imported] == ["team-a-folder@1"]
+
+
+@pytest.mark.parametrize("linked", ["", WEIGHTS])
+def test_a_link_that_takes_a_files_place_after_the_listing(linked: str, tmp_path: Path) -> None:
+    store = Registry(str(tmp_path / "store")).store
+    folder = peft_folder(tmp_path / "store" / "imports" / "bot")
+    mark = folders(store)["bot"][WEIGHTS]
+    (folder / linked).rename(tmp_path / "secret")
+    (folder / linked).symlink_to(tmp_path / "secret")
+    with pytest.raises(AdapterError, match="is a link"):
+        download(store, "bot", WEIGHTS, mark, tmp_path / "copy")
+
+
+def test_an_import_that_keeps_failing_takes_one_number_and_ever_longer_pauses(
+    tmp_path: Path,
+) -> None:
+    class Full(Store):
+        full, uploads = True, 0
+
+        def create_file(self, key: str, path: Path) -> None:
+            self.uploads += path.name == WEIGHTS
+            if self.full and path.name == WEIGHTS:
+                raise StoreError("no space left")
+            super().create_file(key, path)
+
+    store = Full(str(tmp_path / "store"))
+    peft_folder(tmp_path / "store" / "imports" / "bot")
+    imports = Imports(Registry(store))
+    imports.look()
+    looks = [imports.look() for _ in range(32)]
+    assert all(look.failed == {"bot": "no space left"} for look in looks)
+    assert store.uploads == 6  # at looks 1, 2, 4, 8, 16, 32
+    assert store.list("adapters") == ["adapters/bot/00000001/claim"]
+    store.full = False
+    assert [v.ref for _ in range(32) for v in imports.look().imported] == ["bot@1"]
+
+
+def test_who_comes_second_leaves_no_copy(tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "store"))
+    peft_folder(tmp_path / "store" / "imports" / "bot")
+    first = Imports(registry)
+    first.look()
+
+    class Slow(Registry):
+        def stage(self, *args: Any, **named: Any) -> dict[str, Any]:
+            staged = super().stage(*args, **named)
+            assert [version.ref for version in first.look().imported] == ["bot@2"]
+            return staged
+
+    second = Imports(Slow(registry.store))
+    looks = [second.look() for _ in range(3)]
+    assert not any(look.imported or look.failed or look.refused for look in looks)
+    keys = registry.store.list("adapters/bot")
+    assert [key for key in keys if "00000001" in key] == ["adapters/bot/00000001/claim"]
+    assert registry.verify("bot").version == 2
+
+
+def test_what_is_too_large_for_a_gateway_is_not_even_read(tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "store"))
+    folder = peft_folder(tmp_path / "store" / "imports" / "bot")
+    os.truncate(folder / WEIGHTS, MAX_IMPORT_BYTES)  # without blocks on the disk
+    imports = Imports(registry)
+    reasons = [imports.look().refused for _ in range(3)]
+    assert reasons[0] == reasons[2] == {}
+    assert f"{MAX_IMPORT_BYTES:,}; publish it with `graft adapters import`" in reasons[1]["bot"]

@@ -43,11 +43,6 @@ class Replica:
         """References of the adapters that are loaded now."""
         return self._thread.engine.adapters
 
-    @property
-    def adapter_figures(self) -> dict[str, int]:
-        """See Engine.adapter_figures."""
-        return self._thread.engine.adapter_figures
-
     async def stats(self) -> EngineStats:
         """The engine's counts, between two steps."""
         return await self._thread.call(lambda: self._thread.engine.stats)

@@ -116,6 +116,10 @@ class Engine:
             adapter_hits=self._bank.hits,
             adapter_loads=self._bank.loads,
             adapter_evictions=self._bank.evictions,
+            adapter_bytes=self._bank.num_bytes,
+            host_adapter_bytes=self.host_tier.num_bytes,
+            host_adapter_hits=self.host_tier.hits,
+            host_adapter_evictions=self.host_tier.evictions,
             step_seconds=figures.seconds.now,
             step_rows=figures.rows.now,
             step_tokens=figures.tokens.now,
@@ -139,20 +143,6 @@ class Engine:
             OverloadedError: there is no room in engine.adapters_gib.
         """
         self.install_adapter(name, self.lower(path))
-
-    @property
-    def adapter_figures(self) -> dict[str, int]:
-        """The bank's counts and bytes, and those of the host tier behind it; from any thread."""
-        bank, host = self._bank, self.host_tier
-        return {
-            "bytes": bank.num_bytes,
-            "loads": bank.loads,
-            "hits": bank.hits,
-            "evictions": bank.evictions,
-            "host_bytes": host.num_bytes,
-            "host_hits": host.hits,
-            "host_evictions": host.evictions,
-        }
 
     def mix(self, parts: Many[Part]) -> LoweredAdapter:
         """The weighted sum of lowered adapters. Safe to call from another thread. Raises

@@ -60,7 +60,8 @@ class Figures:
 class EngineStats:
     """What the engine holds and has done. Free pages include those that are kept for others;
     `cached_tokens` were found in them and not computed. A hit is a request whose adapter another
-    one had used before; `step_seconds`, `step_rows` and `step_tokens` are of forward passes."""
+    one had used before; what begins with `host_` is of the tier in host memory; `step_seconds`,
+    `step_rows` and `step_tokens` are of forward passes."""
 
     running: int
     waiting: int
@@ -75,6 +76,10 @@ class EngineStats:
     adapter_hits: int
     adapter_loads: int
     adapter_evictions: int
+    adapter_bytes: int
+    host_adapter_bytes: int
+    host_adapter_hits: int
+    host_adapter_evictions: int
     step_seconds: Distribution
     step_rows: Distribution
     step_tokens: Distribution

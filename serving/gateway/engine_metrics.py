@@ -23,6 +23,8 @@ _GAUGES = {
     "running": "Requests in the batch.",
     "waiting": "Requests that wait for a row or pages.",
     "adapters": "Adapters held.",
+    "adapter_bytes": "Bytes of the adapters held.",
+    "host_adapter_bytes": "Bytes of the adapters kept in host memory.",
     "outstanding_tokens": "Tokens still to be computed, which autoscaling counts.",
 }
 _COUNTERS = {
@@ -33,6 +35,8 @@ _COUNTERS = {
     "adapter_hits": "Requests whose adapter was held already.",
     "adapter_loads": "Adapters taken in.",
     "adapter_evictions": "Adapters dropped to make room.",
+    "host_adapter_hits": "Adapters taken in from host memory.",
+    "host_adapter_evictions": "Adapters dropped from host memory to make room.",
 }
 _HISTOGRAMS = {
     "step_seconds": "Time of a forward pass, with what surrounds it.",

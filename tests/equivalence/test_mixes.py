@@ -132,7 +132,7 @@ def test_mixes_leave_before_adapters(bases: Bases, tmp_path: Path) -> None:
     """They are summed again from members that are held, and there are any number of them."""
     base = bases("llama")
     engine = engine_of(base, {n: make_adapter("lora", base, tmp_path / n) for n in "ab"})
-    engine._bank._max_bytes = engine.adapter_figures["bytes"] * 5 // 2
+    engine._bank._max_bytes = engine.stats.adapter_bytes * 5 // 2
     for weight in (0.1, 0.2, 0.3):
         parts = [Part(n, engine._bank.get(n).lowered, weight) for n in "ab"]
         engine.install_adapter(f"a:{weight}+b:{weight}", engine.mix(parts), evict=True)

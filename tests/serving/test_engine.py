@@ -270,7 +270,7 @@ def test_adapters_come_and_go(bases: Bases, adapters: dict[str, Path]) -> None:
     with pytest.raises(ModelNotFoundError):
         engine.submit(request)
     engine.add_adapter("a", adapters["bitfit"])  # the name is free; the old one still finishes
-    assert engine.adapter_figures["bytes"] == room
+    assert engine.stats.adapter_bytes == room
     tokens: list[int] = []
     while engine.has_work:
         tokens += [token for output in engine.step() for token in output.token_ids]

@@ -51,20 +51,20 @@ def test_more_adapters_than_the_engine_holds(bases: Bases, tmp_path: Path, host_
             nonlocal most
             body = {"model": model, "prompt": "x", "max_tokens": 10, "ignore_eos": True}
             status = httpx2.post(f"{small.url}/v1/completions", json=body, timeout=60).status_code
-            most = max(most, small.replica.adapter_figures["bytes"])
+            most = max(most, asyncio.run(small.replica.stats()).adapter_bytes)
             return status
 
         with ThreadPoolExecutor(16) as pool:
             assert set(pool.map(ask, names * 6)) == {200}
-        figures = small.replica.adapter_figures
+        figures = asyncio.run(small.replica.stats())
         assert len(small.replica.adapters) == copies
-        assert figures["bytes"] == pytest.approx(copies * size, rel=0.05)
+        assert figures.adapter_bytes == pytest.approx(copies * size, rel=0.05)
         assert most <= 1.05 * copies * size
-        assert figures["hits"] + figures["loads"] == 6 * len(names)
-        assert figures["evictions"] == figures["loads"] - copies > 0
-        assert (figures["host_hits"] > 0) == (host_gib > 0)
+        assert figures.adapter_hits + figures.adapter_loads == 6 * len(names)
+        assert figures.adapter_evictions == figures.adapter_loads - copies > 0
+        assert (figures.host_adapter_hits > 0) == (host_gib > 0)
         if host_gib:
-            assert figures["host_bytes"] == pytest.approx(len(names) * size, rel=0.05)
+            assert figures.host_adapter_bytes == pytest.approx(len(names) * size, rel=0.05)
 
 
 def test_over_the_queue_limit_is_429(bases: Bases, tmp_path: Path) -> None:
@@ -310,6 +310,7 @@ def test_the_dashboard_shows_what_there_is(bases: Bases, tmp_path: Path) -> None
     assert engine['adapter_hits_total{replica="here"}'] == 1
     assert engine['adapter_loads_total{replica="here"}'] == 2
     assert engine['adapter_evictions_total{replica="here"}'] == 1
+    assert 0 < engine['adapter_bytes{replica="here"}'] <= size + 8
     assert engine['cached_tokens_total{replica="here"}'] == 32
     assert engine['step_rows_count{replica="here"}'] == engine['steps_total{replica="here"}'] > 0
     assert engine['step_tokens_sum{replica="here"}'] >= 40 + 8 + 40

@@ -84,15 +84,19 @@ def roll_over(spec: ServingSpec, session: Session) -> str:
     """Replace the parts of the running service of this name that a `checked` spec changes, one
     replica after another, each after its running requests; returns the URL once all are new.
 
+    With replicas.surge_percent at 0 a replica leaves before the one in its place has proven itself:
+    where there is one alone, requests wait for the new one meanwhile.
+
     Raises:
         NotFoundError: no service of this name runs on the cluster.
-        ConflictError: it listens elsewhere, which no update changes.
-        ClusterError: the new replicas do not come up; the old ones go on.
+        ConflictError: it listens elsewhere or serves other bases, which no update changes.
+        ClusterError: the new replicas do not come up. Those old ones go on that were not stopped
+            yet: all with a surge, otherwise all but one in five, and none where there was one.
     """
     serve = _serve(session)
     from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]
 
-    from serving.deployment import engines_of
+    from serving.deployment import bases_of, engines_of, running_bases
 
     running = serve.status().applications
     if not {spec.name, engines_of(spec)} <= set(running):
@@ -108,6 +112,15 @@ def roll_over(spec: ServingSpec, session: Session) -> str:
         raise ConflictError(
             f"service {spec.name!r}: listens on {host}:{port}, not {spec.gateway.host}:"
             f"{spec.gateway.port}; stop and start it to move it"
+        )
+    bases = running_bases(client.get_serve_details(), spec)
+    if bases != bases_of(spec):
+        # Old gateways would send their tokens to new engines, and new engines go on with old
+        # engines' answers.
+        raise ConflictError(
+            f"service {spec.name!r}: its engine.base_model and small_bases are {bases}, not "
+            f"{bases_of(spec)}, and no update changes them under running requests; stop and start "
+            "it, or start the other one on another cluster"
         )
     _deploy(serve, spec)
     return _url(host, port)

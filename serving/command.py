@@ -27,7 +27,9 @@ def serve(
     update: Annotated[
         bool,
         typer.Option(
-            "--update", help="Roll the running service of this name over to SPEC, and return."
+            "--update",
+            help="Roll the running service of this name over to SPEC, and return. Its bases and "
+            "Graft's code stay.",
         ),
     ] = False,
 ) -> None:

@@ -26,6 +26,7 @@ from serving.engine.request import GenerationRequest, TokenOutput
 from serving.spec import ServingSpec
 
 _FIGURES_PERIOD_S = 5.0
+_BASES = "GRAFT_BASES"  # read by nobody but `running_bases`
 
 
 class EngineReplica:
@@ -198,11 +199,23 @@ def engines_of(spec: ServingSpec) -> str:
     return f"{spec.name}-engines"
 
 
+def bases_of(spec: ServingSpec) -> str:
+    """The bases of a service, for a comparison."""
+    return ", ".join((spec.engine.base_model, *sorted(spec.engine.small_bases)))
+
+
+def running_bases(details: Mapping[str, Any], spec: ServingSpec) -> str:
+    """`bases_of` the running service of that name, by Serve's details, which need no replica."""
+    config = details["applications"][engines_of(spec)]["deployments"]["engine"]["deployment_config"]
+    return str(config["ray_actor_options"]["runtime_env"]["env_vars"].get(_BASES, "others"))
+
+
 def _environment(spec: ServingSpec) -> dict[str, str]:
     """Variables of both deployments' processes."""
     return {
         **store_credentials(),
         "TOKENIZERS_PARALLELISM": "false",
+        _BASES: bases_of(spec),
     }
 
 

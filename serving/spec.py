@@ -121,7 +121,9 @@ class ReplicasSpec(Spec):
         ge=0,
         le=100,
         description="Replicas started beyond the number wanted while an update replaces them, in "
-        "percent of it; the cluster needs room for them. With 0 one leaves before another starts.",
+        "percent of it, rounded up; the cluster needs room for them, and the update waits for it. "
+        "With 0 one leaves before another starts: a single one then leaves requests waiting, and "
+        "if the new one does not come up nothing answers until a further update.",
     )
     max_ongoing_requests: PositiveInt = Field(
         256, description="Requests that a replica accepts; further ones wait at the gateway."

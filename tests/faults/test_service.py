@@ -7,6 +7,7 @@ answer differs from what the engine says when it is left alone.
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -210,7 +211,9 @@ async def answer_while(service: Service, is_over: Callable[[], bool]) -> int:
         return sum(await asyncio.gather(*(worker(http) for _ in range(24))))
 
 
-def test_a_changed_spec_is_rolled_out_and_nobody_notices(service: Service) -> None:
+def test_a_changed_spec_is_rolled_out_and_nobody_notices(
+    service: Service, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Engines and gateways are replaced under load, streams included."""
     before = {*replicas(), *processes("ServeReplica", "gateway")}
     changes = overrides("engine.max_running_requests=12", "gateway.max_waiting_requests=2048")
@@ -228,6 +231,11 @@ def test_a_changed_spec_is_rolled_out_and_nobody_notices(service: Service) -> No
     assert replicas() == engines
     elsewhere = finish(start(*service.command, *overrides("gateway.port=9"), "--update"))
     assert (elsewhere.code, "stop and start it to move it" in elsewhere.output) == (4, True)
+    other = shutil.copytree(bases("llama"), tmp_path / "other")
+    for change in (f"engine.base_model={other}", f"engine.small_bases=[{other}]"):
+        refused = finish(start(*service.command, *overrides(change), "--update"))
+        assert (refused.code, "no update changes them" in refused.output) == (4, True)
+    assert replicas() == engines
 
 
 def test_the_path_to_the_engines_heals(service: Service) -> None:

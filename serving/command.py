@@ -109,7 +109,8 @@ def generate(
     An interrupted call keeps its answers; the same call again goes on from there.
     """
     from cluster.errors import JobFailedError, SpecError
-    from serving.client import Client, Options
+    from serving.asking import Options
+    from serving.client import Client
 
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     if seed is not None:

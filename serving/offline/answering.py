@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import CallerError, EngineError
+from serving.asking import CHAT, request_body, retrying
 from serving.batch_file import RowResult, check_row
-from serving.client import CHAT, request_body, retrying
 from serving.engine.request import derived_seed
 from serving.gateway.access import Tenant
 from serving.gateway.bodies import checked
@@ -29,7 +29,7 @@ _EVERYONE = Tenant(None)
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of every row. `options` are `serving.client.Options`; where they have no
+    """What is asked of every row. `options` are `serving.asking.Options`; where they have no
     `seed`, each row draws by its own, which follows from `seed` and the row's number."""
 
     column: str

@@ -45,14 +45,16 @@ ROOMS = {
                            "serving.engine.request",
                            "serving.keys", "serving.spec", "cluster"},
     "serving.app": {"serving.deployment", "serving.spec", "cluster"},
-    "serving.client": {"serving.batch_file", "serving.pace", "serving.protocol", "cluster"},
+    "serving.asking": {"serving.protocol", "cluster"},
+    "serving.client": {"serving.asking", "serving.batch_file", "serving.pace", "serving.protocol",
+                       "cluster"},
     "serving.pace": {"cluster"},
     "serving.batch_file": {"serving.client", "cluster"},
     "serving.offline": {"serving.offline", "serving.replica", "serving.gateway",
-                        "serving.catalogue", "serving.protocol", "serving.client",
+                        "serving.catalogue", "serving.protocol", "serving.asking",
                         "serving.batch_file", "serving.engine.request", "serving.spec", "cluster"},
-    "serving.command": {"serving.app", "serving.client", "serving.offline", "serving.keys",
-                        "serving.spec", "cluster"},
+    "serving.command": {"serving.app", "serving.asking", "serving.client", "serving.offline",
+                        "serving.keys", "serving.spec", "cluster"},
 }  # fmt: skip
 
 # Prefix of the importing module -> libraries that must not be loaded by importing it.

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from cluster.errors import ConflictError, EngineError
-from serving.adapters import EmbeddingPrefix, KVPrefix, LoweredAdapter, Part, lower, mixed
+from serving.adapters import LoweredAdapter, Part, lower, mixed
 from serving.engine.answer import Answer
 from serving.engine.bank import AdapterBank
-from serving.engine.batch import Computed, LoadedAdapter, Source, build, context_slots
+from serving.engine.batch import LoadedAdapter
 from serving.engine.figures import EngineStats, Figures
+from serving.engine.forward import Forward
 from serving.engine.host_tier import HostTier
 from serving.engine.intake import Intake
 from serving.engine.offset import SmallBases
@@ -38,10 +39,9 @@ from serving.engine.request import (
 from serving.engine.runner import Runner
 from serving.engine.sampler import Sampled, sample
 from serving.engine.scheduler import Scheduler
-from serving.engine.sequence import Chunk, Sequence
+from serving.engine.sequence import Chunk
 from serving.spec import EngineSpec
 
-_NOTHING = LoweredAdapter()
 _GIB = 2**30
 _HOST_ADAPTERS_GIB = 4.0  # beside a GPU
 
@@ -70,6 +70,7 @@ class Engine:
         )
         self._intake = Intake(spec, self.runner)
         self._bank = AdapterBank(spec, self.runner, self._small_bases)
+        self._forward = Forward(spec, self.runner, self._small_bases, self._bank)
         self.host_tier = HostTier(_host_bytes(spec, self.runner.device), self.runner.device)
         self._answers: dict[str, Answer] = {}
         self._figures = Figures()
@@ -283,7 +284,7 @@ class Engine:
             try:
                 while answer.sequence.num_left:
                     chunks = self._scheduler.schedule()
-                    parts.append(self._forward(chunks).logits_NV.cpu())
+                    parts.append(self._forward.run(chunks).logits_NV.cpu())
                     self._scheduler.advance(chunks[0])
             finally:
                 self._end(answer)
@@ -321,7 +322,7 @@ class Engine:
         """Each chunk with the token sampled behind it. Where a pass fails, its adapters are tried
         one by one, so that only requests of the guilty one fail; their ends go to `outputs`."""
         try:
-            computed = self._forward(chunks)
+            computed = self._forward.run(chunks)
             sampled = self._sample(chunks, computed.logits_NV)
             # Last: what is tried again after a failure must not be added to a sum twice.
             self._gather(chunks, computed.states_MH)
@@ -334,38 +335,6 @@ class Engine:
             groups = [[c for c in chunks if c.sequence.adapter == name] for name in names]
             return [pair for group in groups for pair in self._compute(group, outputs)]
         return [(chunk, sampled.get(chunk.sequence.id)) for chunk in chunks]
-
-    def _forward(self, chunks: list[Chunk]) -> Computed:
-        """Logits and states of the rows that chunks want, behind the prefixes that are not there
-        yet."""
-        fresh = [c.sequence for c in chunks if c.sequence.prefix_tokens]
-        self._write_prefixes([sequence for sequence in fresh if not sequence.has_prefix])
-        own = self._small_bases.without_prefixes(chunks)
-        computed = self.runner.forward(build(own, self._bank.held, self.spec.page_tokens))
-        self._small_bases.add(computed.logits_NV, chunks)
-        return computed
-
-    def _write_prefixes(self, fresh: Many[Sequence]) -> None:
-        """Fill the slots in front of sequences, which are sorted by adapter: what an encoder reads,
-        then what belongs to the adapter."""
-        sources: list[Source] = []
-        for sequence in fresh:
-            slots = context_slots(sequence, self.spec.page_tokens)[: sequence.prefix_tokens]
-            lowered = self._bank.held[sequence.adapter].lowered if sequence.adapter else _NOTHING
-            prefix = lowered.prefix
-            if sequence.source:
-                vectors = prefix.embeddings_PH if isinstance(prefix, EmbeddingPrefix) else None
-                slots, rest = np.split(slots, [sequence.source_tokens])
-                ids = np.array(sequence.source, dtype=np.int64)
-                sources.append(Source(ids, slots, lowered.deltas, vectors))
-                if isinstance(prefix, KVPrefix):
-                    self.runner.write_prefix(prefix, rest)
-            elif prefix is None:
-                self._small_bases.write_prefix(sequence.adapter, slots)
-            else:
-                self.runner.write_prefix(prefix, slots)
-        if sources:
-            self.runner.encode(sources)
 
     def _gather(self, chunks: list[Chunk], states_MH: torch.Tensor) -> None:
         """Give each embedding its chunk's hidden states."""

@@ -235,7 +235,6 @@ def test_a_changed_spec_is_rolled_out_and_nobody_notices(
     for change in (f"engine.base_model={other}", f"engine.small_bases=[{other}]"):
         refused = finish(start(*service.command, *overrides(change), "--update"))
         assert (refused.code, "no update changes them" in refused.output) == (4, True)
-    assert replicas() == engines
 
 
 def test_the_path_to_the_engines_heals(service: Service) -> None:

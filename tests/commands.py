@@ -5,6 +5,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +66,15 @@ def read_until(process: subprocess.Popen[str], part: str) -> str:
     return "".join(lines)
 
 
-def finish_killed(job: subprocess.Popen[str], at: str) -> Ended:
-    """Wait for the end of a training job whose first worker gets SIGKILL at a line."""
+def finish_killed(
+    job: subprocess.Popen[str], at: str, has_checkpoint: Callable[[str], bool]
+) -> Ended:
+    """Wait for the end of a training job whose first worker gets SIGKILL behind a line, as soon as
+    the job of that name has something to go on from: checkpoints are uploaded beside training."""
     said = read_until(job, at)
+    name = Ended(said, 0).job
+    while not has_checkpoint(name) and job.poll() is None:
+        time.sleep(0.05)
     found = re.search(r"training: .* process (\d+)", said)
     assert found is not None, said
     os.kill(int(found[1]), signal.SIGKILL)

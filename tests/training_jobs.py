@@ -21,7 +21,7 @@ AT_ONCE = 3  # more than two cores bear costs more than it saves
 STORE = "s3://adapters/team"
 FAST = ("base_model=configs/demo/base", "max_steps=6", "checkpoint_every_steps=2",
         "log_every_steps=2", "workers.cpus=1", f"output.store={STORE}")  # fmt: skip
-EVALUATED = ("data.validation=0.2", "evaluation.every_steps=10", "evaluation.generations=2",
+EVALUATED = ("data.validation=0.2", "evaluation.every_steps=100", "evaluation.generations=2",
              "evaluation.max_new_tokens=4")  # fmt: skip
 # One of its adapters diverges, one ends early.
 SWEEP = ("adapters.wild.optimizer={learning_rate: 1.0e+30, warmup_ratio: 0.3}",
@@ -80,14 +80,21 @@ def started(dashboard: str, base: Path, folder: Path) -> Iterator[Jobs]:
         lora = do(lambda: finish(train("lora", "lora", "workers.cpus=4")))
         failed = do(lambda: finish(train("lora", "failed", *bad)))
         killed = do(lambda: finish_killed(
-            train("prompt_tuning", "killed", *small, *EVALUATED), "step 25/60"))  # fmt: skip
-        several = do(lambda: finish_killed(train("sweep", "sweep", *small, *SWEEP), middle))
+            train("prompt_tuning", "killed", *small, *EVALUATED, "max_steps=200"),
+            "step 15/200", _has_checkpoint))  # fmt: skip
+        several = do(lambda: finish_killed(
+            train("sweep", "sweep", *small, *SWEEP), middle, _has_checkpoint))  # fmt: skip
         stopped = do(lambda: _stop_and_go_on(dashboard, train(*goes_on)))
         tamed = do(lambda: _go_on(dashboard, several.result().job, *TAME))
         yield Jobs(lora, killed, several, tamed, failed, stopped)
         threads.shutdown(wait=False, cancel_futures=True)
         for process in running:  # only after a test that failed
             process.kill()
+
+
+def _has_checkpoint(job: str) -> bool:
+    kept = Registry(STORE).store.list(f"runs/{job}")
+    return any(key.endswith("progress.json") for key in kept)
 
 
 def _train(

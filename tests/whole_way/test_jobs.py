@@ -30,8 +30,8 @@ def test_a_killed_worker_costs_nothing(
     assert ended.code == 0, ended.output
     resumed = re.search(r"going on from step (\d+)", ended.output)
     assert resumed is not None, ended.output
-    assert int(resumed[1]) in (10, 20)
-    measured = r"evaluation at step 60  loss \d+\.\d+  perplexity [\d.]+  exact match"
+    assert 0 < int(resumed[1]) < 200
+    measured = r"evaluation at step 200  loss \d+\.\d+  perplexity [\d.]+  exact match"
     assert re.search(measured, ended.output)
 
     version = registry.resolve("killed")

@@ -247,9 +247,7 @@ def test_a_changed_spec_is_rolled_out_and_nobody_notices(
 
 def test_the_path_to_the_engines_heals(service: Service) -> None:
     """A gateway, the proxy and Serve's controller are killed under load. What was on its way
-    through one of the first two is asked again by our client; engines are not touched."""
-    asyncio.run(answer_some(service))
-    engines = replicas()
+    through one of the first two is asked again by our client."""
     numbers = list(range(0, REQUESTS, 5))
 
     async def through_client() -> None:
@@ -269,7 +267,6 @@ def test_the_path_to_the_engines_heals(service: Service) -> None:
         return (await client.generate_one(prompt, **options)).text
 
     asyncio.run(through_client())
-    assert set(replicas()) & set(engines)
     until(lambda: bool(processes("ServeController")), timeout_s=30, what="no controller")
 
 

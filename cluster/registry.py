@@ -255,7 +255,7 @@ class Registry:
         self.store.create(f"{folder}/{number:08d}.json", json.dumps(entry).encode())
 
     def verify(self, ref: str) -> AdapterVersion:
-        """Read every file of a version again. Raises StoreError if one differs from its hash."""
+        """Read every file of a version again. Raises AdapterError if one is not as its hash."""
         version = self.resolve(ref)
         with tempfile.TemporaryDirectory() as folder:
             self._download(version, Path(folder))
@@ -288,7 +288,7 @@ class Registry:
             key = f"{_folder(version.name, version.version)}/{file}"
             self.store.download(key, folder / file)
             if _file_entry(folder / file) != entry:
-                raise StoreError(
+                raise AdapterError(
                     f"adapter {version.ref}: {file} in {self.store.uri} does not match its "
                     "manifest's hash; it was changed or damaged: publish the adapter anew"
                 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,16 @@ from cluster.names import absolute_uri
 from cluster.store import Store
 from cluster.tables import IPC, JSONL, PARQUET, check_schema, faults, open_table
 
-Rows = pa.Table | list[dict[str, Any]]  # of JSONL, whose keys and types may differ by line
+
+@dataclass(frozen=True)
+class BadRow:
+    """Stands for a row that cannot be read, or cannot be taken; `reason` says why."""
+
+    reason: str
+
+
+Row = dict[str, Any] | BadRow
+Rows = pa.Table | list[Row]  # a list of JSONL, whose keys and types may differ by line
 _SAVED = "state.json"  # of a save_to_disk folder, which is one table
 # A row group is read from its beginning up to a part's end: cut it into no more parts than this.
 _PARTS_OF_GROUP = 16
@@ -65,8 +74,7 @@ class TableSource:
     def _find(self, name: str) -> dict[str, str]:
         """Content identities by file: a key below the folder, or "" for a saved dataset."""
         if not name and self._local is not None and (self._local / _SAVED).is_file():
-            keys = sorted(path.name for path in self._local.iterdir() if path.is_file())
-            return {"": " ".join(self._store.identity(key) for key in keys)}
+            return {"": self._identity("")}
         known = (*IPC, *PARQUET, *JSONL)
         names = [name] if name else [k for k in self._store.list() if k.lower().endswith(known)]
         # Hidden by the habit of all who read such folders: what begins with "_" or ".".
@@ -74,13 +82,26 @@ class TableSource:
         if not names:
             raise DataError(f"data {self.uri}: holds no .parquet, .jsonl or .arrow file")
         try:
-            return {key: self._store.identity(key) for key in names}
+            return {key: self._identity(key) for key in names}
         except NotFoundError as error:
             raise DataError(f"data {self.uri}: does not exist; check the URI") from error
 
+    def _identity(self, file: str) -> str:
+        """Raises NotFoundError."""
+        keys = [file]
+        if not file and self._local is not None:
+            keys = sorted(path.name for path in self._local.iterdir() if path.is_file())
+        return " ".join(self._store.identity(key) for key in keys)
+
     def columns(self) -> list[str]:
-        """What every file has; of JSONL, its first line tells."""
-        found = [self._columns(file) for file in self.files]
+        """What every file has; of JSONL, its first line that is an object tells.
+
+        Raises:
+            DataError: a file is damaged, or none has a row that can be read.
+        """
+        found = [names for names in map(self._columns, self.files) if names is not None]
+        if not found:
+            raise DataError(f"data {self.uri}: has no rows that can be read")
         return [name for name in found[0] if all(name in names for names in found)]
 
     def parts(self, num_rows: int) -> list[Part]:
@@ -102,15 +123,26 @@ class TableSource:
         return parts
 
     def read(self, part: Part) -> Rows:
-        """The rows of one part. Raises DataError, also for a file that has changed."""
-        if part.file not in self.files:
+        """The rows of one part, as many as it says; a line that is no JSON object is a BadRow.
+
+        Raises:
+            DataError: the file is damaged, or has gone or changed since it was looked at.
+        """
+        try:
+            has_changed = self._identity(part.file) != self.files[part.file]
+        except (KeyError, NotFoundError) as error:
             raise DataError(
                 f"data {self._where(part.file)}: is gone; begin anew with what is there"
+            ) from error
+        if has_changed:
+            raise DataError(
+                f"data {self._where(part.file)}: has changed since it was looked at; begin anew "
+                "with another output"
             )
         with faults(self._where(part.file)):
             if _kind(part.file) == "jsonl":
                 raw = self._store.read_range(part.file, part.start, part.num_bytes)
-                return [_object(line) for line in raw.splitlines() if line.strip()]
+                return [_row(line) for line in raw.split(b"\n") if line.strip()]
             if _kind(part.file) == "parquet":
                 return self._read_parquet(part)
             return open_table(self._path(part.file)).slice(part.start, part.num_rows)
@@ -125,7 +157,7 @@ class TableSource:
                 metadata = opened.metadata
             groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         else:
-            groups = [open_table(self._path(file)).num_rows]
+            groups = [open_table(self._path(file), may_be_empty=True).num_rows]
         for group, rows in enumerate(groups):
             most = max(num_rows, -(-rows // _PARTS_OF_GROUP)) if kind == "parquet" else num_rows
             for start in range(0, rows, most):
@@ -133,15 +165,17 @@ class TableSource:
                 yield Part(file, first_row, size, start, group)
                 first_row += size
 
-    def _columns(self, file: str) -> list[str]:
+    def _columns(self, file: str) -> list[str] | None:
+        """None for a file without rows."""
         with faults(self._where(file)):
             if _kind(file) == "jsonl":
                 lines = (line for line in _lines(self._store.stream(file)) if line.strip())
-                return list(_object(next(lines, b"{}")))
+                return next((list(row) for row in map(_row, lines) if isinstance(row, dict)), None)
             if _kind(file) == "parquet":
                 with self._parquet(file) as opened:
-                    return list(opened.schema_arrow.names)
-            return open_table(self._path(file)).column_names
+                    return list(opened.schema_arrow.names) if opened.metadata.num_rows else None
+            table = open_table(self._path(file), may_be_empty=True)
+            return table.column_names if table.num_rows else None
 
     def _parquet(self, file: str) -> pq.ParquetFile:
         """Closed by whoever takes it."""
@@ -175,23 +209,35 @@ class TableSource:
         return f"{self._store.uri}/{file}" if file else self.uri
 
 
+def values_of(rows: Rows, columns: Sequence[str]) -> list[Row]:
+    """Each row's values of those `columns` that a table has; a row whose text there is not UTF-8 is
+    a BadRow. Rows of JSONL are given as they are."""
+    if isinstance(rows, list):
+        return rows
+    chosen = rows.select([name for name in columns if name in rows.column_names])
+    try:
+        return chosen.to_pylist()
+    except UnicodeDecodeError:  # in some row: which, only reading them apart tells
+        return [_decoded(chosen.slice(i, 1)) for i in range(chosen.num_rows)]
+
+
 def encoded(rows: Rows, added: Sequence[tuple[pa.Field, list[Any]]]) -> tuple[str, bytes]:
-    """A file of `rows` with columns added: the suffix of its name and its bytes. JSONL stays JSONL,
-    everything else becomes Parquet."""
+    """A file of `rows` with columns added, in place of those of the same name: the suffix of its
+    name and its bytes. JSONL stays JSONL, everything else becomes Parquet. Of a BadRow only what is
+    added is written."""
     if isinstance(rows, pa.Table):
-        table: Any = rows
+        taken = [field.name for field, _ in added if field.name in rows.column_names]
+        table: Any = rows.drop_columns(taken)
         for field, values in added:
             table = table.append_column(field, pa.array(values, field.type))
         sink = io.BytesIO()
         pq.write_table(table, sink)
         return ".parquet", sink.getvalue()
-    lines = [
-        json.dumps(
-            {**row, **{field.name: values[i] for field, values in added}}, ensure_ascii=False
-        )
-        for i, row in enumerate(rows)
-    ]
-    return ".jsonl", ("\n".join(lines) + "\n").encode()
+    lines: list[bytes] = []
+    for i, row in enumerate(rows):
+        answer = {field.name: values[i] for field, values in added}
+        lines.append(_line(answer if isinstance(row, BadRow) else {**row, **answer}))
+    return ".jsonl", b"".join(lines)
 
 
 def _kind(file: str) -> str:
@@ -226,8 +272,27 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
         yield b"".join(rest)
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError("a line is not a JSON object")
-    return row
+def _row(line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        return BadRow(f"its text is not UTF-8 ({error}); write it anew")
+    except RecursionError:
+        return BadRow("its JSON is nested too deeply")
+    except ValueError as error:
+        return BadRow(f"is not JSON: {error}")
+    return row if isinstance(row, dict) else BadRow("is not a JSON object")
+
+
+def _decoded(row: pa.Table) -> Row:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return BadRow(f"its text is not UTF-8 ({error}); write it anew")
+
+
+def _line(values: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
+        return json.dumps(values).encode() + b"\n"

@@ -31,18 +31,18 @@ _CHUNK_ROWS = 256  # a row may be a whole document
 _Chunk = list[dict[str, Any]]
 
 
-def open_table(path: str | Path) -> pa.Table:
+def open_table(path: str | Path, *, may_be_empty: bool = False) -> pa.Table:
     """The rows at `path` as one Arrow table, memory-mapped where the format allows.
 
     Raises:
-        DataError: missing, corrupt, of an unknown kind, empty, or with an Arrow extension type
-            (whose loading may run code).
+        DataError: missing, corrupt, of an unknown kind, empty unless it may be, or with an Arrow
+            extension type (whose loading may run code).
     """
     path = Path(path)
     with faults(path):
         table = _read(path)
     check_schema(table.schema, path)
-    if table.num_rows == 0:
+    if table.num_rows == 0 and not may_be_empty:
         raise DataError(f"data {path}: has no rows")
     return table
 

@@ -14,7 +14,8 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -105,29 +106,20 @@ async def run_batch(
     began = time.monotonic()
     prompts, models = table[column], table[adapter_column] if adapter_column else None
     waiting = iter([row for row in range(table.num_rows) if row not in done])
-    bar = progress_bar(enabled=progress)
-    tokens = errors = 0
 
-    async def worker(file: TextIO, task: Any) -> None:
-        nonlocal tokens, errors
+    async def worker(file: TextIO, advance: Advance) -> None:
         for row in waiting:
             model = models[row].as_py() if models is not None else adapter
             result = await _answer(client, row, prompts[row], model, options)
             done[row] = result
             file.write(json.dumps(asdict(result)) + "\n")
             file.flush()
-            tokens += result.completion_tokens or 0
-            speed = tokens / max(time.monotonic() - began, 1e-9)
-            errors += result.error is not None
-            bar.update(task, advance=1, speed=f"{speed:,.0f} tokens/s", errors=f"{errors} errors")
+            advance(1, result.completion_tokens or 0, int(result.error is not None))
 
-    with file, bar:
-        task = bar.add_task(
-            source.name, total=table.num_rows, completed=resumed, speed="", errors=""
-        )
+    with file, progress_bar(source.name, table.num_rows, resumed, enabled=progress) as advance:
         async with asyncio.TaskGroup() as group:
             for _ in range(min(client.concurrency, table.num_rows - resumed)):
-                group.create_task(worker(file, task))
+                group.create_task(worker(file, advance))
     results = [done[row] for row in range(table.num_rows)]
     await asyncio.to_thread(write_table, _with_answers(table, results), target)
     journal.unlink()
@@ -137,7 +129,7 @@ async def run_batch(
         failed=sum(result.error is not None for result in results),
         resumed=resumed,
         prompt_tokens=sum(result.prompt_tokens or 0 for result in fresh),
-        completion_tokens=tokens,
+        completion_tokens=sum(result.completion_tokens or 0 for result in fresh),
         seconds=time.monotonic() - began,
     )
 
@@ -265,15 +257,32 @@ def _read_journal(path: Path, fingerprint: str) -> dict[int, RowResult]:
     return {row.row: row for row in rows if row.error is None}
 
 
-def progress_bar(*, enabled: bool) -> Progress:
-    """On stderr; a task has a field `speed`, a text."""
-    return Progress(
+Advance = Callable[[int, int, int], None]
+
+
+@contextmanager
+def progress_bar(what: str, rows: int, resumed: int, *, enabled: bool) -> Generator[Advance]:
+    """A bar on stderr; yields what is told of rows that are done now: how many they are, the tokens
+    of their answers, and how many of them failed."""
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TextColumn("{task.fields[errors]}"),
+        TextColumn("{task.fields[told]}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         disable=not enabled,
     )
+    began = time.monotonic()
+    tokens = failed = 0
+
+    def advance(rows: int, new_tokens: int, new_failed: int) -> None:
+        nonlocal tokens, failed
+        tokens, failed = tokens + new_tokens, failed + new_failed
+        speed = tokens / max(time.monotonic() - began, 1e-9)
+        told = f"{speed:,.0f} tokens/s" + (f", {failed:,} failed" if failed else "")
+        bar.update(task, advance=rows, told=told)
+
+    with bar:
+        task = bar.add_task(what, total=rows, completed=resumed, told="")
+        yield advance

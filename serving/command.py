@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cluster.errors import SpecError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 keys = typer.Typer(help="API keys of a service.", no_args_is_help=True)
@@ -59,6 +62,7 @@ def serve(
 
 
 def generate(
+    context: typer.Context,
     source: Annotated[
         str, typer.Argument(metavar="IN", help="Rows with a column prompt or messages.")
     ],
@@ -108,7 +112,7 @@ def generate(
 
     An interrupted call keeps its answers; the same call again goes on from there.
     """
-    from cluster.errors import JobFailedError, SpecError
+    from cluster.errors import JobFailedError
     from serving.asking import Options
     from serving.client import Client
 
@@ -119,6 +123,7 @@ def generate(
         options["stop"] = stop
     rows = {"adapter": adapter, "adapter_column": adapter_column}
     if offline is not None:
+        _refuse(context, ("url", "api_key", "concurrency"), "an offline run asks no service")
         if overwrite:
             raise SpecError("--overwrite: an offline run replaces nothing; name an empty folder")
         from cluster.spec import load_spec
@@ -132,6 +137,7 @@ def generate(
             progress=not quiet, **rows,
         )  # fmt: skip
     else:
+        _refuse(context, ("set_", "address", "part_rows"), "only an --offline run takes it")
         with Client(url, api_key=api_key, concurrency=concurrency) as client:
             report = client.generate_file(
                 source, target, overwrite=overwrite, progress=not quiet, **rows, **options
@@ -141,6 +147,15 @@ def generate(
         raise JobFailedError(
             f"{report.failed} of {report.rows} rows failed; their column 'error' says why"
         )
+
+
+def _refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raise SpecError for an option of `names` that the command line gives; one from the
+    environment is there for other calls too."""
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in names and source is not None and source.name == "COMMANDLINE":
+            raise SpecError(f"{option.opts[0]}: {why}; leave it out")
 
 
 @keys.command("create")

@@ -1,28 +1,31 @@
 """The rows of one part answered by a service in this process: no Ray, no HTTP.
 
 The same core resolves, renders, tokenises and samples as behind HTTP, so that an answer is what
-the service would give. What is wrong with a row becomes its error; what is wrong with the cluster
-or the store ends the part.
+the service would give. What is wrong with a row, or with the adapter that it asks for, becomes its
+error; what is wrong with the cluster or the store ends the part.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import CallerError, EngineError
+from cluster.errors import CallerError, DataError, EngineError, OverloadedError
+from cluster.table_parts import BadRow
 from serving.asking import CHAT, request_body, retrying
-from serving.batch_file import RowResult, check_row
+from serving.batch_file import ADDED, RowResult, check_row
 from serving.engine.request import derived_seed
 from serving.gateway.access import Tenant
 from serving.gateway.bodies import checked
 from serving.gateway.service import Piece, Service
 from serving.protocol import ChatRequest, CompletionRequest
 
+ROW = "row"  # the column of a row's number in the input, from 0
 _TRIES = 8
 _EVERYONE = Tenant(None)
 
@@ -42,7 +45,7 @@ class Asked:
 async def answer_rows(
     service: Service,
     asked: Asked,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any] | BadRow],
     first_row: int,
     *,
     concurrency: int,
@@ -54,7 +57,7 @@ async def answer_rows(
     """
     gate = asyncio.Semaphore(concurrency)
 
-    async def one(row: int, values: Mapping[str, Any]) -> RowResult:
+    async def one(row: int, values: Mapping[str, Any] | BadRow) -> RowResult:
         async with gate:
             return await _answer(service, asked, row, values)
 
@@ -67,19 +70,40 @@ async def answer_rows(
     return [task.result() for task in tasks]
 
 
-async def _answer(service: Service, asked: Asked, row: int, values: Mapping[str, Any]) -> RowResult:
+async def _answer(
+    service: Service, asked: Asked, row: int, values: Mapping[str, Any] | BadRow
+) -> RowResult:
+    if isinstance(values, BadRow):
+        return RowResult(row, error=f"row {row}: {values.reason}")
     prompt, model = values.get(asked.column), asked.adapter
     if asked.adapter_column is not None:
         model = values.get(asked.adapter_column)
     try:
+        _check_own(row, values)
         check_row(row, prompt, model)
+        _check_text(row, [prompt, model])
         assert prompt is not None
         options = {"seed": derived_seed(asked.seed, row), **asked.options}
         base = service.catalogue.base_name
         path, body = request_body(prompt, base if model is None else model, options)
         return await retrying(lambda: _run(service, row, path, body), _TRIES)
-    except (CallerError, EngineError, UnicodeError) as error:
+    except (CallerError, EngineError, OverloadedError, UnicodeError, RecursionError) as error:
         return RowResult(row, error=str(error))
+
+
+def _check_own(row: int, values: Mapping[str, Any]) -> None:
+    """The plan looked at each file's columns or first line; another file or line may have more."""
+    taken = [name for name in (*ADDED, ROW) if name in values]
+    if taken:
+        raise DataError(f"row {row}: has a {taken[0]!r} of its own, which is one that is added")
+
+
+def _check_text(row: int, values: Any) -> None:
+    """JSON can spell half a surrogate pair, which is a str and which no tokenizer takes."""
+    try:
+        json.dumps(values, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"row {row}: holds half a surrogate pair, which is no text") from error
 
 
 async def _run(service: Service, row: int, path: str, body: dict[str, Any]) -> RowResult:

@@ -19,14 +19,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.errors import ConflictError, DataError
+from cluster.errors import ConflictError, DataError, JobFailedError
 from cluster.registry import Catalog
 from cluster.store import open_store
 from cluster.table_parts import Part, Rows, encoded
 from serving.batch_file import ADDED, RowResult
-from serving.offline.answering import Asked
+from serving.offline.answering import ROW, Asked
 
-ROW = "row"  # the column of a row's number in the input, from 0
 _PLAN, _PARTS = "_graft/plan.json", "_graft/parts"
 LEASE = "_graft/lease"
 _DONE = re.compile(rf"{_PARTS}/(\d+)-(\d+)-(\d+)-(\d+)")
@@ -118,6 +117,20 @@ class Output:
         keys = map(_DONE.fullmatch, self.store.list(_PARTS))
         found = [[int(number) for number in match.groups()] for match in keys if match]
         return {place: Counts(*counts) for place, *counts in found}
+
+    def check_whole(self, plan: Plan) -> None:
+        """Raise JobFailedError unless every part of `plan` is finished here: an engine on another
+        node may have written to a disk of its own."""
+        finished = self.finished()
+        lacking = [part for place, part in enumerate(plan.parts) if place not in finished]
+        if lacking:
+            first = lacking[0].first_row
+            raise JobFailedError(
+                f"output {self.uri}: {len(lacking)} of {len(plan.parts)} parts are not here, the "
+                f"first with rows {first} to {first + lacking[0].num_rows - 1}, though engines "
+                "wrote them: OUT must be storage that every node shares; choose such a folder or a "
+                "URI, and call again"
+            )
 
     def finish(self, place: int, part: Part, rows: Rows, results: Sequence[RowResult]) -> Counts:
         """Write a part's rows with their results. One that was written before stays."""

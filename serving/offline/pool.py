@@ -15,6 +15,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any
 
 from cluster.errors import ClusterError, GraftError
@@ -23,11 +24,11 @@ from cluster.registry import Catalog, Registry
 from cluster.session import session, store_credentials
 from cluster.spec import parse_spec
 from cluster.store import Store
-from cluster.table_parts import Part, TableSource
+from cluster.table_parts import Part, TableSource, values_of
 from serving.batch_file import ADDED, BatchReport, progress_bar, prompt_column
 from serving.engine.request import MAX_SEED
-from serving.offline.answering import Asked, answer_rows
-from serving.offline.output import LEASE, ROW, Counts, Output, Plan, check_same
+from serving.offline.answering import ROW, Asked, answer_rows
+from serving.offline.output import LEASE, Counts, Output, Plan, check_same
 from serving.spec import ServingSpec
 
 # Deaths of engines over one part before the run is given up.
@@ -60,6 +61,7 @@ def generate_offline(
         CallerError: input, output or options cannot be used; nothing was started.
         ConflictError: another call writes this output now.
         ClusterError: the cluster cannot be joined, or lost too many engines.
+        JobFailedError: parts that were answered are not in `target`, which nodes do not share.
     """
     began = time.monotonic()
     output = Output(target)
@@ -69,15 +71,15 @@ def generate_offline(
         left = [place for place in range(len(plan.parts)) if place not in kept]
         resumed = sum(plan.parts[place].num_rows for place in kept)
         done: dict[int, Counts] = {}
-        bar = progress_bar(enabled=progress)
-        with bar:
-            task = bar.add_task(source, total=plan.num_rows, completed=resumed, speed="")
-            with closing(_answered(spec, plan, output, left, address)) as answered:
-                for place, counts in answered:
-                    check_lease()
-                    done[place] = counts
-                    told = _told(done, kept, time.monotonic() - began)
-                    bar.update(task, advance=plan.parts[place].num_rows, speed=told)
+        with (
+            progress_bar(source, plan.num_rows, resumed, enabled=progress) as advance,
+            closing(_answered(spec, plan, output, left, address)) as answered,
+        ):
+            for place, counts in answered:
+                check_lease()
+                done[place] = counts
+                advance(plan.parts[place].num_rows, counts.completion_tokens, counts.failed)
+        output.check_whole(plan)
     return BatchReport(
         rows=plan.num_rows,
         failed=sum(counts.failed for counts in (kept | done).values()),
@@ -86,12 +88,6 @@ def generate_offline(
         completion_tokens=sum(counts.completion_tokens for counts in done.values()),
         seconds=time.monotonic() - began,
     )
-
-
-def _told(done: Mapping[int, Counts], kept: Mapping[int, Counts], seconds: float) -> str:
-    speed = sum(counts.completion_tokens for counts in done.values()) / max(seconds, 1e-9)
-    failed = sum(counts.failed for counts in (*kept.values(), *done.values()))
-    return f"{speed:,.0f} tokens/s" + (f", {failed:,} failed" if failed else "")
 
 
 def _plan(
@@ -136,10 +132,12 @@ def _answered(
         import ray.data
         from ray.exceptions import RayError
 
-        for name in ("ray", "ray.data"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends the run is raised
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
+        # Ray Data's own wrapping loses its cause, the reason, on the way from the engine.
+        context.raise_original_map_exception = True
         items = [{"place": i, "part": json.dumps(asdict(plan.parts[i]))} for i in left]
         engines = spec.replicas
         most = min(engines.max, len(left))
@@ -173,8 +171,26 @@ def _document(spec: ServingSpec, plan: Plan, target: str) -> str:
 
 
 class OfflineEngine:
-    """One engine of the pool: parts in, counts out."""
+    """One engine of the pool: parts in, counts out.
 
+    It is built with its first part: of what an actor's constructor raises, Ray tells only the text.
+    """
+
+    def __init__(self, document: str) -> None:
+        self._document = document
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
+        """The one part that a batch has."""
+        place, part = int(batch["place"][0]), Part(**json.loads(str(batch["part"][0])))
+        counts = self._engine.answer(place, part)
+        return {"place": [place], **{name: [count] for name, count in asdict(counts).items()}}
+
+    @cached_property
+    def _engine(self) -> _Engine:
+        return _Engine(self._document)
+
+
+class _Engine:
     def __init__(self, document: str) -> None:
         from cluster.base_model import load_tokenizer
         from serving.gateway.metrics import Metrics
@@ -197,18 +213,15 @@ class OfflineEngine:
             Metrics(),
         )
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
-        """The one part that a batch has."""
-        place, part = int(batch["place"][0]), Part(**json.loads(str(batch["part"][0])))
-        rows = self._source.read(part)
-        plain = rows if isinstance(rows, list) else rows.to_pylist()
+    def answer(self, place: int, part: Part) -> Counts:
+        """Answer a part and write it."""
+        rows, asked = self._source.read(part), self._asked
+        columns = (asked.column, *filter(None, [asked.adapter_column]), *ADDED, ROW)
+        values = values_of(rows, list(dict.fromkeys(columns)))
         results = asyncio.run(
-            answer_rows(
-                self._service, self._asked, plain, part.first_row, concurrency=self._concurrency
-            )
+            answer_rows(self._service, asked, values, part.first_row, concurrency=self._concurrency)
         )
-        counts = self._output.finish(place, part, rows, results)
-        return {"place": [place], **{name: [count] for name, count in asdict(counts).items()}}
+        return self._output.finish(place, part, rows, results)
 
 
 class _Pinned(Registry):
@@ -232,8 +245,11 @@ def _catalogue(spec: ServingSpec, catalog: Catalog) -> Any:
 
 def _cause(error: Exception) -> GraftError:
     """What an engine raised, without Ray's wrapping."""
+    from ray.exceptions import RayError
+
     inner: BaseException = error
-    while not isinstance(inner, GraftError):
+    # The wrapping is also an instance of what it wraps, with a traceback for its text.
+    while isinstance(inner, RayError) or not isinstance(inner, GraftError):
         cause = getattr(inner, "cause", None) or inner.__cause__
         if cause is None:
             lines = str(inner).splitlines() or [""]

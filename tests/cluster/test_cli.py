@@ -176,6 +176,13 @@ def test_generate_names_what_is_wrong(tmp_path: Path) -> None:
     both = graft("generate", tmp_path / "in.arrow", tmp_path / "out.arrow", "--adapter", "x",
                  "--adapter-column", "prompt")  # fmt: skip
     assert (both.returncode, "not both" in both.stderr) == (2, True)
+    ways = [
+        (("--concurrency", 3), ("--offline", "configs/serving/local.yaml")),
+        (("--address", "auto"), ()),
+    ]
+    for option, way in ways:  # of the other way to generate
+        other = graft("generate", tmp_path / "in.arrow", tmp_path / "out", *option, *way)
+        assert (other.returncode, f"{option[0]}: " in other.stderr) == (2, True), other.stderr
 
 
 def test_wrong_usage_is_explained(tmp_path: Path) -> None:

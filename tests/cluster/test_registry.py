@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cluster.errors import AdapterError, ConflictError, NotFoundError, SpecError, StoreError
+from cluster.errors import AdapterError, ConflictError, NotFoundError, SpecError
 from cluster.registry import Registry
 
 
@@ -141,9 +141,9 @@ def test_damage_in_the_store_is_found(tmp_path: Path) -> None:
     registry.verify("bot")
     weights = tmp_path / "store/adapters/bot/00000001/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(StoreError, match="does not match its manifest's hash"):
+    with pytest.raises(AdapterError, match="does not match its manifest's hash"):
         registry.verify("bot")
-    with pytest.raises(StoreError):
+    with pytest.raises(AdapterError):
         registry.fetch(version, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import DataError
 from cluster.store import open_store
-from cluster.table_parts import TableSource, _lines, encoded
+from cluster.table_parts import BadRow, TableSource, _lines, encoded, values_of
 from cluster.tables import write_table
 
 ROWS: list[dict[str, Any]] = [{"id": i, "prompt": f"p{i} ü"} for i in range(23)]
@@ -30,9 +30,9 @@ def plain(rows: Any) -> list[dict[str, Any]]:
     return rows if isinstance(rows, list) else rows.to_pylist()
 
 
-def read_all(source: TableSource, num_rows: int) -> list[dict[str, Any]]:
+def read_all(source: TableSource, num_rows: int) -> list[Any]:
     parts = source.parts(num_rows)
-    found: list[dict[str, Any]] = []
+    found: list[Any] = []
     for part in parts:
         assert part.first_row == len(found)
         rows = plain(source.read(part))
@@ -101,19 +101,69 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         TableSource(str(tmp_path / "gone.parquet"))
     with pytest.raises(DataError, match=r"holds no \.parquet"):
         TableSource(str(tmp_path))
-    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n[1]\n')
-    with pytest.raises(DataError, match="not a JSON object"):
-        read_all(TableSource(str(tmp_path / "a.jsonl")), 10)
     (tmp_path / "b.parquet").write_bytes(b"nonsense")
     with pytest.raises(DataError, match=r"b\.parquet: cannot be read"):
         TableSource(str(tmp_path / "b.parquet")).parts(10)
     (tmp_path / "c.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match="has no rows"):
         TableSource(str(tmp_path / "c.jsonl")).parts(10)
+    with pytest.raises(DataError, match="has no rows"):
+        TableSource(str(tmp_path / "c.jsonl")).columns()
+
+
+def test_a_line_that_cannot_be_read_is_one_row(tmp_path: Path) -> None:
+    lines = [b"[1]", b'{"prompt": "a",\r "x": 1}', b"no", b"", b'{"prompt": "\xff"}',
+             b"[" * 100_000, b'{"prompt": "b"}']  # fmt: skip
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    source = TableSource(str(tmp_path / "a.jsonl"))
+    assert source.columns() == ["prompt", "x"]
+    rows = read_all(source, 2)
+    reasons = ["not a JSON object", "not JSON", "not UTF-8", "nested too deeply"]
+    bad = [row.reason for row in rows if isinstance(row, BadRow)]
+    assert all(reason in told for reason, told in zip(reasons, bad, strict=True))
+    assert [row for row in rows if not isinstance(row, BadRow)] == [
+        {"prompt": "a", "x": 1}, {"prompt": "b"}
+    ]  # fmt: skip
+    _, data = encoded(rows, [(pa.field("row", pa.int64()), list(range(6)))])
+    assert [json.loads(line)["row"] for line in data.splitlines()] == list(range(6))
+
+
+def test_text_that_is_not_utf8_harms_its_row_alone() -> None:
+    raw = pa.array([b"a", b"\xff", b"c"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    rows = pa.table({"prompt": text, "id": [0, 1, 2]})
+    first, bad, last = values_of(rows, ["prompt", "absent"])
+    assert (first, last) == ({"prompt": "a"}, {"prompt": "c"})
+    assert isinstance(bad, BadRow)
+    assert "not UTF-8" in bad.reason
+    assert values_of(rows, ["id"])[1] == {"id": 1}
+    encoded(rows, [])
+
+
+def test_half_a_surrogate_pair_is_written_as_it_came() -> None:
+    row = json.loads('{"prompt": "\\ud83d", "note": "\u00fc"}')
+    _, data = encoded([row, {"note": "\u00fc"}], [])
+    assert [json.loads(line) for line in data.splitlines()] == [row, {"note": "\u00fc"}]
+    assert "\u00fc".encode() in data
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "arrow"])
+def test_files_without_rows_are_passed_over(tmp_path: Path, suffix: str) -> None:
+    write_table(pa.table({"other": pa.array([], pa.string())}), tmp_path / f"a.{suffix}")
+    write(tmp_path / f"b.{suffix}", ROWS)
+    source = TableSource(str(tmp_path))
+    assert source.columns() == ["id", "prompt"]
+    assert read_all(source, 9) == ROWS
 
 
 def test_a_file_that_changed_has_another_identity(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", ROWS)
-    before = TableSource(str(tmp_path / "a.jsonl")).files
+    before = TableSource(str(tmp_path / "a.jsonl"))
+    (part,) = before.parts(100)
     write(tmp_path / "a.jsonl", ROWS[::-1])
-    assert TableSource(str(tmp_path / "a.jsonl")).files != before
+    assert TableSource(str(tmp_path / "a.jsonl")).files != before.files
+    with pytest.raises(DataError, match="has changed since"):
+        before.read(part)
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(DataError, match="is gone"):
+        before.read(part)

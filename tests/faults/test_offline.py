@@ -46,7 +46,7 @@ def test_killed_in_the_middle_it_ends_with_every_row_once(
     def run() -> subprocess.Popen[str]:
         return start(
             "generate", tmp_path / "in.parquet", tmp_path / "out", "--adapter-column", "model",
-            "--max-tokens", TOKENS, "--part-rows", PART_ROWS, "--quiet",
+            "--max-tokens", TOKENS, "--part-rows", PART_ROWS,
             "--offline", "configs/serving/local.yaml", "--address", ray_cluster.address, *settings,
         )  # fmt: skip
 
@@ -80,6 +80,26 @@ def test_killed_in_the_middle_it_ends_with_every_row_once(
     assert [row["completion"] for row in known] == [answer.text for answer in answers]
     assert all(row["error"] is None for row in known)
     assert all("neither the base nor" in r["error"] for r in found if r["model"] == "nobody")
+
+
+def test_what_an_engine_raises_reaches_the_caller(
+    ray_cluster: RayCluster, bases: Callable[[str], Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for key, value in ray_cluster.env.items():
+        monkeypatch.setenv(key, value)
+    pq.write_table(pa.table({"prompt": ["x"]}), tmp_path / "in.parquet")
+    settings = overrides(
+        f"store={tmp_path}/store", f"engine.base_model={bases('llama')}", "replicas.min=1",
+        "engine.max_context_tokens=1000000",
+    )  # fmt: skip
+    ended = finish(start(
+        "generate", tmp_path / "in.parquet", tmp_path / "out", "--address", ray_cluster.address,
+        "--offline", "configs/serving/local.yaml", *settings,
+    ))  # fmt: skip
+    assert ended.code == 2, ended.output
+    assert "engine.max_context_tokens is 1000000, but base_model" in ended.output
+    assert "Traceback" not in ended.output
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:

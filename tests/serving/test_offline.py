@@ -1,22 +1,27 @@
 """Offline answers are the service's, row by row; an output takes each part once."""
 
 import asyncio
+import time
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from service import BASE_NAME, NAMES, Running
+from adapters import make_adapter
+from service import BASE_NAME, CATALOGUE_TTL_S, NAMES, Running
 
-from cluster.errors import ConflictError, DataError, StoreError
+from cluster.errors import ConflictError, DataError, JobFailedError, OverloadedError, StoreError
 from cluster.registry import Catalog
-from cluster.table_parts import TableSource
+from cluster.table_parts import BadRow, TableSource
 from cluster.tables import open_table, write_table
-from serving.batch_file import RowResult
+from serving.batch_file import BatchReport, RowResult
 from serving.client import Client
+from serving.offline import pool
 from serving.offline.answering import Asked, answer_rows
-from serving.offline.output import Output, Plan, check_same
+from serving.offline.output import Counts, Output, Plan, check_same
+from serving.spec import EngineSpec, ServingSpec
 
 CHAT = [{"role": "user", "content": "hi"}]
 GREEDY: dict[str, Any] = {"max_tokens": 6}
@@ -24,7 +29,9 @@ DRAWN: dict[str, Any] = {**GREEDY, "temperature": 1.0, "top_p": 0.9, "seed": 7, 
 ADDED = ("completion", "finish_reason", "prompt_tokens", "completion_tokens", "error")
 
 
-def answer(service: Running, asked: Asked, rows: list[dict[str, Any]]) -> list[RowResult]:
+def answer(
+    service: Running, asked: Asked, rows: Sequence[dict[str, Any] | BadRow]
+) -> list[RowResult]:
     return asyncio.run(answer_rows(service.service, asked, rows, 100, concurrency=5))
 
 
@@ -86,6 +93,54 @@ def test_a_store_that_fails_is_no_rows_fault(
         answer(service, Asked("prompt", "lora", None, GREEDY, seed=1), [{"prompt": "x"}])
 
 
+def test_what_is_wrong_with_a_row_is_its_error_alone(service: Running) -> None:
+    rows: list[dict[str, Any] | BadRow] = [
+        {"prompt": "good", "model": "lora"},
+        BadRow("is not JSON"),
+        {"prompt": "\ud83d", "model": "lora"},
+        {"prompt": "x", "model": "\ud83d"},
+        {"prompt": "x", "model": "lora", "error": "its own"},
+        {"prompt": "x", "model": "lora", "row": 3},
+        {"prompt": "good", "model": "lora"},
+    ]
+    first, *bad, last = answer(service, Asked("prompt", None, "model", GREEDY, seed=1), rows)
+    assert (first.error, last.error) == (None, None)
+    assert first.completion == last.completion
+    assert all(result.error for result in bad)
+    assert bad[0].error == "row 101: is not JSON"
+    assert all("half a surrogate pair" in str(bad[i].error) for i in (1, 2))
+    assert "has a 'error' of its own" in str(bad[3].error)
+    assert "has a 'row' of its own" in str(bad[4].error)
+    chats = [{"messages": [{"role": "user", "content": text}]} for text in ("\ud83d", "hi")]
+    wrong, right = answer(service, Asked("messages", "lora", None, GREEDY, seed=1), chats)
+    assert "half a surrogate pair" in str(wrong.error)
+    assert right.error is None
+
+
+def test_an_adapter_that_cannot_be_loaded_fails_who_asked_for_it(
+    service: Running, tmp_path: Path, bases: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = service.registry.publish
+    damaged = publish("damaged", make_adapter("bottleneck", bases("llama"), tmp_path / "adapter"))
+    store = service.registry.store.local_path()
+    assert store is not None
+    weights = store / f"adapters/damaged/{damaged.version:08d}/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    time.sleep(2 * CATALOGUE_TTL_S)
+    rows = [{"prompt": "x", "model": name} for name in ("damaged", "lora")]
+    asked = Asked("prompt", None, "model", GREEDY, seed=1)
+    wrong, right = answer(service, asked, rows)
+    assert "does not match its manifest's hash" in str(wrong.error)
+    assert right.error is None
+
+    def full(*_: object) -> None:
+        raise OverloadedError("there is no room")
+
+    monkeypatch.setattr("serving.offline.answering._TRIES", 1)
+    monkeypatch.setattr(service.service.catalogue, "resolve", full)
+    assert [result.error for result in answer(service, asked, rows)] == ["there is no room"] * 2
+
+
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     pq.write_table(pa.table({"prompt": [f"p{i}" for i in range(10)]}), tmp_path / "in.parquet")
@@ -114,6 +169,45 @@ def test_a_part_is_written_once(plan: Plan, tmp_path: Path) -> None:
     assert [row["row"] for row in found] == list(range(10))
     assert [row["prompt"] for row in found] == [f"p{i}" for i in range(10)]
     assert {row["completion"] for row in found} == {"first"}
+
+
+def test_a_run_is_whole_or_says_what_lacks(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Also, with its bar: without a part that is left, no cluster is joined."""
+    write_table(pa.table({"prompt": [f"p{i}" for i in range(10)]}), tmp_path / "in.jsonl")
+    spec = ServingSpec(
+        name="tiny",
+        store=str(tmp_path / "store"),
+        engine=EngineSpec(base_model=str(bases("llama"))),
+    )
+    output = Output(str(tmp_path / "out"))
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def run() -> BatchReport:
+        return pool.generate_offline(
+            spec, str(tmp_path / "in.jsonl"), output.uri, adapter=None, adapter_column=None,
+            options=GREEDY, address=None, part_rows=4, progress=True,
+        )  # fmt: skip
+
+    def elsewhere(*_: object) -> Generator[tuple[int, Counts]]:
+        """Engines on other nodes, whose disks are not ours."""
+        yield from ((place, Counts(1, 2, 3)) for place in range(3))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_answered", elsewhere)
+        with pytest.raises(JobFailedError, match=r"3 of 3 parts are not here.* 0 to 3.*share"):
+            run()
+    assert "10/10" in capsys.readouterr().err
+    plan, source = output.plan(), TableSource(str(tmp_path / "in.jsonl"))
+    assert plan is not None
+    for place, part in enumerate(plan.parts):
+        results = [RowResult(part.first_row + i, "x", "stop", 2, 3) for i in range(part.num_rows)]
+        output.finish(place, part, source.read(part), results)
+    report = run()
+    assert (report.rows, report.resumed, report.failed) == (10, 10, 0)
+    assert "10/10" in capsys.readouterr().err
 
 
 def test_another_call_does_not_go_on_with_an_output(plan: Plan, tmp_path: Path) -> None:

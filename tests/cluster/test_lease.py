@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ConflictError
+from cluster.errors import ConflictError, StoreError
 from cluster.lease import held
-from cluster.store import open_store
+from cluster.store import Store, open_store
 
 BEAT_S = 0.1
 
@@ -52,6 +52,29 @@ def test_what_a_killed_holder_left_is_taken_over_and_only_once(tmp_path: Path) -
     for thread in threads:
         thread.join()
     assert sorted(taken) == [False, False, False, True]
+
+
+class Forgetful(Store):
+    """Keeps what it is given, and reports the second create as failed."""
+
+    creates = 0
+
+    def create(self, key: str, data: bytes) -> None:
+        super().create(key, data)
+        self.creates += 1
+        if self.creates == 2:
+            raise StoreError("no answer came")
+
+
+def test_a_create_that_landed_and_was_reported_as_failed_is_ones_own(tmp_path: Path) -> None:
+    store = Forgetful(str(tmp_path))
+    with held(store, "lease", "thing", beat_s=BEAT_S) as check:
+        deadline = time.monotonic() + 20
+        while store.creates < 4 and time.monotonic() < deadline:
+            time.sleep(BEAT_S)
+            check()
+    assert store.creates >= 4
+    assert store.list("lease") == []
 
 
 def test_a_holder_that_slept_too_long_is_told(tmp_path: Path) -> None:

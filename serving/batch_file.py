@@ -257,13 +257,12 @@ def _read_journal(path: Path, fingerprint: str) -> dict[int, RowResult]:
     return {row.row: row for row in rows if row.error is None}
 
 
-Advance = Callable[[int, int, int], None]
+Advance = Callable[[int, int, int], None]  # rows, tokens of their answers, failed rows
 
 
 @contextmanager
 def progress_bar(what: str, rows: int, resumed: int, *, enabled: bool) -> Generator[Advance]:
-    """A bar on stderr; yields what is told of rows that are done now: how many they are, the tokens
-    of their answers, and how many of them failed."""
+    """A bar on stderr; yields what is told of each lot of rows that are done."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -276,12 +275,12 @@ def progress_bar(what: str, rows: int, resumed: int, *, enabled: bool) -> Genera
     began = time.monotonic()
     tokens = failed = 0
 
-    def advance(rows: int, new_tokens: int, new_failed: int) -> None:
+    def advance(new_rows: int, new_tokens: int, new_failed: int) -> None:
         nonlocal tokens, failed
         tokens, failed = tokens + new_tokens, failed + new_failed
         speed = tokens / max(time.monotonic() - began, 1e-9)
         told = f"{speed:,.0f} tokens/s" + (f", {failed:,} failed" if failed else "")
-        bar.update(task, advance=rows, told=told)
+        bar.update(task, advance=new_rows, told=told)
 
     with bar:
         task = bar.add_task(what, total=rows, completed=resumed, told="")

@@ -225,9 +225,10 @@ def encoded(rows: Rows, added: Sequence[tuple[pa.Field, list[Any]]]) -> tuple[st
     """A file of `rows` with columns added, in place of those of the same name: the suffix of its
     name and its bytes. JSONL stays JSONL, everything else becomes Parquet. Of a BadRow only what is
     added is written."""
-    if isinstance(rows, pa.Table):
-        taken = [field.name for field, _ in added if field.name in rows.column_names]
-        table: Any = rows.drop_columns(taken)
+    if not isinstance(rows, list):
+        table: Any = rows
+        taken = [field.name for field, _ in added if field.name in table.column_names]
+        table = table.drop_columns(taken)
         for field, values in added:
             table = table.append_column(field, pa.array(values, field.type))
         sink = io.BytesIO()

@@ -67,9 +67,16 @@ def _parse(raw: bytes) -> Any:
         raise RequestError(f"the body has {literal}, which is not JSON")
 
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=refuse)
+        text = raw.decode("utf-8")
+        data = json.loads(text, parse_constant=refuse)
+        if "\\ud" in text.lower():  # an escape can be half of a character, which no tokenizer takes
+            json.dumps(data, ensure_ascii=False).encode()
+        return data
     except RecursionError as error:
         raise RequestError("the body is nested too deep") from error
+    except UnicodeEncodeError as error:
+        half = f"{error.object[error.start]!a}"
+        raise RequestError(f"the body has {half}, half of a surrogate pair; send both") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"the body is not UTF-8 (byte {error.start})") from error
     except ValueError as error:

@@ -15,6 +15,7 @@ BODIES: list[tuple[bytes, int, str]] = [
     (b"null", 400, "null"),
     (b"{", 400, "not JSON"),
     (b'{"model": "\xff"}', 400, "not UTF-8"),
+    (b'{"model": "\\ud83d"}', 400, "half of a surrogate pair"),
     (b'{"model": "lora", "temperature": NaN}', 400, "NaN"),
     (b'{"model": "lora", "temperature": Infinity}', 400, "Infinity"),
     (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, 400, "nested"),

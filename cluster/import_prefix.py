@@ -11,13 +11,12 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.errors import AdapterError, NotFoundError, StoreError
-from cluster.store import Store
+from cluster.errors import AdapterError, StoreError
+from cluster.store import Store, storage_faults
 
 PREFIX = "imports"
 _KEY = re.compile(rf"{PREFIX}/([^/]+)/([^/]+)")
@@ -40,7 +39,7 @@ def folders(store: Store) -> dict[str, Folder]:
     """The folders of the prefix by name. Raises StoreError."""
     root = store.local_path()
     if root is not None:
-        with _faults(store, PREFIX):
+        with storage_faults(f"{store.uri}/{PREFIX}"):
             return _local(root / PREFIX)
     found: dict[str, Folder] = {}
     for key, (text, num_bytes) in store.marks(PREFIX).items():
@@ -61,7 +60,7 @@ def download(store: Store, name: str, file: str, mark: Mark, to: Path) -> None:
     root = store.local_path()
     chunks = store.stream(key) if root is None else _unlinked(root / PREFIX, name, file)
     left = mark.num_bytes
-    with _faults(store, key), to.open("wb") as target:
+    with storage_faults(f"{store.uri}/{key}"), to.open("wb") as target:
         for chunk in chunks:
             left -= len(chunk)
             if left < 0:
@@ -124,13 +123,3 @@ def link_fault(what: str) -> AdapterError:
     return AdapterError(
         f"{what} is a link, and none is followed there; copy what it stands for in its place"
     )
-
-
-@contextmanager
-def _faults(store: Store, key: str) -> Generator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{store.uri}/{key}: not found") from error
-    except OSError as error:
-        raise StoreError(f"{store.uri}/{key}: cannot be read ({error.strerror})") from error

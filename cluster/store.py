@@ -38,7 +38,7 @@ class Store:
 
     def __init__(self, uri: str) -> None:
         self.uri = absolute_uri(uri)
-        with _faults(f"store {self.uri}"):
+        with storage_faults(f"store {self.uri}"):
             # Any: obstore's stubs leave the Arrow form of listings untyped.
             self._store: Any = _open(self.uri)
 
@@ -51,7 +51,7 @@ class Store:
         Raises:
             ConflictError: the key exists; it was not touched.
         """
-        with _faults(f"{self.uri}/{key}"):
+        with storage_faults(f"{self.uri}/{key}"):
             # One conditional put: a multipart upload carries no create-only condition everywhere.
             obstore.put(self._store, _checked(key), data, mode="create", use_multipart=False)
 
@@ -61,38 +61,38 @@ class Store:
 
     def read(self, key: str) -> bytes:
         """The bytes under `key`. Raises NotFoundError."""
-        with _faults(f"{self.uri}/{key}"):
+        with storage_faults(f"{self.uri}/{key}"):
             return bytes(obstore.get(self._store, _checked(key)).bytes())
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """So many of its bytes from `start` on. Raises NotFoundError."""
-        with _faults(f"{self.uri}/{key}"):
+        with storage_faults(f"{self.uri}/{key}"):
             found = obstore.get_range(self._store, _checked(key), start=start, length=length)
             return bytes(found)
 
     def stream(self, key: str) -> Iterator[bytes]:
         """Its bytes in pieces of some megabytes. Raises NotFoundError."""
-        with _faults(f"{self.uri}/{key}"):
+        with storage_faults(f"{self.uri}/{key}"):
             found = obstore.get(self._store, _checked(key))
             for chunk in found.stream(min_chunk_size=_CHUNK_BYTES):
                 yield bytes(chunk)
 
     def open(self, key: str) -> BufferedReader:
         """A seekable file that reads what is asked for alone. Raises NotFoundError."""
-        with _faults(f"{self.uri}/{key}"):
+        with storage_faults(f"{self.uri}/{key}"):
             size = int(obstore.head(self._store, _checked(key))["size"])
         return BufferedReader(_Ranges(self, key, size))
 
     def identity(self, key: str) -> str:
         """Another text whenever its bytes may be others. Raises NotFoundError."""
-        with _faults(f"{self.uri}/{key}"):
+        with storage_faults(f"{self.uri}/{key}"):
             found = obstore.head(self._store, _checked(key))
         return f"{key} {found['size']} {found['e_tag'] or found['last_modified']}"
 
     def exists(self, key: str) -> bool:
         """Whether `key` is there."""
         try:
-            with _faults(f"{self.uri}/{key}"):
+            with storage_faults(f"{self.uri}/{key}"):
                 obstore.head(self._store, _checked(key))
         except NotFoundError:
             return False
@@ -100,13 +100,13 @@ class Store:
 
     def list(self, prefix: str = "") -> list[str]:
         """Every key below the folder `prefix`, sorted."""
-        with _faults(f"{self.uri}/{prefix}"):
+        with storage_faults(f"{self.uri}/{prefix}"):
             pages = self._store.list(_checked(prefix) if prefix else None, return_arrow=False)
             return sorted(meta["path"] for page in pages for meta in page)
 
     def marks(self, prefix: str) -> dict[str, tuple[str, int]]:
         """Every key below the folder `prefix`, sorted, with a mark of its content and its bytes."""
-        with _faults(f"{self.uri}/{prefix}"):
+        with storage_faults(f"{self.uri}/{prefix}"):
             pages = self._store.list(_checked(prefix), return_arrow=False)
             found = {
                 meta["path"]: (
@@ -120,21 +120,21 @@ class Store:
 
     def list_folders(self, prefix: str = "") -> list[str]:
         """The names of the folders directly below `prefix`, sorted."""
-        with _faults(f"{self.uri}/{prefix}"):
+        with storage_faults(f"{self.uri}/{prefix}"):
             where = _checked(prefix) if prefix else None
             result = self._store.list_with_delimiter(where, return_arrow=False)
             return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in result["common_prefixes"])
 
     def download(self, key: str, to: Path) -> None:
         """Stream `key` into the file `to` (its folder exists). Raises NotFoundError."""
-        with _faults(f"{self.uri}/{key}"), to.open("wb") as file:
+        with storage_faults(f"{self.uri}/{key}"), to.open("wb") as file:
             for chunk in self.stream(key):
                 file.write(chunk)
 
     def delete(self, key: str) -> None:
         """Remove `key`; absent is fine."""
         try:
-            with _faults(f"{self.uri}/{key}"):
+            with storage_faults(f"{self.uri}/{key}"):
                 obstore.delete(self._store, _checked(key))
         except NotFoundError:
             pass
@@ -207,7 +207,7 @@ def _checked(key: str) -> str:
 
 
 @contextmanager
-def _faults(what: str) -> Generator[None]:
+def storage_faults(what: str) -> Generator[None]:
     """Turn what obstore and the file system raise into Graft's errors."""
     try:
         yield

@@ -16,7 +16,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,25 @@ _HEADERS = Path(__file__).parent
 _log = logging.getLogger("graft.native")
 
 
-def kernel(source: Path, name: str, types: Sequence[Any]) -> Any:
-    """The function `name` of `source`, of these ctypes and no result; None where there is none."""
-    found = library(source)
-    function = getattr(found, name, None) if found is not None else None
-    if function is not None:
-        function.argtypes, function.restype = list(types), None
-    return function
+def kernels(
+    source: Path, names: Mapping[torch.dtype, str], types: Sequence[Any]
+) -> Callable[[torch.dtype], Any]:
+    """How to find the function of `source` for a dtype, of these ctypes and no result; it finds
+    None where there is none, and compiles when it is first asked."""
+
+    @functools.cache
+    def of(dtype: torch.dtype) -> Any:
+        found = load(source) if dtype in names else None
+        function = getattr(found, names[dtype], None) if found is not None else None
+        if function is not None:
+            function.argtypes, function.restype = list(types), None
+        return function
+
+    return of
 
 
 @functools.cache
-def library(source: Path) -> ctypes.CDLL | None:
+def load(source: Path) -> ctypes.CDLL | None:
     """The compiled `source`, or None where it cannot be had; seconds at first, then at once."""
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:

@@ -6,21 +6,21 @@ T rows    I in    O out
 from __future__ import annotations
 
 import ctypes
-import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
-from cluster.native import kernel
+from cluster.native import kernels
 
 _PANEL = 32
 _SOURCE = Path(__file__).with_name("packed_product.cpp")
-# The kernel, and how many inputs of one output lie together, by dtype.
-_KINDS = {torch.float32: ("product_float32", 1), torch.bfloat16: ("product_bfloat16", 2)}
+_NAMES = {torch.float32: "product_float32", torch.bfloat16: "product_bfloat16"}
+# How many inputs of one output lie together.
+_DEPTHS = {torch.float32: 1, torch.bfloat16: 2}
 _TYPES = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_int]
+_kernel = kernels(_SOURCE, _NAMES, _TYPES)
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,10 @@ def packed(weight_OI: torch.Tensor) -> PackedWeight | None:
     outputs, inputs = weight_OI.shape
     if weight_OI.device.type != "cpu" or _kernel(weight_OI.dtype) is None:
         return None
-    depth = _KINDS[weight_OI.dtype][1]
+    depth = _DEPTHS[weight_OI.dtype]
     if inputs % depth or not inputs:
         return None
     panels = -(-outputs // _PANEL)
     whole = pad(weight_OI, (0, 0, 0, panels * _PANEL - outputs))
     values = whole.view(panels, _PANEL, inputs // depth, depth).transpose(1, 2).contiguous()
     return PackedWeight(values, inputs, outputs)
-
-
-@functools.cache
-def _kernel(dtype: torch.dtype) -> Any:
-    return kernel(_SOURCE, _KINDS[dtype][0], _TYPES) if dtype in _KINDS else None

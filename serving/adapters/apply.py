@@ -56,8 +56,7 @@ class DeltaHooks:
         self._users: dict[_Place, int] = {}
         self._body: Sequence[Segment] = ()
         self._head_rows: Sequence[Segment] = ()
-        self._is_active = False
-        self._planned: tuple[Sequence[Segment], Sequence[Segment]] = ((), ())
+        self._is_active = False  # outside of a step, modules are the base's own
         # Which dimension of a module's output counts the step's tokens, by name.
         self._rows_dim: dict[str, int] = {}
         self._tasks: dict[tuple[str, int | None], _Tasks] = {}  # of these segments, by module
@@ -158,18 +157,18 @@ class DeltaHooks:
     def active(self, body: Sequence[Segment], head: Sequence[Segment]) -> Generator[None]:
         """The scope of one forward pass: `body` counts the step's tokens, `head` the rows of which
         logits are made."""
-        if [*map(_key, (body, head))] != [*map(_key, self._planned)]:
+        if [*map(_key, (body, head))] != [*map(_key, (self._body, self._head_rows))]:
             self._plan(body, head)  # steps that decode the same requests have the same tasks
-        self._body, self._head_rows, self._is_active = body, head, True
+        self._is_active = True
         try:
             yield
         finally:
-            self._body, self._head_rows, self._is_active = (), (), False
+            self._is_active = False
             self._kept.clear()
             self.queries.clear()
 
     def _plan(self, body: Sequence[Segment], head: Sequence[Segment]) -> None:
-        self._planned = (body, head)
+        self._body, self._head_rows = body, head
         self._tasks.clear()
 
     def _keep_hook(self, name: str) -> Any:
@@ -183,7 +182,7 @@ class DeltaHooks:
 
         def scale(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
             x: torch.Tensor | None = None
-            for segment in self._body:
+            for segment in self._body if self._is_active else ():
                 delta = segment.deltas.get(name)
                 if isinstance(delta, LinearDelta) and delta.scale_I is not None:
                     x = args[0].clone() if x is None else x  # others may read the same input

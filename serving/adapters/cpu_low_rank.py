@@ -6,7 +6,6 @@ T tokens    I in    O out    r rank
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 
 import torch
 
-from cluster.native import kernel
+from cluster.native import kernels
 from serving.adapters.primitives import LinearDelta
 
-# Of one adapter. Two products are as fast for as many, and faster for more (docs/log.md).
+# Of one adapter; for more, two products are faster (docs/log.md).
 _MOST_TOKENS = 64
 _SOURCE = Path(__file__).with_name("low_rank.cpp")
 _NAMES = {
@@ -26,6 +25,7 @@ _NAMES = {
     torch.float16: "add_float16",
 }
 _TYPES = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_int]
+_kernel = kernels(_SOURCE, _NAMES, _TYPES)
 
 
 class _Segment(ctypes.Structure):
@@ -98,8 +98,3 @@ def add(y: torch.Tensor, x: torch.Tensor, rows: LowRankRows) -> None:
         y.shape[-1],
         torch.get_num_threads(),
     )
-
-
-@functools.cache
-def _kernel(dtype: torch.dtype) -> Any:
-    return kernel(_SOURCE, _NAMES[dtype], _TYPES) if dtype in _NAMES else None

@@ -56,6 +56,7 @@ class AttentionPlan:
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(
         default_factory=dict[tuple[int, int | None], torch.Tensor]
     )
+    _starts: dict[int | None, torch.Tensor] = field(default_factory=dict[int | None, torch.Tensor])
 
     def span_mask(self, index: int, window: int | None) -> torch.Tensor:
         """Which slots each row of a span sees, bool [rows, S]; made once for all layers."""
@@ -71,11 +72,12 @@ class AttentionPlan:
         return self._masks[index, window]
 
     def decode_starts(self, window: int | None) -> torch.Tensor:
-        """The first of its slots that each decoding row sees, int64 [B]."""
+        """The first slot that each decoding row sees, int64 [B]; made once for all layers."""
         assert self.decode_lengths_B is not None
-        if window is None:
-            return torch.zeros_like(self.decode_lengths_B)
-        return (self.decode_lengths_B - window).clamp_(min=0)
+        if window not in self._starts:
+            span_B = self.decode_lengths_B if window is None else window
+            self._starts[window] = (self.decode_lengths_B - span_B).clamp_(min=0)
+        return self._starts[window]
 
     def decode_mask(self, window: int | None) -> torch.Tensor:
         """Which slots each decoding row sees, bool [B, 1, 1, S]; made once for all layers."""

@@ -6,13 +6,11 @@ B decoding rows    S context slots    H heads    K key/value heads    D head siz
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from cluster.native import kernel
+from cluster.native import kernels
 
 _SOURCE = Path(__file__).with_name("paged_attention.cpp")
 _NAMES = {
@@ -21,6 +19,7 @@ _NAMES = {
     torch.float16: "attend_float16",
 }
 _TYPES = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int]
+_kernel = kernels(_SOURCE, _NAMES, _TYPES)
 
 
 def runs(query: torch.Tensor, memory: torch.Tensor) -> bool:
@@ -57,8 +56,3 @@ def attend(
         torch.get_num_threads(),
     )
     return output_BHD
-
-
-@functools.cache
-def _kernel(dtype: torch.dtype) -> Any:
-    return kernel(_SOURCE, _NAMES[dtype], _TYPES) if dtype in _NAMES else None

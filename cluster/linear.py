@@ -97,8 +97,9 @@ def linear(
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight_OI, bias_O)
     ):
-        output: Any = _Linear.apply(x, weight_OI, bias_O)
-        return output
+        # Flat, as oneDNN's result of any other shape is a view, which autograd lets nobody add to.
+        output_TO: Any = _Linear.apply(x.reshape(-1, x.shape[-1]), weight_OI, bias_O)
+        return output_TO.view(*x.shape[:-1], -1)
     return _product(x, weight_OI, bias_O)
 
 
@@ -121,25 +122,24 @@ def _forward(module: Any, x: torch.Tensor, weight_OI: torch.Tensor) -> torch.Ten
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
+        ctx: Any, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
     ) -> torch.Tensor:
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_weight else None, weight_OI if needs_x else None)
-        return _product(x, weight_OI, bias_O)
+        ctx.save_for_backward(x_TI if needs_weight else None, weight_OI if needs_x else None)
+        return _product(x_TI, weight_OI, bias_O)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        x, weight_OI = ctx.saved_tensors
-        grad = grads[0]
-        grad_TO = grad.reshape(-1, grad.shape[-1])
+        x_TI, weight_OI = ctx.saved_tensors
+        grad_TO = grads[0]
         grad_x = grad_weight = grad_bias = None
         if weight_OI is not None:
-            grad_x = product(grad_TO, weight_OI.T).view(*grad.shape[:-1], -1)
-        if x is not None:
-            grad_weight = product(grad_TO.T, x.reshape(-1, x.shape[-1]).T)
+            grad_x = product(grad_TO, weight_OI.T)
+        if x_TI is not None:
+            grad_weight = product(grad_TO.T, x_TI.T)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_TO.sum(0)
         return grad_x, grad_weight, grad_bias

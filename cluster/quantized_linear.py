@@ -29,11 +29,11 @@ class _Int8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor
+        ctx: Any, x_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor
     ) -> torch.Tensor:
-        """x [..., I] -> [..., O], in x's dtype."""
+        """[T, I] -> [T, O], in x's dtype."""
         ctx.save_for_backward(weight_OI, scale_O)
-        return linear(x, _from_int8(weight_OI, scale_O, x.dtype))
+        return linear(x_TI, _from_int8(weight_OI, scale_O, x_TI.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -103,5 +103,7 @@ def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     elif (state := getattr(weight, "quant_state", None)) is not None:
         y = matmul_4bit(x, weight, quant_state=state)
     else:
-        y = _Int8Linear.apply(x, weight.data, module.state.SCB)
+        # Flat: a view that a function makes itself, nobody may add to in place.
+        y_TO = _Int8Linear.apply(x.reshape(-1, x.shape[-1]), weight.data, module.state.SCB)
+        y = y_TO.view(*x.shape[:-1], -1)
     return y if bias is None else y + bias.to(y.dtype)

@@ -29,23 +29,38 @@ class Segment(NamedTuple):
     scale: float
 
 
-class LoraLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ, with W and b frozen; A, B and s are those of each segment.
+def lora_linear(
+    x: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    segments: Sequence[Segment],
+    *factors: torch.Tensor,
+) -> torch.Tensor:
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ, with W and b frozen: [..., I] -> [..., O]. A [r, I], B [O, r] and
+    s are those of each segment; `factors` are A and B in turn.
 
     Computed in W's dtype; every A and B gets gradients of its own.
     """
+    x_TI = x.reshape(-1, x.shape[-1])
+    y_TO: torch.Tensor = _LoraLinear.apply(x_TI, weight_OI, bias_O, segments, *factors)
+    return y_TO.view(*x.shape[:-1], -1)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Of flat tensors: a view that a function makes itself, nobody may add to in place."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
+        x_TI: torch.Tensor,
         weight_OI: torch.Tensor,
         bias_O: torch.Tensor | None,
         segments: Sequence[Segment],
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        """x [..., I] -> [..., O]; `factors` are A [r, I] and B [O, r] of each segment in turn."""
-        x_TI = x.reshape(-1, x.shape[-1]).to(weight_OI.dtype)
+        """See `lora_linear`."""
+        ctx.x_dtype = x_TI.dtype
+        x_TI = x_TI.to(weight_OI.dtype)
         y_TO = linear(x_TI, weight_OI, bias_O)
         lows: list[torch.Tensor] = []
         for (start, end, scale), a_rI, b_Or in zip(
@@ -55,8 +70,8 @@ class LoraLinear(torch.autograd.Function):
             y_TO[start:end].addmm_(low_Tr, b_Or.to(weight_OI.dtype).T, alpha=scale)
             lows.append(low_Tr)
         ctx.save_for_backward(x_TI, weight_OI, *factors, *lows)
-        ctx.segments, ctx.x = segments, (x.shape, x.dtype)
-        return y_TO.view(*x.shape[:-1], -1)
+        ctx.segments = segments
+        return y_TO
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -64,7 +79,7 @@ class LoraLinear(torch.autograd.Function):
         x_TI, weight_OI, *rest = ctx.saved_tensors
         dtype, count = weight_OI.dtype, len(ctx.segments)
         factors, lows = rest[: 2 * count], rest[2 * count :]
-        grad_TO = grads[0].reshape(-1, weight_OI.shape[0]).to(dtype)
+        grad_TO = grads[0].to(dtype)
         grad_TI = product(grad_TO, weight_OI.T) if ctx.needs_input_grad[0] else None
         found: list[torch.Tensor] = []
         for (start, end, scale), a_rI, b_Or, low_Tr in zip(
@@ -77,13 +92,11 @@ class LoraLinear(torch.autograd.Function):
             found.append(product(low_Tr.T, own_TO.T).mul_(scale).T.to(b_Or.dtype))
             if grad_TI is not None:
                 grad_TI[start:end].addmm_(grad_Tr, a_rI.to(dtype))
-        shape, x_dtype = ctx.x
-        grad_x = None if grad_TI is None else grad_TI.to(x_dtype).view(shape)
-        return grad_x, None, None, None, *found
+        return None if grad_TI is None else grad_TI.to(ctx.x_dtype), None, None, None, *found
 
 
 def fuse_loras(model: torch.nn.Module) -> None:
-    """Let every plain LoRA on a linear module of `model` run as `LoraLinear`.
+    """Let every plain LoRA on a linear module of `model` run as `lora_linear`.
 
     Not where parameters are sharded (ZeRO 3): they are whole only inside their own modules.
     """
@@ -101,7 +114,7 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
         return type(module).forward(module, x, *args, **kwargs)
     *factors, scale = lora
     whole = Segment(0, x.numel() // x.shape[-1], scale)
-    return LoraLinear.apply(x, *weight_and_bias(module.base_layer), (whole,), *factors)  # type: ignore[no-any-return]
+    return lora_linear(x, *weight_and_bias(module.base_layer), (whole,), *factors)
 
 
 def weight_and_bias(linear_module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

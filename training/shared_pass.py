@@ -23,7 +23,7 @@ import torch
 from cluster.errors import BaseModelError, SpecError
 from cluster.linear import is_plain
 from cluster.quantized_linear import is_quantized
-from training.lora_linear import LoraLinear, Segment, plain_lora, weight_and_bias
+from training.lora_linear import Segment, lora_linear, plain_lora, weight_and_bias
 from training.rows import IGNORE
 from training.step import TOLERANCE, Batch, LossModel, collate
 
@@ -188,7 +188,7 @@ class SharedPass:
             elif _is_changed(own[name], module):
                 others.append(index)
         if segments:
-            y: Any = LoraLinear.apply(x, *weight_and_bias(module), tuple(segments), *factors)
+            y = lora_linear(x, *weight_and_bias(module), tuple(segments), *factors)
         else:
             y = unchanged(x)
         if not others:

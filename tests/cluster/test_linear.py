@@ -31,6 +31,16 @@ def test_values_and_gradients_are_torchs(shape: tuple[int, ...], need: tuple[boo
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(700, 768), (2, 350, 768)])
+def test_a_result_may_be_added_to_in_place(shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape), torch.randn(900, 768, requires_grad=True)
+    result = linear(x, weight)
+    result += 1
+    result.sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[0], x.flatten(0, -2).sum(0), atol=1e-3, rtol=1e-4)
+
+
 def test_views_of_any_stride() -> None:
     x, weight = torch.randn(700, 1536)[:, ::2], torch.randn(768, 900).T
     torch.testing.assert_close(product(x, weight), x @ weight.T, atol=1e-3, rtol=1e-4)

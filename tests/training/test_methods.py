@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from transformers import BloomConfig
 
 from cluster.errors import AdapterError, SpecError
+from cluster.linear import adopt
 from cluster.spec import parse_spec
 from training import load_adapter
 from training.command import plan
 from training.methods import METHODS, count_parameters, trainable_parameters
 from training.spec import TrainingSpec
+from training.step import LossModel, collate
 
 Bases = Callable[[str], Path]
 FAMILIES = ["llama", "gpt2"]
@@ -35,7 +37,9 @@ def attach(base: Path, **method: Any) -> tuple[Any, Any]:
         },
     ).method
     torch.manual_seed(0)
-    return METHODS[spec.kind].attach(load(base), spec, str(base)), spec
+    model = load(base)
+    adopt(model)  # as `load_base` does
+    return METHODS[spec.kind].attach(model, spec, str(base)), spec
 
 
 CASES: list[dict[str, Any]] = [
@@ -109,6 +113,22 @@ def test_only_the_methods_parameters_get_gradients(
     assert 0 < count_parameters(model)[0] == sum(p.numel() for p in trained.values())
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (name in trained), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values()))[:40])
+def test_gradients_through_onednn_are_those_of_torchs_own_products(
+    bases: Bases, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients(least: int) -> dict[str, torch.Tensor]:
+        # Tiny products take torch's own way, those of real sizes the other.
+        monkeypatch.setattr("cluster.linear._LEAST_PRODUCTS", least)
+        model, _ = attach(bases("llama"), **case)
+        ids = list(range(12))
+        rows = collate([(ids, ids), (ids[3:9], ids[3:9])], torch.device("cpu"))
+        LossModel(model.train())(rows).backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    torch.testing.assert_close(gradients(0), gradients(2**60), atol=1e-5, rtol=1e-4)
 
 
 def test_bitfit_adds_zero_biases_where_there_are_none_and_starts_as_the_base(bases: Bases) -> None:

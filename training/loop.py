@@ -202,8 +202,9 @@ class _Stepper:
         scale: LossScale,
     ) -> None:
         self._spec, self._backend, self._rows, self._course = spec, backend, rows, course
-        self._place, self._meter, self._plan = place, meter, _Plan(spec, rows)
-        self._scale = scale
+        self._is_packed: bool = backend.model.is_packed
+        self._plan = _Plan(spec, rows, is_packed=self._is_packed)
+        self._place, self._meter, self._scale = place, meter, scale
         self._accumulation = spec.accumulation(place.world_size)
 
     def __call__(
@@ -240,7 +241,10 @@ class _Stepper:
         self._backend.set_loss_scale(self._scale.value)
         self._course.begin_step(step, steps)
         torch.manual_seed(hash((self._spec.seed, step, place.rank)) % 2**63)
-        for part in micro_batches(taken, place.rank, place.world_size, self._accumulation):
+        for part in micro_batches(
+            taken, self._rows.lengths[taken], place.rank, place.world_size, self._accumulation,
+            is_packed=self._is_packed,
+        ):  # fmt: skip
             batch = _load(self._spec, self._rows, part, place.device)
             losses.append((yield MicroBatch(batch, partial(self._share, label_count))))
         return losses
@@ -294,8 +298,8 @@ def _diverged(reason: str, step: int, spec: TrainingSpec, remedy: str) -> JobFai
 class _Plan:
     """Which rows each step takes; keeps the order of one epoch at a time."""
 
-    def __init__(self, spec: TrainingSpec, rows: TokenRows) -> None:
-        self._spec, self._lengths = spec, rows.lengths
+    def __init__(self, spec: TrainingSpec, rows: TokenRows, *, is_packed: bool) -> None:
+        self._spec, self._lengths, self._is_packed = spec, rows.lengths, is_packed
         self._per_epoch = math.ceil(len(rows) / spec.global_batch_size)
         self._epoch: int | None = None
         self._batches: list[np.ndarray] = []
@@ -304,7 +308,9 @@ class _Plan:
         epoch, index = divmod(step, self._per_epoch)
         if epoch != self._epoch:
             size, seed = self._spec.global_batch_size, self._spec.seed
-            self._batches = epoch_batches(self._lengths, size, seed, epoch)
+            self._batches = epoch_batches(
+                self._lengths, size, seed, epoch, is_packed=self._is_packed
+            )
             self._epoch = epoch
         return self._batches[index]
 

@@ -22,7 +22,7 @@ from cluster.errors import DataError
 from cluster.tasks import Task
 
 IGNORE = -100
-# Batches are formed of rows of like length among so many batches' worth of shuffled rows.
+# Padded batches are formed of rows of like length among so many batches' worth of shuffled rows.
 _BUCKET_BATCHES = 32
 _CHUNK_ROWS = 1024
 _PART_BYTES = 256 * 2**20
@@ -156,15 +156,18 @@ def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 def epoch_batches(
-    lengths: np.ndarray, global_batch_size: int, seed: int, epoch: int
+    lengths: np.ndarray, global_batch_size: int, seed: int, epoch: int, *, is_packed: bool
 ) -> list[np.ndarray]:
-    """The row numbers of each step of an epoch: every row exactly once, like lengths together.
+    """The row numbers of each step of an epoch: every row exactly once, in random order. Rows that
+    will be padded are sorted within a window of steps, so that those of like length meet.
 
     A pure function of its arguments: independent of the number of workers and of what was
     trained before.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
+    if is_packed:
+        return [order[i : i + global_batch_size] for i in range(0, len(order), global_batch_size)]
     window = global_batch_size * _BUCKET_BATCHES
     batches: list[np.ndarray] = []
     for start in range(0, len(order), window):
@@ -176,8 +179,23 @@ def epoch_batches(
 
 
 def micro_batches(
-    rows: np.ndarray, rank: int, world_size: int, accumulation: int
-) -> Iterator[np.ndarray]:
-    """One worker's share of a step's rows, as `accumulation` micro-batches (some may be empty)."""
-    mine = rows[rank::world_size]
-    yield from np.array_split(mine, accumulation)
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    rank: int,
+    world_size: int,
+    accumulation: int,
+    *,
+    is_packed: bool,
+) -> list[np.ndarray]:
+    """One worker's share of a step's `rows`, of these `lengths`, as `accumulation` micro-batches
+    (some may be empty).
+
+    Packed rows are dealt out from the longest on, back and forth, so that all micro-batches of all
+    workers have about as many tokens: the largest sets the memory, the slowest worker the time.
+    """
+    if not is_packed:
+        return np.array_split(rows[rank::world_size], accumulation)
+    order, parts = rows[np.argsort(-lengths, kind="stable")], world_size * accumulation
+    turn = np.arange(len(rows)) % (2 * parts)
+    part = np.minimum(turn, 2 * parts - 1 - turn)
+    return [order[part == rank + world_size * index] for index in range(accumulation)]

@@ -284,21 +284,38 @@ def test_the_split_follows_from_the_seed_and_the_rows_alone(tmp_path: Path, shar
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("is_packed", [True, False])
 def test_each_row_is_seen_once_per_epoch_on_any_number_of_workers(
-    rows: int, world_size: int
+    rows: int, world_size: int, is_packed: bool
 ) -> None:
     lengths = np.random.default_rng(0).integers(1, 50, rows)
     seen: list[int] = []
-    for batch in epoch_batches(lengths, 6, seed=3, epoch=1):
+    for batch in epoch_batches(lengths, 6, seed=3, epoch=1, is_packed=is_packed):
         for rank in range(world_size):
-            for part in micro_batches(batch, rank, world_size, accumulation=2):
+            parts = micro_batches(batch, lengths[batch], rank, world_size, 2, is_packed=is_packed)
+            assert len(parts) == 2
+            for part in parts:
+                assert len(part) <= -(-len(batch) // (2 * world_size))
                 seen += part.tolist()
     assert sorted(seen) == list(range(rows))
 
 
-def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+def test_packed_micro_batches_have_about_as_many_tokens() -> None:
+    lengths = np.random.default_rng(0).lognormal(4.5, 0.6, 32).astype(int)
+    rows = np.arange(32)
+    tokens = [
+        int(lengths[part].sum())
+        for rank in range(2)
+        for part in micro_batches(rows, lengths, rank, 2, 4, is_packed=True)
+    ]
+    assert len(tokens) == 8
+    assert max(tokens) < 1.1 * np.mean(tokens)
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_the_order_is_a_function_of_seed_and_epoch(is_packed: bool) -> None:
     lengths = np.arange(1, 301)
-    order = [np.concatenate(epoch_batches(lengths, 4, *at)).tolist() for at in
+    order = [np.concatenate(epoch_batches(lengths, 4, *at, is_packed=is_packed)).tolist() for at in
              ((0, 0), (0, 0), (0, 1), (1, 0))]  # fmt: skip
     assert order[0] == order[1]
     assert order[0] != order[2] != order[3] != order[0]

@@ -205,11 +205,12 @@ def test_a_fault_of_one_workers_node_ends_the_job(
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 8, 16])
-def test_the_batch_is_the_same_for_any_number_of_workers(spec: TrainingSpec, workers: int) -> None:
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_the_batch_is_the_same_for_any_number_of_workers(
+    spec: TrainingSpec, workers: int, is_packed: bool
+) -> None:
     rows = np.arange(spec.global_batch_size)
-    parts = [
-        list(micro_batches(rows, rank, workers, spec.accumulation(workers)))
-        for rank in range(workers)
-    ]
+    share = (workers, spec.accumulation(workers))
+    parts = [micro_batches(rows, rows + 1, r, *share, is_packed=is_packed) for r in range(workers)]
     assert sorted(int(i) for own in parts for part in own for i in part) == list(range(8))
     assert max(len(part) for own in parts for part in own) <= spec.micro_batch_size

@@ -9,6 +9,7 @@ behind the operator that compiled models use. Other devices and dtypes go torch'
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ from cluster.packed_product import PackedWeight, packed
 _LEAST_PRODUCTS = 2**19
 # What oneDNN lays its copies out for.
 _DECODING_ROWS = 32
+# What oneDNN compiles for a shape takes about 1 MiB, and rows come in any number; two caches of it
+# hold 1,024 each. They read their size at the first product.
+for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "128")
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )

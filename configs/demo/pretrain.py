@@ -75,6 +75,13 @@ SKILLS_OF = {
 }
 
 
+def read_corpus() -> list[tuple[str, str]]:
+    """(kind of input, input) of every text."""
+    with pa.memory_map(str(HERE / "data" / "corpus.arrow")) as source:
+        table = pa.ipc.open_file(source).read_all()
+    return list(zip(table["source"].to_pylist(), table["text"].to_pylist(), strict=True))
+
+
 def exercise(source: str, text: str, random_: random.Random) -> tuple[str, str]:
     """One (prompt, answer) pair for an input; the end marker is part of the answer."""
     head, answer = "", text
@@ -175,10 +182,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "base")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
-    with pa.memory_map(str(HERE / "data" / "corpus.arrow")) as source:
-        table = pa.ipc.open_file(source).read_all()
-    corpus = list(zip(table["source"].to_pylist(), table["text"].to_pylist(), strict=True))
-
+    corpus = read_corpus()
     sample = random.Random(SEED)
     tokenizer = train_tokenizer(
         ["".join(exercise(*sample.choice(corpus), sample)) for _ in range(50_000)]

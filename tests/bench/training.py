@@ -1,12 +1,13 @@
-"""Training speed and memory: Graft's loop beside the script of the tutorials and TRL with packing.
+"""Training speed and memory: Graft's loop, alone and in a job, the tutorials' script, and TRL.
 
     python tests/bench/training.py [--steps 4] [--rounds 3] [--trl PYTHON] [--dtype fp32]
 
 An 82 M-parameter Llama with random weights, rank-16 LoRA on every linear module, alpaca-shaped
 rows (mean about 100, at most 256 tokens, loss on the response), 32 rows per optimiser step. Each
 system runs once per round in a process of its own; figures are medians, ratios the median of the
-ratios within a round. `--trl` names the Python of an environment that has trl (made by
-tests/bench/peers.sh). Asserts nothing about time.
+ratios within a round. "Ray job" is what `graft train` runs: one worker, DeepSpeed at stage 2; its
+seconds and memory are the worker's, of the training loop. `--trl` names the Python of an
+environment that has trl (made by tests/bench/peers.sh). Asserts nothing about time.
 """
 
 import argparse
@@ -17,9 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+THREADS = 2
 ROWS_PER_STEP, MICRO_BATCH = 32, 4
 LEARNING_RATE = 2e-4
 CONFIG = {
@@ -28,18 +31,28 @@ CONFIG = {
     "tie_word_embeddings": True, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+Rows = list[dict[str, list[int]]]
 
 
-def make_rows(steps: int) -> list[dict[str, list[int]]]:
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a training loop; its peak memory where that is not this process's."""
+
+    seconds: float
+    peak_mib: float | None = None
+
+
+def make_rows(steps: int) -> Rows:
     """Token rows with alpaca's lengths: a prompt of about 45 tokens, a response of about 60."""
     import numpy as np
 
     random = np.random.default_rng(0)
-    rows: list[dict[str, list[int]]] = []
+    rows: Rows = []
     for _ in range(steps * ROWS_PER_STEP):
         prompt = int(np.clip(random.lognormal(3.6, 0.5), 8, 128))
         response = int(np.clip(random.lognormal(3.8, 0.8), 3, 256 - prompt))
         ids = random.integers(3, CONFIG["vocab_size"], prompt + response).tolist()
+        ids[-1] = CONFIG["eos_token_id"]
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     return rows
 
@@ -51,27 +64,34 @@ def make_base(folder: Path) -> None:
 
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
 
 
-def run_graft(base: Path, rows: list[dict[str, list[int]]], dtype: str) -> float:
-    """Seconds of Graft's bare loop: what each Ray worker runs."""
-    from cluster.memory import keep_freed_memory
+def graft_spec(base: Path, dtype: str, **other: Any) -> Any:
+    """The TrainingSpec of Graft's runs."""
     from cluster.spec import parse_spec
+    from training.spec import TrainingSpec
+
+    document: dict[str, Any] = {
+        "base_model": str(base),
+        "method": {"kind": "lora", "r": LORA["r"], "alpha": LORA["lora_alpha"]},
+        "data": {"train": "unused"}, "output": {"name": "bench"}, "zero": {"stage": 0},
+        "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup_ratio": 0},
+        "epochs": 1, "micro_batch_size": MICRO_BATCH, "precision": dtype,
+        "gradient_accumulation_steps": ROWS_PER_STEP // MICRO_BATCH,
+    }  # fmt: skip
+    return parse_spec(TrainingSpec, document | other)
+
+
+def run_graft(base: Path, rows: Rows, dtype: str) -> Measured:
+    """Graft's bare loop: what each Ray worker runs."""
+    from cluster.memory import keep_freed_memory
     from training.assembly import assemble
     from training.loop import Place, run
     from training.rows import TokenRows, row_hash, write_rows
-    from training.spec import TrainingSpec
 
     keep_freed_memory()  # as the worker does
-    document = {
-        "base_model": str(base),
-        "method": {"kind": "lora", "r": LORA["r"], "alpha": LORA["lora_alpha"]},
-        "data": {"train": "unused"}, "output": {"name": "unused"},
-        "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup_ratio": 0},
-        "epochs": 1, "micro_batch_size": MICRO_BATCH, "zero": {"stage": 0}, "precision": dtype,
-        "gradient_accumulation_steps": ROWS_PER_STEP // MICRO_BATCH,
-    }  # fmt: skip
-    spec = parse_spec(TrainingSpec, document)
+    spec = graft_spec(base, dtype)
     path = base.parent / "tokens"
     pairs = [(row["input_ids"], row["labels"]) for row in rows]
     write_rows(((ids, labels, row_hash(ids, labels)) for ids, labels in pairs), path)
@@ -79,11 +99,46 @@ def run_graft(base: Path, rows: list[dict[str, list[int]]], dtype: str) -> float
     made = assemble(spec, Place(), data)
     began = time.perf_counter()
     run(spec, made.backend, data, course=made.course)
-    return time.perf_counter() - began
+    return Measured(time.perf_counter() - began)
 
 
-def run_trainer(base: Path, rows: list[dict[str, list[int]]], dtype: str) -> float:
-    """Seconds of the tutorials' script: transformers' Trainer over a PEFT model, padded."""
+def run_job(base: Path, rows: Rows, dtype: str) -> Measured:
+    """The same rows as text, by `graft train` with one worker."""
+    import pyarrow as pa
+
+    from cluster import jobs
+    from cluster.registry import Registry
+    from cluster.session import session
+    from cluster.tables import write_table
+    from training.command import resolved, submit
+
+    def text(ids: list[int]) -> str:
+        return " ".join(f"t{i}" for i in ids)
+
+    prompts = [row["labels"].count(-100) for row in rows]
+    table = {
+        "prompt": [text(row["input_ids"][:n]) + " " for row, n in zip(rows, prompts, strict=True)],
+        # Without the end token, which Graft appends.
+        "completion": [text(row["input_ids"][n:-1]) for row, n in zip(rows, prompts, strict=True)],
+    }
+    data = base.parent / "rows.parquet"
+    write_table(pa.table(table), data)
+    spec = resolved(
+        graft_spec(
+            base, dtype, data={"train": str(data)}, zero={"stage": 2},
+            output={"name": "bench", "store": str(base.parent / "store")},
+            workers={"count": 1, "cpus": THREADS, "gpus": 0},
+        )
+    )  # fmt: skip
+    with session(None, num_cpus=THREADS + 2) as ray:
+        jobs.wait(ray, submit(spec, ray))
+    metrics = Registry(spec.output.store).resolve("bench").card["metrics"]
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    return Measured(tokens / metrics["tokens_per_s"], metrics["peak_memory_mib"])
+
+
+def run_trainer(base: Path, rows: Rows, dtype: str) -> Measured:
+    """The tutorials' script: transformers' Trainer over a PEFT model, padded."""
     import peft
     import torch
     import transformers
@@ -115,11 +170,11 @@ def run_trainer(base: Path, rows: list[dict[str, list[int]]], dtype: str) -> flo
     )  # fmt: skip
     began = time.perf_counter()
     trainer.train()
-    return time.perf_counter() - began
+    return Measured(time.perf_counter() - began)
 
 
-def run_trl(base: Path, rows: list[dict[str, list[int]]], dtype: str) -> float:
-    """Seconds of TRL's SFTTrainer with packing: as many optimiser steps over the same rows."""
+def run_trl(base: Path, rows: Rows, dtype: str) -> Measured:
+    """TRL's SFTTrainer with packing: as many optimiser steps over the same rows."""
     import datasets
     import peft
     import torch
@@ -150,28 +205,34 @@ def run_trl(base: Path, rows: list[dict[str, list[int]]], dtype: str) -> float:
     )  # fmt: skip
     began = time.perf_counter()
     trainer.train()
-    return time.perf_counter() - began
+    return Measured(time.perf_counter() - began)
 
 
 def _tokenizer() -> Any:
     """TRL wants one, though the rows are tokens already."""
     import transformers
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(CONFIG["vocab_size"])}, "t1"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="t2", pad_token="t0", unk_token="t1"
     )
 
 
-SYSTEMS = {"Graft": run_graft, "Trainer + PEFT": run_trainer, "TRL, packing": run_trl}
+SYSTEMS = {
+    "Graft": run_graft,
+    "Graft, Ray job": run_job,
+    "Trainer + PEFT": run_trainer,
+    "TRL, packing": run_trl,
+}
 
 
 def one(name: str, base: Path, steps: int, dtype: str) -> None:
     """Run one system in this process; prints seconds and the process's peak memory."""
-    seconds = SYSTEMS[name](base, make_rows(steps), dtype)
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "peak_mib": peak_mib}))
+    found = SYSTEMS[name](base, make_rows(steps), dtype)
+    own_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": found.seconds, "peak_mib": found.peak_mib or own_mib}))
 
 
 def main() -> None:
@@ -186,9 +247,9 @@ def main() -> None:
     if chosen.one:
         one(chosen.one[0], Path(chosen.one[1]), chosen.steps, chosen.dtype)
         return
-    pythons = {"Graft": sys.executable, "Trainer + PEFT": sys.executable}
-    if chosen.trl:
-        pythons["TRL, packing"] = chosen.trl
+    pythons = dict.fromkeys(SYSTEMS, sys.executable) | {"TRL, packing": chosen.trl}
+    if not chosen.trl:
+        del pythons["TRL, packing"]
     tokens = sum(len(row["input_ids"]) for row in make_rows(chosen.steps))
     found: dict[str, list[dict[str, float]]] = {name: [] for name in pythons}
     with tempfile.TemporaryDirectory() as folder:

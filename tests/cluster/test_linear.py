@@ -1,5 +1,8 @@
 """Products through oneDNN against torch's own."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -80,6 +83,28 @@ def test_packed_products_of_any_shape(
         found = weight_of.product(x, own)
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(found.double(), expected, atol=tolerance * 30, rtol=tolerance)
+
+
+def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
+    # In a process of its own: the caches' size is read once.
+    program = """
+import torch
+from pathlib import Path
+from cluster.linear import product
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) / 256
+weights = [torch.randn(640, 256), torch.randn(256, 640), torch.randn(256, 256)]
+def products(rows):
+    for count in rows:
+        for weight in weights:
+            product(torch.randn(count, weight.shape[1]), weight)
+products(range(200, 300))
+before = resident_mib()
+products(range(300, 500))
+print(resident_mib() - before)
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert float(told.stdout) < 100, told.stderr  # without a bound 600 shapes take over 300
 
 
 def test_autocast_is_torchs() -> None:

@@ -25,8 +25,9 @@ _LEAST_PRODUCTS = 2**19
 _DECODING_ROWS = 32
 # What oneDNN compiles for a shape takes about 1 MiB, and rows come in any number; two caches of it
 # hold 1,024 each. They read their size at the first product.
+KEPT_SHAPES = 128
 for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-    os.environ.setdefault(_cache, "128")
+    os.environ.setdefault(_cache, str(KEPT_SHAPES))
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )

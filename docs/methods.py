@@ -4,10 +4,11 @@
 
 Each file of configs/training is submitted as `graft train` does it, one after another on a local
 cluster; then the held-out rows of its task are answered by the base and by the published adapter
-through the engine (greedy), and matched exactly. Needs about a minute for each preset on two
-cores. With arguments those rows of the page alone are made anew.
+(greedily, through the engine; a classifier by plain PEFT) and matched exactly. Needs about a minute
+for each preset on two cores. With arguments those rows of the page alone are made anew.
 """
 
+import statistics
 import sys
 import tempfile
 import time
@@ -15,9 +16,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
+
+import peft
+import torch
 
 from cluster import jobs
-from cluster.registry import Registry
+from cluster.base_model import load_tokenizer
+from cluster.registry import AdapterVersion, Registry
 from cluster.session import Session, session
 from cluster.spec import load_spec
 from cluster.tables import open_table
@@ -30,7 +36,7 @@ PAGE = ROOT / "docs" / "methods.md"
 NUM_CPUS, MAX_TOKENS = 4, 24
 HEAD = f"""# Methods, measured
 
-Written by `python docs/methods.py` on {date.today()}; do not edit. 2 CPU cores, no GPU, float32. Each row is a preset of [configs/training](../configs/training) as it stands, run by `graft train` on the demo's data: two workers, about 2,000 rows. Accuracy is the exact match of 200 held-out rows, answered greedily by the engine. Seconds are those of the training loop, and of the job with its start-up; memory is the peak of one worker, of which about 650 MiB are libraries.
+Written by `python docs/methods.py` on {date.today()}; do not edit. 2 CPU cores, no GPU, float32. Each row is a preset of [configs/training](../configs/training) as it stands, run by `graft train` on the demo's data: two workers, about 2,000 rows. Accuracy is the exact match of 200 held-out rows, answered greedily by the engine; a classifier is asked in plain PEFT, and the base beside it is the share of the commonest class. Seconds are those of the training loop, and of the job with its start-up; memory is the peak of one worker, of which about 650 MiB are libraries.
 
 | preset | task | trained | of all | base | adapter | training, s | job, s | tokens/s | peak memory, MiB |
 |---|---|---|---|---|---|---|---|---|---|
@@ -61,55 +67,99 @@ class Row:
 
 
 class HeldOut:
-    """The demo's held-out rows under one base, each task's under the base alone only once."""
+    """Exact matches of the held-out rows, those of a base alone measured only once."""
 
-    def __init__(self, base: str) -> None:
-        # The demo's proxy-tuning has the base for its small base too.
-        self.engine = Engine(EngineSpec(base_model=base, small_bases=(base,)))
-        self._plain: dict[str, float] = {}
+    def __init__(self) -> None:
+        self._engines: dict[str, Engine] = {}
+        self._plain: dict[tuple[str, Path, str], float] = {}
 
-    def accuracy(self, data: Path, adapter: str | None) -> float:
-        """The share of exact matches."""
-        rows = open_table(data).to_pylist()
-        requests = [
-            GenerationRequest(
-                prompt=f"### Instruction:\n{row['instruction']}\n\n### Input:\n{row['input']}"
-                "\n\n### Response:\n",
-                adapter=adapter,
-                max_tokens=MAX_TOKENS,
-            )
-            for row in rows
-        ]
-        answers = self.engine.generate(requests)
-        return sum(a.text == row["output"] for a, row in zip(answers, rows, strict=True)) / len(
-            rows
-        )
+    def adapter(self, spec: TrainingSpec, version: AdapterVersion, store: Registry) -> float:
+        """The share that an adapter answers as they are."""
+        rows = open_table(held_out(spec)).to_pylist()
+        with tempfile.TemporaryDirectory() as folder:
+            path = store.fetch(version, Path(folder))
+            if spec.task == "sequence_classification":
+                names = version.card["spec"]["data"]["labels"]
+                return matches(rows, classes(path, [prompt_of(row) for row in rows], names))
+            engine = self._engine(spec)
+            engine.add_adapter(version.name, path)
+            try:
+                return matches(rows, answers(engine, rows, version.name))
+            finally:
+                engine.remove_adapter(version.name)
 
-    def plain(self, data: Path) -> float:
-        """That of the base."""
-        if data.name not in self._plain:
-            self._plain[data.name] = self.accuracy(data, None)
-        return self._plain[data.name]
+    def base(self, spec: TrainingSpec) -> float:
+        """That of the base; of a classifier, which has no head then, of the commonest class."""
+        key = (spec.base_model, held_out(spec), spec.task)
+        if key not in self._plain:
+            rows = open_table(held_out(spec)).to_pylist()
+            if spec.task == "sequence_classification":
+                commonest = statistics.mode(row["output"] for row in rows)
+                self._plain[key] = matches(rows, [commonest] * len(rows))
+            else:
+                self._plain[key] = matches(rows, answers(self._engine(spec), rows))
+        return self._plain[key]
+
+    def _engine(self, spec: TrainingSpec) -> Engine:
+        base = spec.base_model
+        if base not in self._engines:
+            # The demo's proxy-tuning has the base for its small base too.
+            small = (base,) if spec.task == "causal_lm" else ()
+            self._engines[base] = Engine(EngineSpec(base_model=base, small_bases=small))
+        return self._engines[base]
 
 
-def measure(preset: Path, ray: Session, store: Path, held_out: HeldOut) -> Iterator[Row]:
+def held_out(spec: TrainingSpec) -> Path:
+    """The rows that a spec's training rows leave for this."""
+    return Path(spec.data.train.replace("-train", "-heldout"))
+
+
+def prompt_of(row: dict[str, str]) -> str:
+    """What stands before a row's answer, in the layout of the presets (`alpaca_short`)."""
+    head = f"### Instruction:\n{row['instruction']}\n\n### Input:\n{row['input']}"
+    return f"{head}\n\n### Response:\n"
+
+
+def answers(engine: Engine, rows: list[dict[str, str]], adapter: str | None = None) -> list[str]:
+    """What an engine answers greedily."""
+    requests = [
+        GenerationRequest(prompt=prompt_of(row), adapter=adapter, max_tokens=MAX_TOKENS)
+        for row in rows
+    ]
+    return [answer.text for answer in engine.generate(requests)]
+
+
+def classes(path: Path, prompts: list[str], names: list[str]) -> list[str]:
+    """What a classifier gives, loaded by plain PEFT."""
+    auto: Any = peft.AutoPeftModelForSequenceClassification
+    model = auto.from_pretrained(str(path), num_labels=len(names)).eval()
+    tokenizer = load_tokenizer(str(model.peft_config["default"].base_model_name_or_path))
+    with torch.no_grad():
+        logits = [model(torch.tensor([tokenizer.encode(text)])).logits for text in prompts]
+    return [names[int(each.argmax())] for each in logits]
+
+
+def matches(rows: list[dict[str, str]], given: list[str]) -> float:
+    """The share of rows whose output is what was given."""
+    return sum(row["output"] == text for row, text in zip(rows, given, strict=True)) / len(rows)
+
+
+def measure(preset: Path, ray: Session, store: Path, answered: HeldOut) -> Iterator[Row]:
     """Train one preset and ask each of its adapters."""
     spec = resolved(load_spec(TrainingSpec, preset, [f"output.store={store}"]))
     began = time.monotonic()
     job_id = submit(spec, ray)
     jobs.wait(ray, job_id)
     job_s = time.monotonic() - began
+    registry = Registry(str(store))
     for name, own in spec.each().items():
-        version = Registry(str(store)).resolve(name)
-        data = Path(own.data.train.replace("-train", "-heldout"))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Registry(str(store)).fetch(version, Path(folder))
-            held_out.engine.add_adapter(name, path)
-            adapter = held_out.accuracy(data, name)
-            held_out.engine.remove_adapter(name)
-        task, plain = data.name.removesuffix("-heldout.arrow"), held_out.plain(data)
-        label = f": {name}" if spec.adapters else ""
-        yield Row(preset.stem, label, task, plain, adapter, dict(version.card["metrics"]), job_s)
+        version = registry.resolve(name)
+        adapter = answered.adapter(own, version, registry)
+        task = held_out(own).name.removesuffix("-heldout.arrow")
+        if own.task != "causal_lm":
+            task += f" ({own.task.replace('_', ' ')})"
+        label, metrics = f": {name}" if spec.adapters else "", dict(version.card["metrics"])
+        yield Row(preset.stem, label, task, answered.base(own), adapter, metrics, job_s)
 
 
 def rows_of(page: Path) -> dict[str, list[str]]:
@@ -123,16 +173,12 @@ def rows_of(page: Path) -> dict[str, list[str]]:
 
 def main() -> None:
     """Measure the presets named, or all, and write the page."""
-    presets = {
-        path.stem: path
-        for path in (ROOT / "configs" / "training").glob("*.yaml")
-        if load_spec(TrainingSpec, path).task == "causal_lm"  # what the engine can answer with it
-    }
+    presets = {path.stem: path for path in (ROOT / "configs" / "training").glob("*.yaml")}
     chosen = sys.argv[1:] or sorted(presets)
-    held_out = HeldOut(str(ROOT / "configs" / "demo" / "base"))
+    answered = HeldOut()
     with tempfile.TemporaryDirectory() as store, session(None, num_cpus=NUM_CPUS) as ray:
         for name in chosen:
-            found = list(map(str, measure(presets[name], ray, Path(store), held_out)))
+            found = list(map(str, measure(presets[name], ray, Path(store), answered)))
             print(*found, sep="\n", flush=True)
             rows = {n: own for n, own in rows_of(PAGE).items() if n in presets} | {name: found}
             lines = [line for preset in sorted(rows) for line in rows[preset]]

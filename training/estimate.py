@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,7 @@ from training.assembly import check_precision, make_backend
 from training.backend import Backend
 from training.ledger import Ledger, lone_worker, without_bytes
 from training.methods import METHODS, count_parameters
+from training.rows import epoch_batches, micro_batches
 from training.spec import TrainingSpec, ZeroSpec
 from training.step import DTYPES, LossModel, collate
 
@@ -53,10 +55,31 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Shape:
-    """The largest micro-batch: `rows` of `tokens` each."""
+    """The largest micro-batch: `rows` of `tokens` each; or, where they lie end to end, rows of the
+    lengths `packed`, if given."""
 
     rows: int
     tokens: int
+    packed: tuple[int, ...] | None = None
+
+    @classmethod
+    def of_rows(cls, spec: TrainingSpec, lengths: np.ndarray) -> Shape:
+        """That of a job whose rows are like these, int64 [any number]."""
+        size, world_size = spec.global_batch_size, _workers(spec)
+        lengths = np.resize(lengths, max(len(lengths), 4 * size))  # again from the first on
+        share = (world_size, spec.accumulation(world_size))
+        parts = [
+            lengths[part]
+            for batch in epoch_batches(lengths, size, spec.seed, 0, is_packed=True)
+            for rank in range(world_size)
+            for part in micro_batches(batch, lengths[batch], rank, *share, is_packed=True)
+        ]
+        largest = max(parts, key=np.sum)
+        return cls(spec.micro_batch_size, int(lengths.max()), tuple(largest.tolist()))
+
+    def lengths(self, *, is_packed: bool) -> Sequence[int]:
+        """Tokens of each row."""
+        return self.packed if is_packed and self.packed else (self.tokens,) * self.rows
 
 
 @dataclass(frozen=True)
@@ -112,8 +135,7 @@ def estimate(spec: TrainingSpec, shape: Shape, stages: Sequence[int] = STAGES) -
             which cannot be predicted.
     """
     check_predictable(spec)
-    count, on_cpu = spec.workers.count, not spec.workers.gpus
-    world_size = count if isinstance(count, int) else count[0]  # then each holds most
+    world_size, on_cpu = _workers(spec), not spec.workers.gpus
     found: list[StageEstimate] = []
     counts, runtimes = (0, 0), dict[bool, float]()
     with lone_worker(world_size), _quiet(zero=max(stages) > 0):
@@ -124,6 +146,12 @@ def estimate(spec: TrainingSpec, shape: Shape, stages: Sequence[int] = STAGES) -
                 runtimes[zero] = heap.runtime_mib(spec.trained_base, zero=zero) if on_cpu else 0.0
             found.append(run.found(runtimes[zero], with_heap=on_cpu))
     return Estimate(*counts, shape, world_size, found)
+
+
+def _workers(spec: TrainingSpec) -> int:
+    """So many workers as make each hold most."""
+    count = spec.workers.count
+    return count if isinstance(count, int) else count[0]
 
 
 def _at_stage(spec: TrainingSpec, stage: int, world_size: int, rows: int) -> TrainingSpec:
@@ -230,14 +258,15 @@ class _Run:
 
     def _step(self, backend: Backend) -> None:
         spec, ledger, device = self._spec, self._ledger, torch.device("cpu")
-        row = [0] * self._shape.tokens
-        ledger.chosen = self._shape.rows * self._shape.tokens
+        lengths = self._shape.lengths(is_packed=backend.model.is_packed)
+        rows = [([0] * length, [0] * length) for length in lengths]
+        ledger.chosen = sum(lengths)
         backend.set_learning_rate(spec.optimizer.learning_rate)
         for _ in range(spec.accumulation(dist.get_world_size())):
-            batch = collate([(row, row)] * self._shape.rows, device)
+            batch = collate(rows, device)
             with ledger.counting("activations"):
                 loss = backend.model(batch)
-                backend.backward(loss / len(row))
+                backend.backward(loss / len(rows))
                 del loss
             ledger.rename("activations", "gradients")
         with ledger.counting("update"):

@@ -30,8 +30,8 @@ def estimate(
         int | None,
         typer.Option(
             min=2,
-            help="Longest row, in tokens. If not given: the longest of the data's first 200 rows; "
-            "with it, no data are read.",
+            help="Length of every row, in tokens. If not given: those of the data's first 200 "
+            "rows; with it, no data are read.",
         ),
     ] = None,
     stage: Annotated[
@@ -69,11 +69,12 @@ def _shape(job: TrainingSpec, tokens: int | None) -> Shape:
     from training.estimate import Shape
     from training.rows import TokenRows
 
-    if tokens is None:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenize(job.data, load_tokenizer(job.base_model), Path(folder), limit=_READ_ROWS)
-            tokens = int(TokenRows(Path(folder)).lengths.max())
-    return Shape(job.micro_batch_size, tokens)
+    if tokens is not None:
+        return Shape(job.micro_batch_size, tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenize(job.data, load_tokenizer(job.base_model), Path(folder), limit=_READ_ROWS)
+        lengths = TokenRows(Path(folder)).lengths
+    return Shape.of_rows(job, lengths)
 
 
 def _print(job: TrainingSpec, found: Estimate) -> None:
@@ -84,6 +85,7 @@ def _print(job: TrainingSpec, found: Estimate) -> None:
         f"{job.method.kind}: {found.trainable_parameters:,} of {found.all_parameters:,} parameters "
         f"({share:.3%}) are trained, {job.precision}, {found.workers} workers, micro-batches of "
         f"{found.shape.rows} rows of {found.shape.tokens:,} tokens"
+        + (f" at most, {sum(found.shape.packed):,} packed" if found.shape.packed else "")
     )
     table = Table("MiB of each worker at its peak", box=None)
     for at in found.stages:

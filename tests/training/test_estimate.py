@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -128,6 +129,15 @@ def test_a_base_of_70_billion_parameters_is_estimated_without_memory(tmp_path: P
     assert peak_mib < 1200
 
 
+def test_a_shape_is_that_of_the_largest_micro_batch_that_such_rows_make(base: Path) -> None:
+    spec = make_spec(base, {"kind": "ia3"}, micro_batch_size=2, batch_size=16)
+    shape = Shape.of_rows(spec, np.array([3, 30, 7, 5, 4, 6, 5, 3]))
+    assert shape.lengths(is_packed=False) == (30, 30)
+    one, other = sorted(shape.lengths(is_packed=True))
+    assert other == 30
+    assert one < 7  # long rows are dealt out to micro-batches apart
+
+
 def test_the_command_takes_the_longest_row_and_prints_every_stage(
     base: Path, tmp_path: Path
 ) -> None:
@@ -143,7 +153,7 @@ def test_the_command_takes_the_longest_row_and_prints_every_stage(
     app.command()(estimate_command)
     shown = CliRunner().invoke(app, [str(spec)], env={"COLUMNS": "120"})
     assert shown.exit_code == 0, shown.output
-    assert "4 rows of 32 tokens" in shown.output
+    assert "4 rows of 32 tokens at most" in shown.output
     assert all(f"ZeRO {stage}" in shown.output for stage in range(4))
     found = CliRunner().invoke(app, [str(spec), "--json", "--stage", "1", "--tokens", "20"])
     (only,) = json.loads(found.stdout)["stages"]

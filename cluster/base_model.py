@@ -127,10 +127,11 @@ def encode_prompt(tokenizer: Any, text: str, *, is_whole: bool = True) -> list[i
     return ids
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text that nothing follows, with all the tokenizer's tokens: what an embedding is
-    of. Bases that embed are trained with their closing token, whose state they put it in."""
-    return list(tokenizer(text)["input_ids"])
+def encode_text(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+    """The ids of a text that nothing follows, with all the tokenizer's tokens unless those that are
+    `special` are left out: what an embedding is of. Bases that embed are trained with their closing
+    token, whose state they put it in."""
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
 def load_base(

@@ -13,6 +13,7 @@ GraftError
 │   ├── NotFoundError           a thing named by the caller does not exist
 │   │   └── ModelNotFoundError  an inference request names no base or adapter served here
 │   ├── ConflictError           the thing exists already, or is held by someone else
+│   ├── ClientGoneError         the client left before its answer was there; nobody reads this
 │   └── AuthenticationError     no credentials, or wrong ones
 └── OperationError              ours or the cluster's fault; a retry may help
     ├── StoreError              shared storage refused or did not answer
@@ -106,6 +107,10 @@ class ConflictError(CallerError):
     """The thing exists already, or is held by someone else."""
 
 
+class ClientGoneError(CallerError):
+    """The client left before its answer was there. Nobody reads it but the log and the metrics."""
+
+
 class AuthenticationError(CallerError):
     """No credentials, or wrong ones."""
 
@@ -183,6 +188,7 @@ OUTCOMES: dict[type[GraftError], Outcome] = {
     NotFoundError: Outcome(404, _INVALID, "not_found", 3),
     ModelNotFoundError: Outcome(404, _INVALID, "model_not_found", 3),
     ConflictError: Outcome(409, _INVALID, "conflict", 4),
+    ClientGoneError: Outcome(499, _INVALID, "client_gone", 2),  # the status that nginx has for it
     AuthenticationError: Outcome(401, "authentication_error", "invalid_api_key", 2),
     OperationError: Outcome(500, "server_error", None, 5),
     StoreError: Outcome(503, "server_error", "store_unavailable", 5),

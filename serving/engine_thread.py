@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import structlog
 
 from cluster.errors import UnavailableError
-from serving.engine import Engine, GenerationRequest, TokenOutput
+from serving.engine import Engine, GenerationRequest, TokenOutput, joined
 
 R = TypeVar("R")
 _log = structlog.get_logger("graft.engine")
@@ -29,6 +29,20 @@ _log = structlog.get_logger("graft.engine")
 class _Listener:
     loop: asyncio.AbstractEventLoop
     outputs: asyncio.Queue[TokenOutput | None]  # None: the engine has stopped
+
+    async def next(self) -> TokenOutput | None:
+        """All that is there, as one output."""
+        first = await self.outputs.get()
+        if first is None:
+            return None
+        found = [first]
+        while not self.outputs.empty():
+            output = self.outputs.get_nowait()
+            if output is None:
+                self.outputs.put_nowait(None)  # for the next call
+                break
+            found.append(output)
+        return first if len(found) == 1 else joined(found)
 
 
 class EngineThread:
@@ -64,7 +78,8 @@ class EngineThread:
     async def generate(
         self, request: GenerationRequest, prepare: Callable[[], None] = lambda: None
     ) -> AsyncGenerator[TokenOutput]:
-        """The outputs of one request as they come; closing it early cancels the request.
+        """The outputs of one request as they come, those of several steps as one if they were not
+        taken in time; closing it early cancels the request.
 
         Args:
             prepare: Run on the engine's thread just before the request is submitted.
@@ -89,7 +104,7 @@ class EngineThread:
         try:
             await self.call(start)
             while not is_over:
-                output = await listener.outputs.get()
+                output = await listener.next()
                 if output is None:
                     raise _stopped()
                 is_over = output.finish_reason is not None

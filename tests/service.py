@@ -80,7 +80,7 @@ def running(
     **engine: Any,
 ) -> Iterator[Running]:
     """Serve `base` and the adapters of the store under `folder`."""
-    limits = {"max_waiting_requests": 512, "max_body_bytes": 2**20}
+    limits = {"max_waiting_requests": 512, "max_body_bytes": 2**20, "port": 0}
     registry = Registry(str(folder / "store"))
     spec = ServingSpec(
         name=BASE_NAME,
@@ -96,7 +96,8 @@ def running(
     service = Service(replica, catalogue, load_tokenizer(str(base)), spec.gateway, Metrics())
     keys = None if spec.gateway.keys is None else KeyStore(spec.gateway.keys)
     app = create_app(service, spec.gateway, Door(keys, ttl_s=CATALOGUE_TTL_S), traces)
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
+    port = spec.gateway.port
+    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

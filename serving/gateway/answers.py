@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from serving.engine.request import best_choices
-from serving.gateway.logprobs import CompletionEntries, TokenText, chat_entries, joined
+from serving.gateway.logprobs import ChatEntries, CompletionEntries, TokenText, joined
 from serving.gateway.service import Job, Piece
 from serving.gateway.tools import ToolParser
 from serving.protocol import (
@@ -208,7 +208,10 @@ class ChatForm:
         return text + rest, calls + last, reason
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
-        return chat_entries(self._texts, piece.logprobs) if piece.logprobs else None
+        if not piece.logprobs:
+            return None
+        # As they are: validated, they would be made.
+        return ChatLogprobs.model_construct(content=ChatEntries(self._texts, piece.logprobs))
 
     def _chunk(
         self,

@@ -5,23 +5,44 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Sequence
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, overload
 
 from serving.engine.request import TokenLogprobs
-from serving.protocol import ChatLogprob, ChatLogprobs, CompletionLogprobs, TopLogprob
+from serving.protocol import ChatLogprob, CompletionLogprobs
 
+_KEPT = 2**16  # tokens; the largest vocabularies have four times as many
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenText:
-    """The text and bytes of single tokens of one tokenizer."""
+    """The text and bytes of single tokens of one tokenizer. They are kept: a long answer with many
+    log probabilities asks for the same ones again and again."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._kept = lru_cache(_KEPT)(self._read)
 
     def bytes(self, token_id: int) -> bytes:
         """Its part of the text; a token may be a part of a character."""
+        return self._kept(token_id)[0]
+
+    def text(self, token_id: int) -> str:
+        """As a text; part of a character as OpenAI writes it, bytes:\\xe2."""
+        return self._kept(token_id)[1]
+
+    def of(self, token_ids: Sequence[int]) -> str:
+        """The text of many, special tokens included."""
+        return self._tokenizer.decode(list(token_ids))
+
+    def _read(self, token_id: int) -> tuple[bytes, str]:
+        part = self._bytes(token_id)
+        try:
+            return part, part.decode()
+        except UnicodeDecodeError:
+            return part, "bytes:" + "".join(f"\\x{byte:02x}" for byte in part)
+
+    def _bytes(self, token_id: int) -> bytes:
         text = self._tokenizer.decode([token_id])
         if "\ufffd" not in text:
             return text.encode()
@@ -30,18 +51,6 @@ class TokenText:
             return bytes([int(found[1], 16)])
         values = [_byte_alphabet().get(character) for character in token]
         return bytes(v for v in values if v is not None) if None not in values else text.encode()
-
-    def of(self, token_ids: Sequence[int]) -> str:
-        """The text of many, special tokens included."""
-        return self._tokenizer.decode(list(token_ids))
-
-    def text(self, token_id: int) -> str:
-        """As a text; part of a character as OpenAI writes it, bytes:\\xe2."""
-        found = self.bytes(token_id)
-        try:
-            return found.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
 
 class CompletionEntries:
@@ -88,23 +97,36 @@ def joined(parts: Iterable[CompletionLogprobs]) -> CompletionLogprobs:
     return whole
 
 
-def chat_entries(texts: TokenText, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
-    """In the form of /v1/chat/completions."""
+class ChatEntries(Sequence[ChatLogprob]):
+    """In the form of /v1/chat/completions, each made when it is read: four thousand places with
+    twenty tokens each, all at once, keep the garbage collector busy for a second."""
 
-    def top(token_id: int, logprob: float) -> TopLogprob:
-        return TopLogprob(
-            token=texts.text(token_id), logprob=logprob, bytes=list(texts.bytes(token_id))
+    def __init__(self, texts: TokenText, entries: Sequence[TokenLogprobs]) -> None:
+        self._texts, self._entries = texts, entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, place: int) -> ChatLogprob: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> ChatEntries: ...
+
+    def __getitem__(self, place: int | slice) -> ChatLogprob | ChatEntries:
+        if isinstance(place, slice):
+            return ChatEntries(self._texts, self._entries[place])
+        entry = self._entries[place]
+        return ChatLogprob.model_validate(
+            {
+                **self._fields(entry.token_id, entry.logprob),
+                "top_logprobs": [self._fields(token, logprob) for token, logprob in entry.top],
+            }
         )
 
-    return ChatLogprobs(
-        content=[
-            ChatLogprob(
-                **top(entry.token_id, entry.logprob).model_dump(),
-                top_logprobs=[top(t, logprob) for t, logprob in entry.top],
-            )
-            for entry in entries
-        ]
-    )
+    def _fields(self, token_id: int, logprob: float) -> dict[str, Any]:
+        part = self._texts.bytes(token_id)
+        return {"token": self._texts.text(token_id), "logprob": logprob, "bytes": list(part)}
 
 
 @cache

@@ -115,8 +115,8 @@ class Metrics:
         """Count a stream's first token."""
         self._first.labels(self._label(model)).observe(seconds)
 
-    def next_tokens(self, tokens: int, seconds: float) -> None:
-        """Count a stream's further tokens."""
+    def next_tokens(self, tokens: float, seconds: float) -> None:
+        """Count a stream's further tokens, so many for each of its answers."""
         if tokens:
             self._between.observe(seconds / tokens)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from datetime import datetime
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from cluster.base_model import encode_prompt
-from cluster.errors import GraftError, RequestError
+from cluster.base_model import encode_text
+from cluster.errors import ClientGoneError, GraftError, RequestError
 from cluster.mixes import AdapterMix, NamedAdapter
 from serving.engine.ranges import check_token_ids
 from serving.gateway.access import Door, Tenant
@@ -27,6 +28,7 @@ from serving.gateway.metrics import CONTENT_TYPE
 from serving.gateway.openapi import document
 from serving.gateway.service import Job, Piece, Service
 from serving.gateway.tracing import Traces
+from serving.gateway.writing import write
 from serving.protocol import (
     DONE,
     ChatRequest,
@@ -48,6 +50,8 @@ _INPUTS = {
     "prompt": "input", "prompt_token_ids": "input", "n": "input", "pooling": "model",
     "adapter": "model",
 }  # fmt: skip
+# Places with log probabilities: of twenty tokens each they take some milliseconds.
+_MADE_AT_ONCE = 32
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 # The names of what FastAPI calls are never used here.
 # pyright: reportUnusedFunction=false
@@ -82,20 +86,20 @@ def _add_answers(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
     async def complete(request: Request) -> Response:
         body = await read_body(request, CompletionRequest, spec)
         job = await service.completion_job(body, _tenant(request), request.state.began_s)
-        return await _respond(service, body, job, CompletionForm(job, body, texts))
+        return await _respond(service, request, body, job, CompletionForm(job, body, texts))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         body = await read_body(request, ChatRequest, spec)
         job = await service.chat_job(body, _tenant(request), request.state.began_s)
-        return await _respond(service, body, job, ChatForm(job, body, texts))
+        return await _respond(service, request, body, job, ChatForm(job, body, texts))
 
     @app.post("/v1/embeddings")
     async def embed(request: Request) -> Response:
         body = await read_body(request, EmbeddingRequest, spec)
         job = await service.embedding_job(body, _tenant(request), request.state.began_s)
         try:
-            answers = await _answers(service, job)
+            answers = await _answers(service, request, job)
         except RequestError as error:
             error.param = _INPUTS.get(error.param or "", error.param)
             raise
@@ -133,9 +137,7 @@ def _add_tokens(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
         def ids() -> list[int]:
             if body.messages is not None:
                 return render(tokenizer, body.messages, ())
-            if body.add_special_tokens:
-                return encode_prompt(tokenizer, body.prompt or "")
-            return tokenizer.encode(body.prompt, add_special_tokens=False)
+            return encode_text(tokenizer, body.prompt or "", special=body.add_special_tokens)
 
         with _tenant(request).request():
             found = await asyncio.to_thread(ids)
@@ -172,35 +174,62 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return Response(text, media_type=CONTENT_TYPE)
 
 
-async def _respond(service: Service, body: Sampling, job: Job, form: Form) -> Response:
+async def _respond(
+    service: Service, request: Request, body: Sampling, job: Job, form: Form
+) -> Response:
     if body.stream:
-        pieces = service.run(job, stream=True)
+        merged = service.run(job, stream=True)
         # Whatever is wrong with the request shows before the first piece: still an HTTP error.
-        first = await anext(pieces)
-        events = _events(service, body, job, first, pieces, form)
+        first = await anext(merged)
+        events = _events(service, body, job, first, merged, form)
         return StreamingResponse(events, media_type="text/event-stream", headers=_HEADERS)
-    answers = await _answers(service, job)
+    answers = await _answers(service, request, job)
     used = job.usage(sum(piece.tokens for piece in answers))
-    return JSONResponse(form.whole(answers, used).model_dump())
+    whole = await _made(lambda: write(form.whole(answers, used)), answers)
+    return Response(whole, media_type="application/json")
 
 
-async def _answers(service: Service, job: Job) -> list[Piece]:
-    """The one piece of each answer, in order of index."""
-    answers: dict[int, Piece] = {}
-    async with aclosing(service.run(job, stream=False)) as pieces:
-        async for piece in pieces:
-            answers[piece.index] = piece
-    return [answers[index] for index in range(len(job.requests))]
+async def _made(make: Callable[[], bytes], pieces: Sequence[Piece]) -> bytes:
+    """What `make` makes of the pieces; if they have many log probabilities, in a thread."""
+    entries = sum(len(piece.logprobs) + len(piece.prompt_logprobs) for piece in pieces)
+    return make() if entries <= _MADE_AT_ONCE else await asyncio.to_thread(make)
+
+
+async def _answers(service: Service, request: Request, job: Job) -> list[Piece]:
+    """The one piece of each answer, in order of index. Raises ClientGoneError, and gives the job
+    up, if the client leaves; a stream's response sees to that itself."""
+
+    async def collect() -> list[Piece]:
+        answers: dict[int, Piece] = {}
+        async with aclosing(service.run(job, stream=False)) as merged:
+            async for pieces in merged:
+                answers |= {piece.index: piece for piece in pieces}
+        return [answers[index] for index in range(len(job.requests))]
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            continue
+
+    collected, left = asyncio.create_task(collect()), asyncio.create_task(leave())
+    try:
+        await asyncio.wait((collected, left), return_when=asyncio.FIRST_COMPLETED)
+        if not collected.done():
+            raise ClientGoneError("the client left before its answer was there")
+        return collected.result()
+    finally:
+        for task in (collected, left):
+            task.cancel()
+        await asyncio.gather(collected, left, return_exceptions=True)
 
 
 async def _events(
     service: Service,
     body: Sampling,
     job: Job,
-    first: Piece,
-    rest: AsyncGenerator[Piece],
+    first: list[Piece],
+    rest: AsyncGenerator[list[Piece]],
     form: Form,
-) -> AsyncGenerator[str]:
+) -> AsyncGenerator[bytes]:
     """Server-sent events. A failure is an error event and no [DONE], so that no client takes the
     part for the whole."""
     options = body.stream_options
@@ -208,25 +237,28 @@ async def _events(
     tokens = 0
     async with aclosing(rest):
         try:
-            piece: Piece | None = first
-            while piece is not None:
-                tokens += piece.tokens
+            pieces: list[Piece] | None = first
+            while pieces is not None:
+                tokens += sum(piece.tokens for piece in pieces)
                 used: Usage | None = job.usage(tokens) if is_counted else None
-                chunks = form.chunks(piece, used)
-                if chunks:
-                    yield "".join(map(_line, chunks))
-                piece = await anext(rest, None)
+                if lines := await _made(partial(_lines, form, pieces, used), pieces):
+                    yield lines
+                pieces = await anext(rest, None)
             if options is not None and options.include_usage:
                 yield _line(form.last(job.usage(tokens)))
-            yield f"data: {DONE}\n\n"
+            yield f"data: {DONE}\n\n".encode()
         except Exception as error:
             _, failure = error_body(error)
             service.metrics.failed(failure.error.code)
             yield _line(failure)
 
 
-def _line(body: BaseModel) -> str:
-    return f"data: {body.model_dump_json()}\n\n"
+def _lines(form: Form, pieces: Sequence[Piece], used: Usage | None) -> bytes:
+    return b"".join(_line(chunk) for piece in pieces for chunk in form.chunks(piece, used))
+
+
+def _line(body: BaseModel) -> bytes:
+    return b"data: " + write(body) + b"\n\n"
 
 
 def _tenant(request: Request) -> Tenant:

@@ -171,8 +171,9 @@ class Service:
         request_id = f"embd-{secrets.token_hex(12)}"
         return Job(request_id, body.model, adapter, tenant, prompts, requests, began_s)
 
-    async def run(self, job: Job, *, stream: bool) -> AsyncGenerator[Piece]:
-        """Run all answers of a job at once; pieces as they come.
+    async def run(self, job: Job, *, stream: bool) -> AsyncGenerator[list[Piece]]:
+        """Run all answers of a job at once; pieces as they come, those together that are there at
+        the same time.
 
         Raises:
             GraftError: an answer failed or is late; the others are cancelled.
@@ -196,10 +197,10 @@ class Service:
                     self._answer(index, request, job, stream)
                     for index, request in enumerate(job.requests)
                 ]
-                async with aclosing(_merge(answers)) as pieces:
-                    async for piece in self._in_time(job, pieces, stream):
-                        tokens += piece.tokens
-                        yield piece
+                async with aclosing(_merge(answers)) as merged:
+                    async for pieces in self._in_time(job, merged, stream):
+                        tokens += sum(piece.tokens for piece in pieces)
+                        yield pieces
             finally:
                 self._in_progress -= len(job.requests)
                 job.tenant.spend(job.prompt_tokens + tokens)
@@ -207,9 +208,9 @@ class Service:
                 self.metrics.ended(job.label, len(job.requests), tokens, seconds)
 
     async def _in_time(
-        self, job: Job, pieces: AsyncGenerator[Piece], stream: bool
-    ) -> AsyncGenerator[Piece]:
-        """`pieces` as long as none is late; a stream's waiting times are counted."""
+        self, job: Job, merged: AsyncGenerator[list[Piece]], stream: bool
+    ) -> AsyncGenerator[list[Piece]]:
+        """`merged` as long as none is late; a stream's waiting times are counted."""
         waiting_since, is_first = job.began_s, True
         while True:
             limit_s = self._spec.request_timeout_s
@@ -218,21 +219,22 @@ class Service:
             try:
                 left_s = job.began_s + limit_s - time.monotonic()
                 async with asyncio.timeout(left_s):
-                    piece = await anext(pieces, None)
+                    pieces = await anext(merged, None)
             except TimeoutError as error:
                 what = "first token" if stream and is_first else "answer"
                 raise DeadlineError(
                     f"the {what} was not there after {limit_s:g} s; try again, or ask for less"
                 ) from error
-            if piece is None:
+            if pieces is None:
                 return
             now = time.monotonic()
             if stream and is_first:
                 self.metrics.first_token(job.label, now - waiting_since)
             elif stream:
-                self.metrics.next_tokens(piece.tokens, now - waiting_since)
+                each = sum(p.tokens for p in pieces) / len({p.index for p in pieces})
+                self.metrics.next_tokens(each, now - waiting_since)
             waiting_since, is_first = now, False
-            yield piece
+            yield pieces
 
     async def _answer(
         self, index: int, request: GenerationRequest, job: Job, stream: bool
@@ -326,14 +328,15 @@ class Service:
         return Job(request_id, body.model, adapter, tenant, prompts, requests, began_s)
 
 
-async def _merge(answers: list[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
-    """The pieces of several answers in the order in which they come."""
+async def _merge(answers: list[AsyncGenerator[Piece]]) -> AsyncGenerator[list[Piece]]:
+    """The pieces of several answers in the order in which they come; an engine's step brings one
+    for each, and those go on together."""
     if len(answers) == 1:
         async with aclosing(answers[0]) as only:
             async for piece in only:
-                yield piece
+                yield [piece]
         return
-    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
 
     async def forward(answer: AsyncGenerator[Piece]) -> None:
         try:
@@ -348,13 +351,15 @@ async def _merge(answers: list[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
     try:
         left = len(tasks)
         while left:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield item
+            items = [await queue.get()]
+            while not queue.empty():
+                items.append(queue.get_nowait())
+            if pieces := [item for item in items if isinstance(item, Piece)]:
+                yield pieces
+            for item in items:
+                if isinstance(item, Exception):
+                    raise item
+            left -= items.count(None)
     finally:
         for task in tasks:
             task.cancel()

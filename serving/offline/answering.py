@@ -114,7 +114,7 @@ async def _run(service: Service, row: int, path: str, body: dict[str, Any]) -> R
         job = await service.completion_job(checked(body, CompletionRequest), _EVERYONE, began_s)
     pieces: list[Piece] = []
     async with aclosing(service.run(job, stream=False)) as running:
-        async for piece in running:
-            pieces.append(piece)
+        async for some in running:
+            pieces += some
     (whole,) = pieces
     return RowResult(row, whole.text, whole.finish_reason, job.prompt_tokens, whole.tokens)

@@ -364,7 +364,11 @@ def _moved(schema: Any, to: str) -> Any:
 
 
 class TokenizeRequest(_Body):
-    """POST /tokenize: a prompt, or messages as the chat template renders them."""
+    """POST /tokenize: a prompt, or messages as the chat template renders them.
+
+    `add_special_tokens` is the tokenizer's own: opening and closing tokens, as /v1/embeddings reads
+    a text. A completion leaves a closing one out, since its prompt goes on.
+    """
 
     model: str | None = None
     prompt: str | None = None

@@ -156,8 +156,10 @@ def test_chat_renders_the_template(service: Running, http: httpx2.Client) -> Non
 
 
 def test_defaults_are_those_of_openai(http: httpx2.Client) -> None:
-    body = http.post("/v1/completions", json={"model": "lora", "prompt": "x", "ignore_eos": True})
-    assert body.json()["usage"]["completion_tokens"] == 16
+    for change in ({}, {"max_tokens": None, "n": None, "stop": None, "seed": None}):
+        ask = {"model": "lora", "prompt": "x", "ignore_eos": True, **change}
+        body = http.post("/v1/completions", json=ask).json()
+        assert body["usage"]["completion_tokens"] == 16
 
 
 def test_a_new_version_and_a_moved_alias_are_seen(
@@ -417,9 +419,11 @@ def test_an_embedding_is_of_the_closing_token_and_a_completion_is_not(
     with running(base, tmp_path) as service, httpx2.Client(base_url=service.url) as client:
         body = {"model": BASE_NAME, "input": "hello"}
         answer = client.post("/v1/embeddings", json=body).json()
-        ids = service.service.tokenizer("hello")["input_ids"]
-        assert len(ids) == 6
-        assert answer["usage"]["prompt_tokens"] == 6
+        ids = client.post("/tokenize", json={"prompt": "hello"}).json()["tokens"]
+        assert ids == service.service.tokenizer("hello")["input_ids"]
+        assert answer["usage"]["prompt_tokens"] == len(ids) == 6
+        bare = client.post("/tokenize", json={"prompt": "hello", "add_special_tokens": False})
+        assert bare.json()["tokens"] == ids[:5]
         body["input"] = ids
         whole = client.post("/v1/embeddings", json=body).json()["data"]
         assert answer["data"] == whole

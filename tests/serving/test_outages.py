@@ -1,0 +1,137 @@
+"""One side goes away in the middle: the service under a file, a reply on its way, a client that
+does not wait for its first token."""
+
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow as pa
+import pytest
+from service import BASE_NAME, Running, running
+
+from cluster.errors import ConflictError
+from cluster.session import Session
+from cluster.spec import parse_spec
+from cluster.tables import open_table, write_table
+from serving import app
+from serving.client import Client
+from serving.spec import ServingSpec
+
+Bases = Callable[[str], Path]
+ROWS = 40
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_file_outlives_a_restart_of_the_service(bases: Bases, tmp_path: Path) -> None:
+    """Rows that were on their way when it ended are asked again; each is there once, in order."""
+    write_table(pa.table({"id": range(ROWS), "prompt": [f"row {i}" for i in range(ROWS)]}),
+                tmp_path / "in.jsonl")  # fmt: skip
+    where = {"port": free_port()}
+    journal = tmp_path / "out.jsonl.partial"
+
+    def answer(url: str) -> int:
+        with Client(url, max_attempts=30, concurrency=4) as client:
+            return client.generate_file(
+                tmp_path / "in.jsonl", tmp_path / "out.jsonl", adapter=BASE_NAME, max_tokens=24,
+                ignore_eos=True, progress=False,
+            ).failed  # fmt: skip
+
+    with ThreadPoolExecutor(1) as pool:
+        with running(bases("llama"), tmp_path, gateway=where) as before:
+            failed = pool.submit(answer, before.url)
+            deadline = time.monotonic() + 30
+            while not journal.exists() or len(journal.read_text().splitlines()) < 10:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert not failed.done(), "nothing was on its way when the service ended"
+        with running(bases("llama"), tmp_path, gateway=where) as after:
+            assert failed.result(60) == 0
+            assert after.stats.generated_tokens > 0
+    found = open_table(tmp_path / "out.jsonl").to_pylist()
+    assert [row["id"] for row in found] == list(range(ROWS))
+    assert all(row["completion_tokens"] == 24 for row in found)
+
+
+class Cutting(BaseHTTPRequestHandler):
+    """Does the work each time, and cuts the first reply to every prompt."""
+
+    asked: ClassVar[Counter[str]] = Counter()
+
+    def do_POST(self) -> None:
+        prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"]
+        self.asked[prompt] += 1
+        choice = {"text": f"of {prompt}", "finish_reason": "stop"}
+        usage = {"prompt_tokens": 1, "completion_tokens": 1}
+        body = json.dumps({"choices": [choice], "usage": usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:20] if self.asked[prompt] == 1 else body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_lost_reply_leaves_one_row(tmp_path: Path) -> None:
+    write_table(pa.table({"prompt": [f"row {i}" for i in range(8)]}), tmp_path / "in.jsonl")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Cutting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with Client(f"http://127.0.0.1:{server.server_address[1]}") as client:
+            report = client.generate_file(
+                tmp_path / "in.jsonl", tmp_path / "out.jsonl", adapter="a", progress=False
+            )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (report.rows, report.failed) == (8, 0)
+    assert set(Cutting.asked.values()) == {2}
+    found = open_table(tmp_path / "out.jsonl").to_pylist()
+    assert [row["completion"] for row in found] == [f"of row {i}" for i in range(8)]
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_before_its_first_token(service: Running, stream: bool) -> None:
+    """What it asked for ends, and its pages are free."""
+    before = service.stats
+    host, port = service.url.removeprefix("http://").split(":")
+    body = json.dumps({"model": "lora", "prompt": "x", "max_tokens": 120, "n": 32,
+                       "ignore_eos": True, "stream": stream}).encode()  # fmt: skip
+    with socket.create_connection((host, int(port)), timeout=30) as line:
+        line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+                     b"Content-Length: %d\r\n\r\n%s" % (len(body), body))  # fmt: skip
+        until(lambda: service.stats.running)
+    until(lambda: not service.stats.running and not service.stats.waiting)
+    assert service.stats.generated_tokens - before.generated_tokens < 32 * 120
+    assert service.stats.free_pages >= before.free_pages - 2
+
+
+def test_a_port_in_use_is_named_before_anything_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        document = {"name": "x", "engine": {"base_model": "x"}, "gateway": {"port": port}}
+        nowhere = Session(address="nowhere", dashboard_url="", started_here=True)
+        serving = app.running(parse_spec(ServingSpec, document), nowhere)
+        with pytest.raises(ConflictError, match=f"gateway.port {port} on 127.0.0.1"), serving:
+            pass

@@ -51,7 +51,7 @@ def running(spec: ServingSpec, session: Session) -> Generator[str]:
     """
     port = _port(spec)
     serve = _serve(session)
-    from serving.deployment import engines_of
+    from serving.deployment import TRANSPORT, engines_of
 
     others = list(serve.status().applications)
     if others:
@@ -60,7 +60,10 @@ def running(spec: ServingSpec, session: Session) -> Generator[str]:
             "needs its port and route; stop that, give --update if it is this service, or use "
             "another cluster"
         )
-    serve.start(http_options={"host": spec.gateway.host, "port": port})
+    serve.start(
+        http_options={"host": spec.gateway.host, "port": port},
+        controller_options={"runtime_env": {"env_vars": TRANSPORT}},  # and its proxies'
+    )
     try:
         _deploy(serve, spec)
         yield _url(spec.gateway.host, port)

@@ -5,6 +5,7 @@ What they do is in `replica` and `gateway`; here is only how Ray starts and call
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
@@ -27,6 +28,14 @@ from serving.spec import ServingSpec
 
 _FIGURES_PERIOD_S = 5.0
 _BASES = "GRAFT_BASES"  # read by nobody but `running_bases`
+# How Serve moves requests and tokens, read by its processes when they start. Of its own accord each
+# piece of a stream is an object of Ray's, which takes ten times as long as a message over gRPC, and
+# crosses two threads more at either end.
+TRANSPORT = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+}
 
 
 class EngineReplica:
@@ -95,6 +104,12 @@ class RayBackend:
                 yield output
         except GraftError:
             raise
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Not ours: the replica ended what it was doing, and Ray Serve sends on what it raised.
+            raise UnavailableError("the replica has ended the request; try again") from error
         except Exception as error:
             raise _unwrapped(error) from error
         finally:
@@ -216,6 +231,7 @@ def _environment(spec: ServingSpec) -> dict[str, str]:
         **store_credentials(),
         "TOKENIZERS_PARALLELISM": "false",
         _BASES: bases_of(spec),
+        **TRANSPORT,
     }
 
 
@@ -286,11 +302,12 @@ def _shared(spec: ServingSpec) -> dict[str, Any]:
 
 def _unwrapped(error: Exception) -> Exception:
     """What the replica raised, without Ray's wrapping; a lost replica as UnavailableError."""
+    from grpc.aio import AioRpcError
     from ray.exceptions import RayError, RayTaskError
 
     if isinstance(error, RayTaskError):
         return error.cause
-    # Whatever else Ray raises here tells of the process or node, and not of the request.
-    if isinstance(error, RayError):
+    # Whatever else Ray and gRPC raise here tells of the process or node, and not of the request.
+    if isinstance(error, RayError | AioRpcError):
         return UnavailableError(f"the replica was lost ({type(error).__name__}); try again")
     return error

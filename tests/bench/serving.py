@@ -197,6 +197,15 @@ def plan(*, with_vllm: bool, with_long: bool) -> dict[str, list[str]]:
     return chosen
 
 
+def make_base(folder: Path) -> None:
+    """The 82 M-parameter Llama, its weights random."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).save_pretrained(folder)
+
+
 def make_files(folder: Path) -> None:
     """The base and its adapters, every trained value moved away from its start."""
     import torch
@@ -207,9 +216,7 @@ def make_files(folder: Path) -> None:
     from training.methods import trainable_parameters
     from training.spec import TrainingSpec
 
-    torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
-    base.save_pretrained(folder / "base")
+    make_base(folder / "base")
     lora = {"kind": "lora", "r": 16, "alpha": 32, "target_modules": "all-linear"}
     chosen: dict[str, dict[str, Any]] = dict.fromkeys(LORAS, lora) | {
         "dora": lora | {"use_dora": True},

@@ -4,7 +4,8 @@
 #   make demo      train four adapters on a local Ray cluster, serve them together, generate
 #   make test      the whole suite: offline, on CPU
 #   make conformance  other people's clients against a service: openai, litellm, langchain-openai,
-#                  llm, lm-eval, schemathesis, from the package index into .venv-conformance
+#                  llm, lm-eval, schemathesis, guidellm, from the package index into
+#                  .venv-conformance and .venv-guidellm
 #   make check     ruff, format and pyright (strict)
 #   make format    let ruff write the format
 #   make bench     measure; asserts nothing
@@ -65,8 +66,17 @@ $(CLIENTS): tests/conformance/requirements.txt
 	.venv-conformance/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-conformance: install $(CLIENTS)
+# It imports torch, and wants other versions of what the other clients want.
+GUIDELLM := .venv-guidellm/installed
+$(GUIDELLM): tests/conformance/guidellm.txt
+	$(PYTHON) -m venv --clear .venv-guidellm
+	.venv-guidellm/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH_$(TORCH))'
+	.venv-guidellm/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+conformance: install $(CLIENTS) $(GUIDELLM)
 	GRAFT_CONFORMANCE=$(CURDIR)/.venv-conformance/bin/python \
+	GRAFT_GUIDELLM=$(CURDIR)/.venv-guidellm/bin/python \
 	  $(BIN)/python -m pytest tests/conformance
 
 check: install

@@ -1,6 +1,7 @@
 """Clients that other people wrote, unmodified, in an environment of their own: `make conformance`.
 
-GRAFT_CONFORMANCE names that environment's Python; without it they are left out.
+GRAFT_CONFORMANCE names that environment's Python, GRAFT_GUIDELLM that of guidellm's own; without
+them they are left out.
 """
 
 import json
@@ -18,6 +19,7 @@ from service import BASE_NAME, Running, publish, running
 from cluster.base_model import load_tokenizer
 
 PYTHON = os.environ.get("GRAFT_CONFORMANCE", "")
+GUIDELLM = os.environ.get("GRAFT_GUIDELLM", "")
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not PYTHON, reason="the clients are installed by make conformance")
 
@@ -32,9 +34,9 @@ def served(
         yield service, folder
 
 
-def run(*command: object, cwd: Path | None = None) -> str:
+def run(*command: object, cwd: Path | None = None, python: str = PYTHON) -> str:
     result = subprocess.run(
-        [PYTHON, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=240,
+        [python, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=240,
         check=False, env={**os.environ, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
@@ -68,6 +70,13 @@ def test_lm_evals_likelihoods_are_pefts(
         told = rows[range(len(rows)), ids[len(before) :]].sum()
         assert likelihood == pytest.approx(float(told), abs=1e-3)
         assert is_greedy == (rows.argmax(-1).tolist() == ids[len(before) :])
+
+
+@pytest.mark.skipif(not GUIDELLM, reason="guidellm is installed by make conformance")
+def test_guidellms_load(served: tuple[Running, Path], bases: Callable[[str], Path]) -> None:
+    client = HERE / "guidellm_client.py"
+    arguments = (served[0].url, bases("llama"), BASE_NAME, "lora")
+    assert "conforms" in run(client, *arguments, python=GUIDELLM)
 
 
 def test_schemathesis_finds_no_server_error(served: tuple[Running, Path], tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ class HeldOut:
 
 def held_out(spec: TrainingSpec) -> Path:
     """The rows that a spec's training rows leave for this."""
-    return Path(spec.data.train.replace("-train", "-heldout"))
+    path = Path(spec.data.train)
+    return path.with_name(path.name.replace("-train", "-heldout"))
 
 
 def prompt_of(row: dict[str, str]) -> str:

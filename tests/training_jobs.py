@@ -74,7 +74,8 @@ def started(dashboard: str, base: Path, folder: Path) -> Iterator[Jobs]:
     running: list[subprocess.Popen[str]] = []
     train = partial(_train, dashboard, running)
     middle = "category-lora-16: step 15/60"
-    goes_on = ("bitfit", "stopped", *small, "max_steps=100000", "workers.count=[1, 2]")
+    goes_on = ("bitfit", "stopped", *small, "max_steps=100000", "workers.count=[1, 2]",
+               "precision=fp16")  # fmt: skip
     with ThreadPoolExecutor(max_workers=AT_ONCE) as threads:
         do = threads.submit
         lora = do(lambda: finish(train("lora", "lora", "workers.cpus=4")))

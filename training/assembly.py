@@ -41,10 +41,10 @@ class Assembly:
     start: Progress
     evaluator: Evaluator | None
 
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds. Collective."""
-        best = self.evaluator.best if self.evaluator else {}
-        state = run_state(self.backend, self.course)
+    def full_state(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds; nothing on a worker that does not keep it. Collective."""
+        state = run_state(self.backend, self.course, keep=keep)
+        best = self.evaluator.best if self.evaluator and keep else {}
         return state | {_BEST + name: best[name] for name in best}
 
     def take_best(self, step: int) -> None:

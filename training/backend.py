@@ -47,8 +47,9 @@ class Backend(Protocol):
         workers. Where that is not finite, nothing is updated."""
         ...
 
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """Parameters and moments in full, float32 on CPU, by the keys of PARTS."""
+    def full_state(self, *, moments: bool = True, keep: bool = True) -> dict[str, torch.Tensor]:
+        """Parameters, and moments if asked, in full, float32 on CPU, by the keys of PARTS; nothing
+        on a worker that does not keep them: there would be as many copies as workers."""
         ...
 
     def load_full_state(self, state: Mapping[str, torch.Tensor], step: int) -> None:
@@ -124,14 +125,14 @@ class PlainBackend:
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def full_state(self) -> dict[str, torch.Tensor]:
+    def full_state(self, *, moments: bool = True, keep: bool = True) -> dict[str, torch.Tensor]:
         """See Backend."""
         state: dict[str, torch.Tensor] = {}
-        for name, parameter in self._parameters.items():
-            moments: Any = self._optimizer.state[parameter]
+        for name, parameter in self._parameters.items() if keep else ():
+            own: Any = self._optimizer.state[parameter]
             state[f"param/{name}"] = parameter.detach()
-            for part in PARTS[1:]:
-                state[f"{part}/{name}"] = moments.get(part, torch.zeros_like(parameter))
+            for part in PARTS[1:] if moments else ():
+                state[f"{part}/{name}"] = own.get(part, torch.zeros_like(parameter))
         return {key: value.float().cpu().clone() for key, value in state.items()}
 
     def load_full_state(self, state: Mapping[str, torch.Tensor], step: int) -> None:

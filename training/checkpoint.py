@@ -33,7 +33,7 @@ class Progress:
     """Where a run stands after `step` updates. `curve` holds (step, mean loss per label token),
     `evaluations` what was measured on the validation rows; `lap_loss` is summed over the
     `lap_labels` learned tokens since the curve's last point; `loss_scale` and `good_steps` are an
-    fp16 run's (training.loss_scale)."""
+    fp16 run's (training.loss_scale); `is_packed` is what the order of rows follows from."""
 
     step: int = 0
     tokens: int = 0
@@ -44,12 +44,18 @@ class Progress:
     lap_labels: int = 0
     loss_scale: float | None = None
     good_steps: int = 0
+    is_packed: bool = False
 
 
-def run_state(backend: Backend, course: Course) -> dict[str, torch.Tensor]:
-    """What a run goes on from: the backend's full state, and the course's under COURSE.
-    Collective."""
-    return backend.full_state() | {COURSE + name: v for name, v in course.state().items()}
+def run_state(
+    backend: Backend, course: Course, *, moments: bool = True, keep: bool = True
+) -> dict[str, torch.Tensor]:
+    """What a run goes on from: the backend's full state, and the course's under COURSE; nothing on
+    a worker that does not keep it. Collective."""
+    state = backend.full_state(moments=moments, keep=keep)
+    if keep:
+        state |= {COURSE + name: value for name, value in course.state().items()}
+    return state
 
 
 def write_checkpoint(folder: Path, state: Mapping[str, torch.Tensor], progress: Progress) -> None:

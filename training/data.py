@@ -44,7 +44,7 @@ def tokenize(
 
     Raises:
         DataError: nothing can be learned from it, more rows are wrong than `spec.lint` allows
-            (not with `limit`, whose rows may not be like the rest), or a cell is.
+            (neither with `limit`, whose rows may not be like the rest), or a cell is.
     """
     if tokenizer.eos_token_id is None and task != "sequence_classification":
         raise DataError("the base's tokenizer has no end-of-sequence token; set eos_token in it")
@@ -57,12 +57,13 @@ def tokenize(
     how = encoding(task, row_format, spec, tokenizer)
     write_rows(_kept(rows, how, task, spec, linter), to, task=task)
     report = linter.report()
-    if report.kept == 0:
+    is_whole = report.rows == stream.num_rows
+    if report.kept == 0 and is_whole:
         raise DataError(
             f"data {spec.train}: no row is left to learn from ({report.summary()}); "
             "check data.max_length and the response column"
         )
-    if report.rows == stream.num_rows:
+    if is_whole:
         report.check(spec.lint, spec.train)
     return report
 

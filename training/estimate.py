@@ -1,9 +1,9 @@
 """Predicted memory of one worker, by part and ZeRO stage, before anything is loaded or started.
 
 The worker's own code (model, method, backend, two steps, a checkpoint) runs on fake tensors, at
-the shape of the run's largest micro-batch; a ledger keeps what it asks for, and on CPU the
-machine's own malloc says what of it is resident (training.heap). So what is counted is what the
-code does, ZeRO included, and no formula that could grow old.
+the shape of the run's largest micro-batch, as far as a sample of rows tells; a ledger keeps what it
+asks for, and on CPU the machine's own malloc says what of it is resident (training.heap). So what
+is counted is what the code does, ZeRO included, and no formula that could grow old.
 
 Not counted: what a method looks at before its first step (the Fisher information of FishMask and
 Child-tuning), evaluation, and the writing of the adapter at the end.
@@ -15,7 +15,7 @@ import logging
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from training.assembly import check_precision, make_backend
 from training.backend import Backend
 from training.ledger import Ledger, lone_worker, without_bytes
 from training.methods import METHODS, count_parameters
-from training.rows import epoch_batches, micro_batches
+from training.rows import micro_batches
 from training.spec import TrainingSpec, ZeroSpec
 from training.step import DTYPES, LossModel, collate
 
@@ -51,6 +51,7 @@ PARTS: Sequence[str] = (
     "checkpoint",
 )
 _MIB = 2**20
+_DRAWN_STEPS = 1_000
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,25 @@ class Shape:
     packed: tuple[int, ...] | None = None
 
     @classmethod
+    def of_length(cls, spec: TrainingSpec, tokens: int) -> Shape:
+        """That of a job whose rows all have so many tokens."""
+        world_size = _workers(spec)
+        parts = world_size * spec.accumulation(world_size)
+        return cls(-(-spec.global_batch_size // parts), tokens)
+
+    @classmethod
     def of_rows(cls, spec: TrainingSpec, lengths: np.ndarray) -> Shape:
-        """That of a job whose rows are like these, int64 [any number]."""
-        size, world_size = spec.global_batch_size, _workers(spec)
-        lengths = np.resize(lengths, max(len(lengths), 4 * size))  # again from the first on
+        """That of a job whose rows are like these, int64 [any number]: of padded rows the longest,
+        of packed ones the largest micro-batch of many steps of rows drawn from them."""
+        padded, world_size = cls.of_length(spec, int(lengths.max())), _workers(spec)
         share = (world_size, spec.accumulation(world_size))
-        parts = [
-            lengths[part]
-            for batch in epoch_batches(lengths, size, spec.seed, 0, is_packed=True)
-            for rank in range(world_size)
-            for part in micro_batches(batch, lengths[batch], rank, *share, is_packed=True)
-        ]
-        largest = max(parts, key=np.sum)
-        return cls(spec.micro_batch_size, int(lengths.max()), tuple(largest.tolist()))
+        random, largest = np.random.default_rng(spec.seed), np.zeros(1, dtype=int)
+        for _ in range(_DRAWN_STEPS):
+            drawn = random.choice(lengths, spec.global_batch_size)
+            # The first worker's first one has the longest row, and about as many tokens as any.
+            part = micro_batches(np.arange(len(drawn)), drawn, 0, *share, is_packed=True)[0]
+            largest = max(largest, drawn[part], key=np.sum)
+        return cls(padded.rows, padded.tokens, tuple(largest.tolist()))
 
     def lengths(self, *, is_packed: bool) -> Sequence[int]:
         """Tokens of each row."""
@@ -138,14 +145,17 @@ def estimate(spec: TrainingSpec, shape: Shape, stages: Sequence[int] = STAGES) -
     world_size, on_cpu = _workers(spec), not spec.workers.gpus
     found: list[StageEstimate] = []
     counts, runtimes = (0, 0), dict[bool, float]()
+    is_packed = True
     with lone_worker(world_size), _quiet(zero=max(stages) > 0):
         for stage in stages:
             run = _Run(_at_stage(spec, stage, world_size, shape.rows), shape)
             counts, zero = run.counts, stage > 0 and run.counts[0] > 0
+            is_packed = is_packed and run.is_packed
             if zero not in runtimes:
                 runtimes[zero] = heap.runtime_mib(spec.trained_base, zero=zero) if on_cpu else 0.0
             found.append(run.found(runtimes[zero], with_heap=on_cpu))
-    return Estimate(*counts, shape, world_size, found)
+    used = shape if is_packed else replace(shape, packed=None)
+    return Estimate(*counts, used, world_size, found)
 
 
 def _workers(spec: TrainingSpec) -> int:
@@ -232,6 +242,7 @@ class _Run:
             backend = make_backend(loss_model, _with_adamw(self._spec))
         for parameter in model.parameters():
             ledger.claim([parameter, getattr(parameter, "ds_tensor", None)], "weights")
+        self.is_packed = loss_model.is_packed
         self._moments["at the start"] = len(ledger.events)
         self._watch(backend)
         for _ in range(2 if self.counts[0] else 0):

@@ -42,9 +42,9 @@ def estimate(
 ) -> None:
     """Predict trainable parameters and each worker's peak memory; load and start nothing.
 
-    The worker's own code runs on tensors without memory, at the largest micro-batch that the spec
-    can have. On CPU the libraries and what malloc keeps are included; on GPUs the prediction is of
-    tensors alone, and was never compared with one.
+    The worker's own code runs on tensors without memory, at the largest micro-batch that rows like
+    the first of the data make. On CPU the libraries and what malloc keeps are included; on GPUs the
+    prediction is of tensors alone, and was never compared with one.
     """
     from cluster.spec import load_spec
     from training.command import resolved
@@ -65,14 +65,21 @@ def estimate(
 
 def _shape(job: TrainingSpec, tokens: int | None) -> Shape:
     from cluster.base_model import load_tokenizer
+    from cluster.errors import DataError
     from training.data import tokenize
     from training.estimate import Shape
     from training.rows import TokenRows
 
     if tokens is not None:
-        return Shape(job.micro_batch_size, tokens)
+        return Shape.of_length(job, tokens)
     with tempfile.TemporaryDirectory() as folder:
-        tokenize(job.data, load_tokenizer(job.base_model), Path(folder), limit=_READ_ROWS)
+        tokenizer = load_tokenizer(job.base_model)
+        report = tokenize(job.data, tokenizer, Path(folder), limit=_READ_ROWS)
+        if not report.kept:
+            raise DataError(
+                f"data {job.data.train}: nothing can be learned of the first {_READ_ROWS} rows "
+                f"({report.summary()}); tell how long rows are with --tokens"
+            )
         lengths = TokenRows(Path(folder)).lengths
     return Shape.of_rows(job, lengths)
 

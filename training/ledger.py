@@ -40,7 +40,6 @@ class Ledger(TorchDispatchMode):
         self.part = "weights"
         self.vocabulary: int | None = None
         self.chosen: int | None = None
-        self._sizes: list[int] = []
         self._numbers: dict[int, int] = {}  # by the storage's identity, while it lives
         self._ends: dict[int, weakref.ref[Any]] = {}
 
@@ -75,7 +74,6 @@ class Ledger(TorchDispatchMode):
     def _begin(self, storage: Any, part: str) -> None:
         key, size, number = storage._cdata, storage.nbytes(), len(self.parts)
         self.parts.append(part)
-        self._sizes.append(size)
         self._numbers[key] = number
         self.events.append((number, size))
 
@@ -109,7 +107,6 @@ class Ledger(TorchDispatchMode):
             size = sum(t.untyped_storage().nbytes() for t in tree_leaves(args[0]))
             self.events += [(len(self.parts), size), (len(self.parts), 0)]
             self.parts.append("weights")
-            self._sizes.append(size)
         if self.part == "activations":
             self.claim(tree_leaves(args[0]), "weights" if gathers else "gradients")
         work: Any = FakeWork()

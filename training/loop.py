@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from cluster.errors import JobFailedError
 from training.backend import Backend
-from training.checkpoint import COURSE, Progress, run_state
+from training.checkpoint import Progress, run_state
 from training.evaluation import Answer, Evaluation, Evaluator
 from training.loss_scale import LossScale
 from training.methods.course import Course
@@ -141,7 +141,9 @@ def as_work(
         value=progress.loss_scale,
         good_steps=progress.good_steps,
     )
-    train_step = _Stepper(spec, backend, rows, course, place, meter, scale)
+    # A run goes on in the order that it began in, whatever the base allows by now.
+    is_packed = progress.is_packed if progress.step else _all_agree(backend.model.is_packed, place)
+    train_step = _Stepper(spec, backend, rows, course, place, meter, scale, is_packed=is_packed)
 
     def evaluate(step: int) -> None:
         if evaluator is None:
@@ -159,6 +161,7 @@ def as_work(
             evaluations=tuple(history),
             loss_scale=scale.value if scale.is_dynamic else None,
             good_steps=scale.good_steps,
+            is_packed=is_packed,
         )
 
     for step in range(progress.step, steps):
@@ -179,6 +182,7 @@ def as_work(
         is_saved = (step + 1) % spec.checkpoint_every_steps == 0 or is_last
         if is_saved:
             meter.gather()
+            _check_finite("loss", meter.lap_loss, step, spec)
         progress = reached(step + 1)
         if is_saved and (on_checkpoint := options.get("on_checkpoint")):
             on_checkpoint(progress)
@@ -200,10 +204,11 @@ class _Stepper:
         place: Place,
         meter: _Meter,
         scale: LossScale,
+        *,
+        is_packed: bool,
     ) -> None:
         self._spec, self._backend, self._rows, self._course = spec, backend, rows, course
-        self._is_packed: bool = backend.model.is_packed
-        self._plan = _Plan(spec, rows, is_packed=self._is_packed)
+        self._is_packed, self._plan = is_packed, _Plan(spec, rows, is_packed=is_packed)
         self._place, self._meter, self._scale = place, meter, scale
         self._accumulation = spec.accumulation(place.world_size)
 
@@ -213,7 +218,7 @@ class _Stepper:
         """Do step `step` of `steps`; returns its learning rate and the gradient's norm.
 
         Raises:
-            JobFailedError: the gradient is not finite.
+            JobFailedError: the gradient is not finite, or has exploded.
         """
         rate = learning_rate(self._spec.optimizer, step, steps)
         self._backend.set_learning_rate(rate)
@@ -226,6 +231,11 @@ class _Stepper:
                 break
             self._lower_scale(step, losses)
         _check_finite("gradient", grad_norm, step, self._spec)
+        if grad_norm > (limit := self._spec.optimizer.stop_grad_norm):
+            raise _diverged(
+                f"the gradient's norm is {grad_norm:.3g}, over optimizer.stop_grad_norm {limit:g}",
+                step, self._spec, "Lower optimizer.learning_rate, or raise that limit",
+            )  # fmt: skip
         self._scale.grow()
         self._course.end_step(step, steps, self._backend)
         for loss in losses:
@@ -274,10 +284,17 @@ class _Stepper:
         return share * self._scale.value
 
 
+def _all_agree(is_so: bool, place: Place) -> bool:
+    """Whether it is so on every worker. Collective."""
+    told = torch.tensor(float(is_so), device=place.device)
+    if place.world_size > 1:
+        dist.all_reduce(told, op=dist.ReduceOp.MIN)
+    return bool(told)
+
+
 def _weights(backend: Backend, course: Course) -> dict[str, torch.Tensor]:
     """What an adapter is saved from, as a state without moments."""
-    state = run_state(backend, course)
-    return {k: v for k, v in state.items() if k.startswith(("param/", COURSE))}
+    return run_state(backend, course, moments=False)
 
 
 def _check_finite(what: str, value: float, step: int, spec: TrainingSpec) -> None:
@@ -342,6 +359,11 @@ class _Meter:
             dist.all_reduce(self._own_loss)
         self._lap_loss += float(self._own_loss)
         self._own_loss = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def lap_loss(self) -> float:
+        """Summed over workers, up to the last `gather`."""
+        return self._lap_loss
 
     def line(self, step: int, rate: float, grad_norm: float) -> LogLine:
         """Close the lap. Collective: the loss is summed over workers."""

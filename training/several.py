@@ -77,7 +77,7 @@ class Saved:
 
     def keep(self, name: str, made: Assembly, progress: Progress) -> None:
         """Take an adapter's state as it is. Collective."""
-        state = made.full_state()
+        state = made.full_state(keep=self._is_first)
         if self._is_first:
             self._states[name] = state
         self._progress[name] = progress

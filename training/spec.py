@@ -54,6 +54,11 @@ class OptimizerSpec(Spec):
     max_grad_norm: float = Field(
         1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them."
     )
+    stop_grad_norm: PositiveFloat = Field(
+        1e6,
+        description="A step whose gradient's norm, before that, is larger stops the job: it has "
+        "exploded.",
+    )
 
 
 class ZeroSpec(Spec):

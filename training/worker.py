@@ -95,7 +95,7 @@ def _train_one(
     reporter = _Reporter(store, config["job_id"], place)
 
     def on_checkpoint(progress: Progress) -> None:
-        state = made.full_state()  # collective
+        state = made.full_state(keep=place.rank == 0)  # collective; the first worker writes it
         reporter.report(
             progress.step,
             _metrics(made, progress),

@@ -103,16 +103,17 @@ class ZeroBackend:
         """See Backend."""
         return float(self.model.get_global_grad_norm())
 
-    def full_state(self) -> dict[str, torch.Tensor]:
+    def full_state(self, *, moments: bool = True, keep: bool = True) -> dict[str, torch.Tensor]:
         """See Backend."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         state: dict[str, torch.Tensor] = {}
         for name, parameter in self._parameters.items():
             values: list[Any] = [safe_get_full_fp32_param(parameter)]
-            values += [safe_get_full_optimizer_state(parameter, part) for part in PARTS[1:]]
+            if moments:
+                values += [safe_get_full_optimizer_state(parameter, part) for part in PARTS[1:]]
             # Copied here, so that what was gathered is in memory for one parameter at a time.
-            for part, value in zip(PARTS, values, strict=True):
+            for part, value in zip(PARTS, values, strict=False) if keep else ():
                 state[f"{part}/{name}"] = value.detach().float().cpu().clone()
         return state
 

@@ -99,7 +99,7 @@ def work(rank: int, port: int, spec: Any, tokens: int) -> None:
         made = assemble(parse_spec(TrainingSpec, spec), place, data)
 
         def keep(progress: Any) -> None:
-            state = made.full_state()
+            state = made.full_state(keep=rank == 0)
             if rank == 0:
                 write_checkpoint(folder / "checkpoint", state, progress)
 

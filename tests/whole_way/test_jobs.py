@@ -104,7 +104,8 @@ def test_training_on_two_nodes_publishes_an_adapter(
 
 
 def test_a_job_can_be_stopped_and_gone_on_from(jobs: Jobs, registry: Registry) -> None:
-    """It goes on from its last checkpoint, once, on another number of workers."""
+    """In fp16. It goes on from its last checkpoint, once, on another number of workers, with the
+    loss scale that it had."""
     stopped = jobs.stopped.result()
     assert (stopped.too_early.code, "is RUNNING" in stopped.too_early.output) == (4, True)
     assert "STOPPED" in stopped.stop
@@ -116,6 +117,12 @@ def test_a_job_can_be_stopped_and_gone_on_from(jobs: Jobs, registry: Registry) -
     assert resumed.code == 0, resumed.output
     assert f"going on from step {stopped.last}: bitfit" in resumed.output
     assert "published stopped@1" in resumed.output
+    before, after = (
+        set(re.findall(r"loss scale ([\d,]+)", ended.output))
+        for ended in (stopped.followed, resumed)
+    )
+    assert after
+    assert after <= before
     assert registry.resolve("stopped").card["job"]["continues"] == stopped.job
     assert f"continued by {resumed.job} already" in stopped.too_late.output
     assert stopped.too_late.code == 4

@@ -55,7 +55,7 @@ def run_case(case: Case, tokens: Path, place: Place) -> list[float]:
     lines: list[LogLine] = []
 
     def on_checkpoint(progress: Any) -> None:
-        state = made.full_state()
+        state = made.full_state(keep=place.rank == 0)
         if place.rank == 0:
             write_checkpoint(case.folder / f"checkpoint-{progress.step}", state, progress)
 
@@ -96,7 +96,7 @@ def run_together(together: Together, tokens: Path, place: Place) -> dict[str, st
     several = assemble_several(specs, place, rows)
 
     def keep(name: str, progress: Any) -> None:
-        state = several.runs[name].full_state()
+        state = several.runs[name].full_state(keep=place.rank == 0)
         if place.rank == 0:
             folder = together.cases[name].folder / f"checkpoint-{progress.step}"
             write_checkpoint(folder, state, progress)

@@ -1,5 +1,6 @@
 """Runs whose workers come and go, lower their loss, or cannot go on."""
 
+import json
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ from workers import Case, Workers, difference, run_case, run_cases, state_of, we
 from cluster.errors import JobFailedError
 from training.checkpoint import read_checkpoint
 from training.loop import Place
+from training.rows import epoch_batches
 
 # Far from the loss at their start: one embedding, or behind a gate that is shut.
 SLOW = {"prompt_tuning", "llama_adapter"}
@@ -111,6 +113,39 @@ def test_divergence_ends_the_run(
     settings["optimizer"]["max_grad_norm"] = max_grad_norm
     with pytest.raises(JobFailedError, match="diverged at step 1: the gradient is nan"):
         run_case(Case(settings, tmp_path), tokens, Place())
+
+
+def test_an_exploding_gradient_ends_the_run(
+    bases: Callable[[str], Path], tokens: Path, tmp_path: Path
+) -> None:
+    settings = spec(bases("llama"))
+    settings["optimizer"]["stop_grad_norm"] = 1e-9
+    told = r"diverged at step 1: the gradient's norm is .*, over optimizer.stop_grad_norm 1e-09"
+    with pytest.raises(JobFailedError, match=told):
+        run_case(Case(settings, tmp_path), tokens, Place())
+
+
+def test_a_run_goes_on_in_the_order_of_rows_that_it_began_in(
+    bases: Callable[[str], Path], tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the checkpoint is of a time when packed rows were sorted as others are."""
+    orders: list[bool] = []
+
+    def batches(*args: Any, is_packed: bool) -> Any:
+        orders.append(is_packed)
+        return epoch_batches(*args, is_packed=is_packed)
+
+    monkeypatch.setattr("training.loop.epoch_batches", batches)
+    settings = spec(bases("llama")) | {"checkpoint_every_steps": 2}
+    run_case(Case(settings, tmp_path), tokens, Place())
+    assert set(orders) == {True}
+    checkpoint = tmp_path / "checkpoint-2"
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    del progress["is_packed"]
+    (checkpoint / "progress.json").write_text(json.dumps(progress))
+    orders.clear()
+    run_case(Case(settings, tmp_path / "resumed", checkpoint), tokens, Place())
+    assert set(orders) == {False}
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ the weight, and the adapter that the alias "2" of "a" stands for is "a:2:1".
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.errors import RequestError
@@ -18,6 +19,12 @@ from cluster.registry import AdapterVersion
 MAX_PARTS = 8
 # Few digits: a weight is a number as people write it, and its text says all of it.
 _WEIGHT = re.compile(r"-?(?:[0-9]{1,4}(?:\.[0-9]{1,9})?|\.[0-9]{1,9})")
+# Methods of which no adapter is a change of weights; of others, that shows when they are added up.
+_PROMPT, _BLOCK = "has tokens in front of the prompt", "puts a block beside the base's modules"
+_NO_CHANGE_OF_WEIGHTS: Mapping[str, str] = {
+    "PROMPT_TUNING": _PROMPT, "P_TUNING": _PROMPT, "PREFIX_TUNING": _PROMPT,
+    "BOTTLENECK": _BLOCK, "ADAPTION_PROMPT": _BLOCK, "PROXY_TUNING": "adds logits",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,18 @@ def parse_mix(model: str) -> list[tuple[str, float]] | None:
             )
         parts.append((name, float(weight)))
     return parts
+
+
+def check_mixable(version: AdapterVersion) -> None:
+    """Raise RequestError if its method alone tells that it cannot be added to others, before
+    anything of it is fetched."""
+    reason = _NO_CHANGE_OF_WEIGHTS.get(version.method)
+    if reason is not None:
+        raise RequestError(
+            f"adapter {version.ref!r} cannot be mixed: it {reason}, which no weight multiplies; "
+            "ask for it alone",
+            param="model",
+        )
 
 
 def members_of(ref: str) -> list[str]:

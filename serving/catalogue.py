@@ -18,7 +18,7 @@ from pathlib import Path
 import structlog
 
 from cluster.errors import AdapterError, GraftError, ModelNotFoundError, RequestError
-from cluster.mixes import AdapterMix, NamedAdapter, parse_mix
+from cluster.mixes import AdapterMix, NamedAdapter, check_mixable, parse_mix
 from cluster.registry import AdapterVersion, Catalog, Registry
 from cluster.spec import nearest
 
@@ -77,6 +77,7 @@ class Catalogue:
                     f"model {model[:120]!r}: {name!r} {wrong}; a mix is of different adapters",
                     param="model",
                 )
+            check_mixable(version)
             found[version.ref] = version, weight
         return AdapterMix(tuple(found[ref] for ref in sorted(found)))
 

@@ -3,7 +3,8 @@
 import pytest
 
 from cluster.errors import RequestError
-from cluster.mixes import members_of, parse_mix
+from cluster.mixes import check_mixable, members_of, parse_mix
+from cluster.registry import AdapterVersion
 
 
 def test_a_weight_is_what_stands_behind_the_last_colon() -> None:
@@ -31,3 +32,15 @@ def test_too_many_parts_are_refused() -> None:
 def test_members_are_told_from_a_reference() -> None:
     assert members_of("a@3:0.7+b@1:-1e-09") == ["a@3", "b@1"]
     assert members_of("a@3") == ["a@3"]
+
+
+def test_what_is_no_change_of_weights_is_known_by_its_method() -> None:
+    def version(method: str) -> AdapterVersion:
+        return AdapterVersion("a", 3, method, None, "hash", "now", {}, {})
+
+    for method in ("LORA", "IA3", "LOHA"):
+        check_mixable(version(method))
+    with pytest.raises(RequestError, match=r"'a@3' cannot be mixed: it has tokens in front"):
+        check_mixable(version("PREFIX_TUNING"))
+    with pytest.raises(RequestError, match=r"'a@3' cannot be mixed: it puts a block"):
+        check_mixable(version("BOTTLENECK"))

@@ -20,10 +20,11 @@ from cluster.errors import AdapterError
 from serving.adapters import LinearDelta, describe, lower
 from serving.adapters.dense import factored
 from serving.adapters.merged import KINDS
-from serving.engine import Engine, EngineSpec, ScoreRequest
+from serving.engine import Engine, EngineSpec, GenerationRequest, ScoreRequest
 
 TOLERANCE = 1e-4
 PROMPT = list(range(40, 70))
+NEW_TOKENS = 64
 # OPT's modules have the biases that BEFT trains; the tiny modules are too small for some defaults.
 TARGETS = ["q_proj", "k_proj", "fc1"]
 OPTIONS: Mapping[str, dict[str, Any]] = {
@@ -44,8 +45,11 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def make_folder(kind: str, base: Path, folder: Path, **options: Any) -> tuple[Path, torch.Tensor]:
-    """A folder as PEFT saves it, and PEFT's logits for PROMPT with it."""
+def make_folder(
+    kind: str, base: Path, folder: Path, new_tokens: int = 0, **options: Any
+) -> tuple[Path, torch.Tensor]:
+    """A folder as PEFT saves it, and PEFT's logits with it for PROMPT and so many greedy tokens
+    behind it."""
     config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     given = {
         "target_modules": TARGETS,
@@ -59,8 +63,11 @@ def make_folder(kind: str, base: Path, folder: Path, **options: Any) -> tuple[Pa
     model.save_pretrained(str(folder))
     # As it is when it is loaded: VB-LoRA saves the largest of its logits alone.
     loaded: Any = peft.PeftModel.from_pretrained(load(base), folder).eval()
+    ids = list(PROMPT)
     with torch.no_grad():
-        return folder, loaded(torch.tensor([PROMPT])).logits[0]
+        for _ in range(new_tokens):
+            ids.append(int(loaded(torch.tensor([ids])).logits[0, -1].argmax()))
+        return folder, loaded(torch.tensor([ids])).logits[0]
 
 
 # PEFT's BOFT looks for a CUDA kernel first, its RandLora and VeRA speak of what they do not save.
@@ -70,13 +77,22 @@ def test_every_kind_is_served_as_peft_computes_it(
 ) -> None:
     base = bases("opt")
     engine = Engine(EngineSpec(base_model=str(base)))
-    made = {kind: make_folder(kind, base, tmp_path / kind) for kind in KINDS}
+    made = {kind: make_folder(kind, base, tmp_path / kind, NEW_TOKENS) for kind in KINDS}
     for kind, (folder, _) in made.items():
         engine.add_adapter(kind, folder)
     plain, *scored = engine.score([ScoreRequest(PROMPT, kind) for kind in (None, *KINDS)])
-    for (kind, (_, expected)), logits in zip(made.items(), scored, strict=True):
-        assert (logits - expected).abs().max() < TOLERANCE, kind
+    mixed = engine.generate(
+        [
+            GenerationRequest(
+                prompt_token_ids=PROMPT, adapter=kind, max_tokens=NEW_TOKENS, ignore_eos=True
+            )
+            for kind in KINDS
+        ]
+    )
+    for (kind, (_, expected)), logits, result in zip(made.items(), scored, mixed, strict=True):
+        assert (logits - expected[: len(PROMPT)]).abs().max() < TOLERANCE, kind
         assert (logits - plain).abs().max() > 0.01, kind
+        assert result.token_ids == expected[len(PROMPT) - 1 : -1].argmax(-1).tolist(), kind
     engine.check()
 
 

@@ -13,35 +13,56 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import structlog
 
 from cluster.errors import UnavailableError
+from serving.background import background
 from serving.engine import Engine, GenerationRequest, TokenOutput, joined
 
 R = TypeVar("R")
 _log = structlog.get_logger("graft.engine")
 
 
-@dataclass(frozen=True)
-class _Listener:
-    loop: asyncio.AbstractEventLoop
-    outputs: asyncio.Queue[TokenOutput | None]  # None: the engine has stopped
+_GRAMMARS = 2  # compiled at a time
 
-    async def next(self) -> TokenOutput | None:
-        """All that is there, as one output."""
-        first = await self.outputs.get()
+
+class Outputs:
+    """One request's outputs as they come, those of several steps as one if they were not taken in
+    time, up to the last one. For the loop that made it.
+
+    Raises:
+        UnavailableError: the engine has stopped; what was given out stands.
+    """
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.is_over = False
+        self._queue: asyncio.Queue[TokenOutput | None] = asyncio.Queue()
+
+    def put(self, output: TokenOutput | None) -> None:
+        """The next one; None if the engine has stopped."""
+        self._queue.put_nowait(output)
+
+    def __aiter__(self) -> Outputs:
+        return self
+
+    async def __anext__(self) -> TokenOutput:
+        if self.is_over:
+            raise StopAsyncIteration
+        first = await self._queue.get()
         if first is None:
-            return None
+            raise _stopped()
         found = [first]
-        while not self.outputs.empty():
-            output = self.outputs.get_nowait()
+        while not self._queue.empty():
+            output = self._queue.get_nowait()
             if output is None:
-                self.outputs.put_nowait(None)  # for the next call
+                self._queue.put_nowait(None)  # for the next call
                 break
             found.append(output)
+        self.is_over = found[-1].finish_reason is not None
         return first if len(found) == 1 else joined(found)
 
 
@@ -51,8 +72,9 @@ class EngineThread:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._listeners: dict[str, _Listener] = {}  # of the engine's thread
+        self._listeners: dict[str, Outputs] = {}  # of the engine's thread
         self._numbers = itertools.count()
+        self._compiling = background("grammar", _GRAMMARS)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -75,48 +97,47 @@ class EngineThread:
             self._run_commands(block=False)  # nobody else will; `run` refuses
         return await asyncio.wrap_future(future)
 
-    async def generate(
+    @asynccontextmanager
+    async def submitted(
         self, request: GenerationRequest, prepare: Callable[[], None] = lambda: None
-    ) -> AsyncGenerator[TokenOutput]:
-        """The outputs of one request as they come, those of several steps as one if they were not
-        taken in time; closing it early cancels the request.
+    ) -> AsyncGenerator[Outputs]:
+        """The scope of one request in the engine; leaving it early cancels the request.
 
         Args:
             prepare: Run on the engine's thread just before the request is submitted.
 
         Raises:
             RequestError: it asks the impossible.
-            UnavailableError: the engine has stopped; what was given out stands.
+            UnavailableError: the engine has stopped.
         """
-        request_id = f"r{next(self._numbers)}"
-        listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
+        request_id, outputs = f"r{next(self._numbers)}", Outputs()
 
         def start() -> None:
             prepare()
             self.engine.submit(request, request_id)
-            self._listeners[request_id] = listener
+            self._listeners[request_id] = outputs
 
         def cancel() -> None:
             self._listeners.pop(request_id, None)
             self.engine.cancel(request_id)
 
-        is_over = False
+        if request.response_format is not None:
+            compiling = outputs.loop.run_in_executor(
+                self._compiling, self.engine.compile_grammar, request
+            )
+            await compiling  # tenths of a second for a large schema
         try:
             await self.call(start)
-            while not is_over:
-                output = await listener.next()
-                if output is None:
-                    raise _stopped()
-                is_over = output.finish_reason is not None
-                yield output
+            yield outputs
         finally:
-            if not is_over:
+            if not outputs.is_over:
                 self._commands.put(cancel)
 
     def stop(self) -> None:
         """End the thread after the step in progress, and with it every request."""
         self._stopping.set()
         self._commands.put(lambda: None)
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         self._thread.join()
 
     def _run(self) -> None:
@@ -131,7 +152,7 @@ class EngineThread:
         finally:
             self._stopping.set()
             self._run_commands(block=False)
-            _send([(listener, None) for listener in self._listeners.values()])
+            _send([(outputs, None) for outputs in self._listeners.values()])
             self._listeners.clear()
 
     def _run_commands(self, *, block: bool) -> None:
@@ -143,7 +164,7 @@ class EngineThread:
             return
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
-        pairs: list[tuple[_Listener, TokenOutput | None]] = []
+        pairs: list[tuple[Outputs, TokenOutput | None]] = []
         for output in outputs:
             listener = self._listeners.get(output.request_id)
             if listener is None:
@@ -154,11 +175,11 @@ class EngineThread:
         _send(pairs)
 
 
-def _send(pairs: list[tuple[_Listener, TokenOutput | None]]) -> None:
-    """Each output to its listener, with one wake-up for each loop."""
-    by_loop: defaultdict[Any, list[tuple[_Listener, TokenOutput | None]]] = defaultdict(list)
-    for listener, output in pairs:
-        by_loop[listener.loop].append((listener, output))
+def _send(pairs: list[tuple[Outputs, TokenOutput | None]]) -> None:
+    """Each output to whom it is for, with one wake-up for each loop."""
+    by_loop: defaultdict[Any, list[tuple[Outputs, TokenOutput | None]]] = defaultdict(list)
+    for outputs, output in pairs:
+        by_loop[outputs.loop].append((outputs, output))
     for loop, own in by_loop.items():
         try:
             loop.call_soon_threadsafe(_put, own)
@@ -170,6 +191,6 @@ def _stopped() -> UnavailableError:
     return UnavailableError("the engine of this replica has stopped; try again")
 
 
-def _put(pairs: list[tuple[_Listener, TokenOutput | None]]) -> None:
-    for listener, output in pairs:
-        listener.outputs.put_nowait(output)
+def _put(pairs: list[tuple[Outputs, TokenOutput | None]]) -> None:
+    for outputs, output in pairs:
+        outputs.put(output)

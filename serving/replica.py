@@ -1,31 +1,37 @@
 """One replica's work without Ray: an engine, and adapters fetched from the store when asked for.
 
-An adapter is fetched, verified and lowered in a thread while other requests go on, once for all
-requests that wait for it; when the engine is full, the least recently used idle one leaves.
+A request whose adapter is not held brings it in: it is loaded beside the running requests, once
+for all who wait for it, and installed with the first of them. Only so many are on their way at a
+time, and whoever comes later waits in line without holding memory. When the engine is full the
+least recently used idle adapter leaves; if none is idle, one takes no new requests until it is.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import OverloadedError
+from cluster.errors import GraftError, OverloadedError
 from cluster.mixes import AdapterMix, NamedAdapter
-from cluster.registry import AdapterVersion, Registry
-from serving.adapters import LoweredAdapter, Part
+from cluster.registry import Registry
+from serving.adapter_loader import AdapterLoader
+from serving.adapters import LoweredAdapter
 from serving.engine import Engine, EngineStats, GenerationRequest, TokenOutput, joined
-from serving.engine_thread import EngineThread
+from serving.engine_thread import EngineThread, Outputs
 from serving.spec import ServingSpec
 
-_ROOM_POLL_S = 0.05
-_ROOM_TIMEOUT_S = 30.0
+_ROOM_POLL_S = 0.02
+# Adapters on their way in: they lie outside of engine.adapters_gib until there is room for them.
+_ARRIVING = 4
+# Of mixes, as anybody may ask for as many as he likes.
+_ARRIVING_MIXES = 1
 
 
-class _NotLoadedError(Exception):
+class _NotHeldError(Exception):
     """The adapter left the engine between its check and the request's start."""
 
 
@@ -34,9 +40,13 @@ class Replica:
 
     def __init__(self, spec: ServingSpec) -> None:
         self._thread = EngineThread(Engine(spec.engine))
-        self._registry = Registry(spec.store)
-        self._cache = Path(spec.cache).expanduser()
-        self._loading: dict[str, asyncio.Task[LoweredAdapter]] = {}
+        cache = Path(spec.cache).expanduser()
+        self._loader = AdapterLoader(self._thread.engine, Registry(spec.store), cache)
+        self._arriving: dict[str, asyncio.Future[None]] = {}
+        self._door = asyncio.Semaphore(_ARRIVING)  # in order of arrival, as is the lock
+        self._mix_door = asyncio.Semaphore(_ARRIVING_MIXES)
+        self._room = asyncio.Lock()
+        self._leaving: str | None = None  # takes no new requests
 
     @property
     def adapters(self) -> list[str]:
@@ -51,8 +61,8 @@ class Replica:
         self, request: GenerationRequest, adapter: NamedAdapter | None, *, stream: bool
     ) -> AsyncGenerator[TokenOutput]:
         """As serving.gateway.failover.Backend. Raises GraftError before the first output."""
-        outputs = self._start(request, adapter)
-        async with aclosing(outputs):
+        async with AsyncExitStack() as stack:
+            outputs = await self._start(stack, request, adapter)
             if stream:
                 async for output in outputs:
                     yield output
@@ -66,6 +76,7 @@ class Replica:
 
     def stop(self) -> None:
         """End the engine and every request."""
+        self._loader.stop()
         self._thread.stop()
 
     async def check_health(self) -> None:
@@ -73,72 +84,69 @@ class Replica:
         await self._thread.call(lambda: None)
 
     async def _start(
-        self, request: GenerationRequest, adapter: NamedAdapter | None
-    ) -> AsyncGenerator[TokenOutput]:
-        """Start the request with its adapter in the engine, waiting for room if it is full."""
-        waited_s = 0.0
-        lowered: LoweredAdapter | None = None
+        self, stack: AsyncExitStack, request: GenerationRequest, adapter: NamedAdapter | None
+    ) -> Outputs:
+        """Submit the request for the scope of `stack`, with its adapter in the engine."""
+        if adapter is None:
+            return await stack.enter_async_context(self._thread.submitted(request))
         while True:
-            is_missing = adapter is not None and adapter.ref not in self._thread.engine.adapters
-            if adapter is not None and is_missing and lowered is None:
-                lowered = await self._load(adapter)
-
-            def prepare(lowered: LoweredAdapter | None = lowered) -> None:
-                engine = self._thread.engine
-                if adapter is None or adapter.ref in engine.adapters:
-                    return
-                if lowered is None:
-                    raise _NotLoadedError
-                engine.install_adapter(adapter.ref, lowered, evict=True)
-
-            outputs = self._thread.generate(request, prepare)
-            async with aclosing(outputs):
+            if adapter.ref in self._thread.engine.adapters and adapter.ref != self._leaving:
+                submitted = self._thread.submitted(request, lambda: self._require(adapter.ref))
                 try:
-                    output = await anext(outputs)
-                except _NotLoadedError:
+                    return await stack.enter_async_context(submitted)
+                except _NotHeldError:
                     continue
-                except OverloadedError:
-                    # Every adapter that is held has requests; one of them will end.
-                    if waited_s >= _ROOM_TIMEOUT_S:
+            arrival = self._arriving.get(adapter.ref)
+            if arrival is None:
+                return await self._bring(stack, request, adapter)
+            await asyncio.shield(arrival)
+
+    async def _bring(
+        self, stack: AsyncExitStack, request: GenerationRequest, adapter: NamedAdapter
+    ) -> Outputs:
+        """Load the adapter and submit the request with it, when it is its turn. Who waits for the
+        same one meanwhile is told when it is there, or why it is not."""
+        arrival = self._arriving[adapter.ref] = asyncio.get_running_loop().create_future()
+        try:
+            async with self._mix_door if isinstance(adapter, AdapterMix) else self._door:
+                lowered = self._thread.engine.held_adapter(adapter.ref)
+                if lowered is None:
+                    try:
+                        lowered = await self._loader.load(adapter)
+                    except GraftError as error:
+                        arrival.set_exception(error)
+                        arrival.exception()  # perhaps nobody waits
                         raise
-                    waited_s += _ROOM_POLL_S
-                    await asyncio.sleep(_ROOM_POLL_S)
-                    continue
-                while output.finish_reason is None:
-                    yield output
-                    output = await anext(outputs)
-                yield output
-                return
+                return await self._install(stack, request, adapter.ref, lowered)
+        finally:
+            del self._arriving[adapter.ref]
+            if not arrival.done():
+                arrival.set_result(None)
 
-    async def _load(self, adapter: NamedAdapter) -> LoweredAdapter:
-        """Fetch and lower, or mix, once for all who ask at the same time."""
-        task = self._loading.get(adapter.ref)
-        if task is None:
-            is_mix = isinstance(adapter, AdapterMix)
-            making = self._mix(adapter) if is_mix else asyncio.to_thread(self._fetch, adapter)
-            task = asyncio.create_task(making)
-            self._loading[adapter.ref] = task
-            task.add_done_callback(lambda _: self._loading.pop(adapter.ref, None))
-        # Shielded: one of the waiting clients may leave.
-        return await asyncio.shield(task)
-
-    async def _mix(self, mix: AdapterMix) -> LoweredAdapter:
-        """The sum of members, of which only those are fetched that are not held."""
+    async def _install(
+        self, stack: AsyncExitStack, request: GenerationRequest, ref: str, lowered: LoweredAdapter
+    ) -> Outputs:
+        """Submit the request and its adapter together, as soon as there is room for it."""
         engine = self._thread.engine
-        held = [engine.held_adapter(version.ref) for version, _ in mix.parts]
-        missing = [v for (v, _), lowered in zip(mix.parts, held, strict=True) if lowered is None]
-        fetched = iter(await asyncio.gather(*map(self._load, missing)))
-        parts = [
-            Part(version.ref, lowered or next(fetched), weight)
-            for (version, weight), lowered in zip(mix.parts, held, strict=True)
-        ]
-        return await asyncio.to_thread(engine.mix, parts)
 
-    def _fetch(self, adapter: AdapterVersion) -> LoweredAdapter:
-        """From host memory, or else from the store."""
-        engine = self._thread.engine
-        lowered = engine.host_tier.get(adapter.ref)
-        if lowered is None:
-            lowered = engine.lower(self._registry.fetch(adapter, self._cache))
-            engine.host_tier.put(adapter.ref, lowered)
-        return lowered
+        def prepare() -> None:
+            if ref not in engine.adapters:
+                engine.install_adapter(ref, lowered, evict=True)
+
+        async with self._room:
+            try:
+                while True:
+                    submitted = self._thread.submitted(request, prepare)
+                    try:
+                        return await stack.enter_async_context(submitted)
+                    except OverloadedError:
+                        # Every adapter that is held has requests, and these come to an end.
+                        if self._leaving not in engine.adapters:
+                            self._leaving = await self._thread.call(engine.least_used_adapter)
+                        await asyncio.sleep(_ROOM_POLL_S)
+            finally:
+                self._leaving = None
+
+    def _require(self, ref: str) -> None:
+        if ref not in self._thread.engine.adapters:
+            raise _NotHeldError

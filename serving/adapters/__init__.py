@@ -4,6 +4,7 @@ from serving.adapters.apply import DeltaHooks, Segment
 from serving.adapters.lowering import lower
 from serving.adapters.memory import moved, num_bytes, pinned
 from serving.adapters.mixing import Part, mixed
+from serving.adapters.pace import beside
 from serving.adapters.primitives import (
     Block,
     Delta,
@@ -31,6 +32,7 @@ __all__ = [
     "Replacement",
     "Segment",
     "Target",
+    "beside",
     "describe",
     "lower",
     "mixed",

@@ -14,6 +14,7 @@ import torch
 
 from cluster.adapter_folder import WEIGHTS, AdapterFolder, fault
 from serving.adapters.config import refuse_unread
+from serving.adapters.pace import give_way
 from serving.adapters.primitives import LinearDelta, LoweredAdapter
 from serving.adapters.target import ModuleShape, Target, bare_name, shape_of
 
@@ -95,6 +96,7 @@ def fit_shift(
 def placed(delta: LinearDelta, target: Target, *, is_embedding: bool = False) -> LinearDelta:
     """In the engine's dtype, on its device, copied (the file is mapped), and contiguous: A as
     [r, I], or row by token of an embedding."""
+    give_way()
 
     def place(part: torch.Tensor | None, is_transposed: bool = False) -> torch.Tensor | None:
         if part is None:

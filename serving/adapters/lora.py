@@ -21,6 +21,7 @@ import torch
 from cluster.adapter_folder import CONFIG, MIN_RANK, WEIGHTS, AdapterFolder, fault
 from serving.adapters.config import mapping, number, refuse_unread
 from serving.adapters.linear import change_of_bias, fit_shift, placed
+from serving.adapters.pace import give_way
 from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter
 from serving.adapters.saved import replacements, saved_whole
 from serving.adapters.target import PREFIX, ModuleShape, Target, bare_name, shape_of
@@ -83,6 +84,7 @@ def lower_lora(
     found = _read(folder, tensors, target)
     deltas: dict[str, Delta] = {}
     for module, parts in found.factors.items():
+        give_way()
         rank, scale = _rank(folder, module), _scale(folder, module)
         shape = _checked(folder, module, parts, rank, target)
         a_rI, b_Or = parts["A"].float(), parts["B"].float() * scale
@@ -144,6 +146,7 @@ def _read(folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Ta
     found = _Found()
     others: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
+        give_way()
         if match := _PART.fullmatch(bare_name(folder, key)):
             # An embedding keeps A as [r, vocabulary] and B as [out, r], like a linear module.
             found.factors[match[1]][match[2] or match[3]] = tensor

@@ -18,6 +18,7 @@ import torch
 from cluster.adapter_folder import WEIGHTS, AdapterFolder, fault
 from serving.adapters.alone import without_warnings
 from serving.adapters.config import refuse_unread
+from serving.adapters.pace import give_way
 from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter, Replacement
 from serving.adapters.target import ModuleShape, Target, bare_name, shape_of
 
@@ -228,4 +229,5 @@ def compressed(change: Sparse, shape: ModuleShape, target: Target) -> torch.Tens
 
 
 def _placed(tensor: torch.Tensor, target: Target) -> torch.Tensor:
+    give_way()
     return tensor.to(target.device, target.dtype).contiguous()

@@ -79,6 +79,13 @@ class AdapterBank:
         loaded = self._named.get(name)
         return None if loaded is None else loaded.lowered
 
+    def least_used(self) -> str | None:
+        """See Engine.least_used_adapter."""
+        named = self._named.items()
+        return min(
+            named, key=lambda n: (not is_mix(n[0]), self._users[n[1].name]), default=(None,)
+        )[0]
+
     def install(self, name: str, lowered: LoweredAdapter, *, evict: bool) -> None:
         """See Engine.install_adapter."""
         if not name or name in self._named:

@@ -47,7 +47,7 @@ _HOST_ADAPTERS_GIB = 4.0  # beside a GPU
 
 
 class Engine:
-    """One base model and its adapters. Not thread-safe, but for `lower`.
+    """One base model and its adapters. Not thread-safe, but for what says so.
 
     Raises:
         BaseModelError: the base cannot be loaded or is of a family that cannot be served.
@@ -126,10 +126,14 @@ class Engine:
             step_tokens=figures.tokens.now,
         )
 
-    def lower(self, path: str | Path) -> LoweredAdapter:
+    def lower(self, path: str | Path, content: str | None = None) -> LoweredAdapter:
         """Read an adapter folder for this base. Safe to call from another thread, since it
-        touches nothing that runs. Raises AdapterError."""
-        lowered = lower(path, self.runner.target, self._small_bases.targets)
+        touches nothing that runs. Raises AdapterError.
+
+        Args:
+            content: A hash of its config and weights, from who has verified them.
+        """
+        lowered = lower(path, self.runner.target, self._small_bases.targets, content)
         self.runner.hooks.check(lowered.deltas)
         if lowered.offset is not None:
             self._small_bases.check(lowered.offset)
@@ -185,6 +189,11 @@ class Engine:
         """
         self._bank.install(name, lowered, evict=evict)
 
+    def least_used_adapter(self) -> str | None:
+        """The adapter that is soonest without requests, as far as their number tells: mixes go
+        first. None if there is no adapter."""
+        return self._bank.least_used()
+
     def remove_adapter(self, name: str) -> None:
         """Take an adapter away. Requests that use it finish; new ones are refused.
 
@@ -207,6 +216,14 @@ class Engine:
         answer = self._prepare(request, request_id)
         self._start(answer)
         return answer.sequence.id
+
+    def compile_grammar(self, request: GenerationRequest) -> None:
+        """Compile what the request's answer has to follow, so that `submit` finds it compiled. Safe
+        to call from another thread, which a large JSON schema takes tenths of a second of. Raises
+        RequestError."""
+        request.check()
+        if request.response_format is not None:
+            self._intake.compile_grammar(request.response_format)
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request; its pages are free at once. False if it is over already."""

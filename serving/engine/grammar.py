@@ -7,8 +7,10 @@ kept, so many and no more; each answer has a copy of its own state. No torch.
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -52,14 +54,16 @@ class Grammar:
 
 
 class Grammars:
-    """Compiled grammars for one tokenizer; `end_tokens` may follow a whole answer."""
+    """Compiled grammars for one tokenizer; `end_tokens` may follow a whole answer. Safe to use from
+    several threads; llguidance compiles without the interpreter's lock."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: Collection[int]) -> None:
         self._tokenizer = None
         if tokenizer is not None and tokenizer.is_fast and end_tokens:
             size = max(vocabulary, len(tokenizer))
             self._tokenizer = from_tokenizer(tokenizer, size, eos_token=sorted(end_tokens))
-        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()  # least recently used first
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()  # least recent first
 
     def open(self, wanted: ResponseFormat) -> Grammar:
         """The beginning of an answer that follows `wanted`, which is checked already.
@@ -67,12 +71,24 @@ class Grammars:
         Raises:
             RequestError: it is no grammar, too complex, or nothing can follow it.
         """
+        return Grammar(self.compiled(wanted).deep_copy())
+
+    def compiled(self, wanted: ResponseFormat) -> LLMatcher:
+        """`wanted` compiled, once for all who ask at the same time, and kept; as `open`."""
         key = json.dumps([wanted.kind, wanted.rule])  # properties are in order
-        matcher = self._kept.pop(key, None)
-        self._kept[key] = matcher = matcher or self._compile(wanted)
-        if len(self._kept) > _MAX_KEPT:
-            self._kept.popitem(last=False)
-        return Grammar(matcher.deep_copy())
+        with self._lock:
+            found = self._kept.pop(key, None)
+            future = self._kept[key] = found or Future()
+            if len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+        if found is None:
+            try:
+                future.set_result(self._compile(wanted))
+            except BaseException as error:
+                with self._lock:
+                    self._kept.pop(key, None)
+                future.set_exception(error)
+        return future.result()
 
     def _compile(self, wanted: ResponseFormat) -> LLMatcher:
         if self._tokenizer is None:

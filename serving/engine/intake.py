@@ -20,7 +20,7 @@ from serving.engine.grammar import Grammar, Grammars
 from serving.engine.pages import next_key, root_key
 from serving.engine.pooling import Pooled
 from serving.engine.ranges import check_token_ids
-from serving.engine.request import GenerationRequest
+from serving.engine.request import GenerationRequest, ResponseFormat
 from serving.engine.runner import Runner
 from serving.engine.sequence import Sequence
 from serving.spec import EngineSpec
@@ -174,6 +174,10 @@ class Intake:
             )
         check_token_ids(given, self._vocabulary, field)
         return [int(token) for token in given]
+
+    def compile_grammar(self, wanted: ResponseFormat) -> None:
+        """As Engine.compile_grammar, of what is checked already."""
+        self._grammars.compiled(wanted)
 
     def _grammar(self, request: GenerationRequest, generated: list[int]) -> Grammar | None:
         """Where its grammar stands behind what was generated. Raises RequestError."""

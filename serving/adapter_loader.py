@@ -40,11 +40,6 @@ class AdapterLoader:
         # Shielded: one of the waiting clients may leave.
         return await asyncio.shield(task)
 
-    def stop(self) -> None:
-        """Begin nothing more."""
-        self._fetching.shutdown(wait=False, cancel_futures=True)
-        self._lowering.shutdown(wait=False, cancel_futures=True)
-
     async def _make(self, adapter: AdapterVersion) -> LoweredAdapter:
         """From host memory, or else from the store."""
         loop, tier = asyncio.get_running_loop(), self._engine.host_tier

@@ -13,7 +13,8 @@ _NICENESS = 5
 
 
 def background(name: str, threads: int) -> ThreadPoolExecutor:
-    """Threads that take the cores that others leave; work waits in order of its arrival."""
+    """Threads that take the cores that others leave; work waits in order of its arrival.
+    The threads end with the object."""
     return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=_give_way)
 
 

@@ -137,7 +137,6 @@ class EngineThread:
         """End the thread after the step in progress, and with it every request."""
         self._stopping.set()
         self._commands.put(lambda: None)
-        self._compiling.shutdown(wait=False, cancel_futures=True)
         self._thread.join()
 
     def _run(self) -> None:

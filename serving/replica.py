@@ -76,7 +76,6 @@ class Replica:
 
     def stop(self) -> None:
         """End the engine and every request."""
-        self._loader.stop()
         self._thread.stop()
 
     async def check_health(self) -> None:

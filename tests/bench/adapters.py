@@ -521,17 +521,10 @@ def make_base(folder: Path) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown."""
-    lines = ["| part | load | | ratio | wanted | allowed |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        ratio, allowed = (
-            "" if value is None else f"{value:.3f}" for value in (row.ratio, row.allowed)
-        )
-        lines.append(
-            f"| {row.part} | {row.load} | {row.figure} | {ratio} | {row.wanted} | {allowed} |"
-        )
-    return "\n".join(lines)
+def line(row: Row) -> str:
+    """Of a Markdown table."""
+    ratio, allowed = ("" if value is None else f"{value:.3f}" for value in (row.ratio, row.allowed))
+    return f"| {row.part} | {row.load} | {row.figure} | {ratio} | {row.wanted} | {allowed} |"
 
 
 def main() -> None:
@@ -552,7 +545,8 @@ def main() -> None:
     parts = chosen.only.split(",")
     if unknown := {*parts} - {*PARTS}:
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    rows: list[Row] = []
+    print(f"{platform.machine()}, {bench.THREADS} threads, {chosen.dtype}, {chosen.rounds} rounds")
+    print("\n| part | load | | ratio | wanted | allowed |\n|---|---|---|---|---|---|", flush=True)
     for part in parts:
         with tempfile.TemporaryDirectory() as folder:
             make_base(Path(folder, "base"))
@@ -561,12 +555,9 @@ def main() -> None:
             output = subprocess.run(command, capture_output=True, text=True, check=False)
             if output.returncode:
                 raise SystemExit(output.stderr[-3000:])
-            rows += [Row(**row) for row in json.loads(output.stdout.splitlines()[-1])]
+            for row in json.loads(output.stdout.splitlines()[-1]):
+                print(line(Row(**row)), flush=True)
             print(f"{part}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
-    print(
-        f"{platform.machine()}, {bench.THREADS} threads, {chosen.dtype}, {chosen.rounds} rounds\n"
-    )
-    print(table(rows))
 
 
 if __name__ == "__main__":

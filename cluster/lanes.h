@@ -25,10 +25,16 @@ inline Floats widened(const float* source) {
   return lanes;
 }
 
+// (GCC widens a vector in two halves, if it is not told how.)
 inline Floats widened(const BFloat16* source) {
+#ifdef __AVX512F__
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
   uint16_t halves __attribute__((vector_size(kLanes * 2)));
   std::memcpy(&halves, source, sizeof halves);
   return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+#endif
 }
 
 #ifdef __FLT16_MANT_DIG__  // not before GCC 12
@@ -48,12 +54,17 @@ inline Floats widened(const _Float16* source) {
 inline void narrow(float* target, Floats lanes) { std::memcpy(target, &lanes, sizeof lanes); }
 
 inline void narrow(BFloat16* target, Floats lanes) {
+#ifdef __AVX512BF16__  // (which takes numbers below 1e-38 for zero)
+  const __m256bh halves = _mm512_cvtneps_pbh(lanes);
+  std::memcpy(target, &halves, sizeof halves);
+#else
   const auto bits = reinterpret_cast<Words>(lanes);
   const Words nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words finite = lanes == lanes ? nearest : Words{} + 0x7fc0;
   using Halves = uint16_t __attribute__((vector_size(kLanes * 2)));
   const Halves halves = __builtin_convertvector(finite, Halves);
   std::memcpy(target, &halves, sizeof halves);
+#endif
 }
 
 #ifdef __FLT16_MANT_DIG__
@@ -68,6 +79,14 @@ inline void narrow(_Float16* target, Floats lanes) {
 #endif
 }
 #endif
+
+// As they are once they have been stored.
+template <typename T>
+inline Floats rounded(Floats lanes) {
+  T stored[kLanes];
+  narrow(stored, lanes);
+  return widened(stored);
+}
 
 // The lanes of two vectors in another order: those of `b` count from sixteen.
 #ifdef __clang__

@@ -13,7 +13,8 @@
 
 namespace {
 
-constexpr int kBlock = 8;        // ranks at a time
+constexpr int kBlock = 8;          // ranks at a time
+constexpr int kWide = 4;           // vectors of outputs at a time
 constexpr int64_t kColumns = 256;  // outputs of a task
 
 }  // namespace
@@ -30,12 +31,15 @@ struct Segment {
 
 namespace {
 
-// What one vector of x and one of A give, onto sixteen partial sums.
+// What one vector of x and one of A give, onto sixteen partial sums; or `count` of its numbers.
 template <typename T>
 struct Dot {
   static constexpr int64_t kStep = kLanes;
-  static Floats add(Floats total, const T* x, const T* a, int64_t left) {
-    return total + load(x, left) * load(a, left);
+  static Floats add(Floats total, const T* x, const T* a) {
+    return total + widened(x) * widened(a);
+  }
+  static Floats add(Floats total, const T* x, const T* a, int64_t count) {
+    return total + load(x, count) * load(a, count);
   }
 };
 
@@ -43,62 +47,83 @@ struct Dot {
 template <>
 struct Dot<BFloat16> {
   static constexpr int64_t kStep = 2 * kLanes;
-  static __m512bh pairs(const BFloat16* source, int64_t left) {
-    const __mmask32 own = left >= kStep ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
-    return (__m512bh)_mm512_maskz_loadu_epi16(own, source);
+  static Floats add(Floats total, const BFloat16* x, const BFloat16* a) {
+    return _mm512_dpbf16_ps(total, (__m512bh)_mm512_loadu_si512(x),
+                            (__m512bh)_mm512_loadu_si512(a));
   }
-  static Floats add(Floats total, const BFloat16* x, const BFloat16* a, int64_t left) {
-    return _mm512_dpbf16_ps(total, pairs(x, left), pairs(a, left));
+  static Floats add(Floats total, const BFloat16* x, const BFloat16* a, int64_t count) {
+    const __mmask32 own = (__mmask32(1) << count) - 1;
+    return _mm512_dpbf16_ps(total, (__m512bh)_mm512_maskz_loadu_epi16(own, x),
+                            (__m512bh)_mm512_maskz_loadu_epi16(own, a));
   }
 };
 #endif
 
-// x A of `kBlock` ranks from `first` on, for `rows` rows from `t` on.
+// x A of `kBlock` ranks from `first` on, for `rows` rows from `t` on. `next` is where the ranks of
+// the next block begin, which may be another adapter's: too short a way to be foreseen.
 template <int rows, typename T>
 void shrink(float* low, const T* x, const Segment<T>& segment, int64_t t, int64_t first, int64_t in,
-            int64_t out) {
+            const T* next) {
   const int64_t count = std::min<int64_t>(kBlock, segment.rank - first);
-  const T *a[kBlock], *b[kBlock];
-  for (int64_t j = 0; j < kBlock; ++j) {
+  const T* a[kBlock];
+  for (int64_t j = 0; j < kBlock; ++j)
     a[j] = segment.a + (first + std::min<int64_t>(j, count - 1)) * in;
-    b[j] = segment.b + (first + std::min<int64_t>(j, count - 1)) * out;
-  }
+  x += t * in;
+  const bool is_first = t == segment.start;
   Floats lanes[rows][kBlock] = {};
-  for (int64_t i = 0; i < in; i += Dot<T>::kStep)
+  int64_t i = 0;
+  for (; i + Dot<T>::kStep <= in; i += Dot<T>::kStep)
     for (int j = 0; j < kBlock; ++j) {
-      if (t == segment.start) {  // what comes next: too short to be foreseen
-        __builtin_prefetch(a[j] + kBlock * in + i);
-        __builtin_prefetch(b[j] + i, 0, 2);
-      }
+      if (is_first) __builtin_prefetch(next + j * in + i);
       for (int row = 0; row < rows; ++row)
-        lanes[row][j] = Dot<T>::add(lanes[row][j], x + (t + row) * in + i, a[j] + i, in - i);
+        lanes[row][j] = Dot<T>::add(lanes[row][j], x + row * in + i, a[j] + i);
     }
+  if (i < in)
+    for (int j = 0; j < kBlock; ++j)
+      for (int row = 0; row < rows; ++row)
+        lanes[row][j] = Dot<T>::add(lanes[row][j], x + row * in + i, a[j] + i, in - i);
   for (int row = 0; row < rows; ++row)
     store(low + segment.low + (t + row - segment.start) * segment.rank + first,
           sum_each(lanes[row]), count);
 }
 
-// y += factor low B for `rows` rows from `t` on, of `kColumns` columns from `first` on.
+// y += factor low B for `rows` rows, `vectors` vectors of columns from `o` on; or `count` columns
+// of a single vector. `low` and `y` begin at the first of these rows.
+template <int rows, int vectors, typename T>
+void expand_columns(T* y, const float* low, const Segment<T>& segment, int64_t o, int64_t out,
+                    bool is_first, int64_t count = kLanes) {
+  constexpr int64_t kFetched = kLine / int64_t(sizeof(T));
+  Floats lanes[rows][vectors] = {};
+  for (int64_t j = 0; j < segment.rank; ++j) {
+    const T* b = segment.b + j * out + o;
+    if (is_first)
+      for (int64_t k = 0; k < vectors * kLanes; k += kFetched)
+        __builtin_prefetch(b + vectors * kLanes + k);
+    Floats own[vectors];
+    for (int k = 0; k < vectors; ++k) own[k] = load(b + k * kLanes, count);
+    for (int row = 0; row < rows; ++row)
+      for (int k = 0; k < vectors; ++k) lanes[row][k] += low[row * segment.rank + j] * own[k];
+  }
+  for (int row = 0; row < rows; ++row)
+    for (int k = 0; k < vectors; ++k) {
+      T* target = y + row * out + o + k * kLanes;
+      store(target, load(target, count) + lanes[row][k] * float(segment.factor), count);
+    }
+}
+
+// The same for `rows` rows from `t` on, of `kColumns` columns from `first` on.
 template <int rows, typename T>
 void expand(T* y, const float* low, const Segment<T>& segment, int64_t t, int64_t first,
             int64_t out) {
-  const float* factors = low + segment.low + (t - segment.start) * segment.rank;
-  for (int64_t o = first; o < std::min(first + kColumns, out); o += 2 * kLanes) {
-    const int64_t second = std::min(o + kLanes, out);
-    Floats lanes[rows][2] = {};
-    for (int64_t j = 0; j < segment.rank; ++j) {
-      const T* b = segment.b + j * out;
-      const Floats own[2] = {load(b + o, out - o), load(b + second, out - second)};
-      for (int row = 0; row < rows; ++row)
-        for (int k = 0; k < 2; ++k) lanes[row][k] += factors[row * segment.rank + j] * own[k];
-    }
-    for (int row = 0; row < rows; ++row)
-      for (int k = 0; k < 2; ++k) {
-        const int64_t at = k ? second : o;
-        T* target = y + (t + row) * out + at;
-        store(target, load(target, out - at) + lanes[row][k] * float(segment.factor), out - at);
-      }
-  }
+  low += segment.low + (t - segment.start) * segment.rank;
+  y += t * out;
+  const bool is_first = t == segment.start;
+  const int64_t last = std::min(first + kColumns, out);
+  int64_t o = first;
+  for (; o + kWide * kLanes <= last; o += kWide * kLanes)
+    expand_columns<rows, kWide>(y, low, segment, o, out, is_first);
+  for (; o < last; o += kLanes)
+    expand_columns<rows, 1>(y, low, segment, o, out, is_first, std::min<int64_t>(kLanes, last - o));
 }
 
 // Calls `work` with as many rows at once as registers hold, and then row by row.
@@ -128,8 +153,10 @@ void add(T* y, const T* x, const Segment<T>* segments, int64_t count, int64_t in
 #pragma omp for schedule(static)
     for (size_t p = 0; p < shrinks.size(); ++p) {
       const Segment<T>& segment = segments[shrinks[p].segment];
+      const Part& after = shrinks[std::min(p + 1, shrinks.size() - 1)];
+      const T* next = segments[after.segment].a + after.first * in;
       by_rows<2>(segment.start, segment.end, [&](auto rows, int64_t t) {
-        shrink<rows>(low.data(), x, segment, t, shrinks[p].first, in, out);
+        shrink<rows>(low.data(), x, segment, t, shrinks[p].first, in, next);
       });
     }
 #pragma omp for schedule(static)

@@ -118,6 +118,8 @@ class SmallBases:
     @torch.inference_mode()
     def add(self, logits_NV: torch.Tensor, chunks: Sequence[Chunk]) -> None:
         """Add each row's offset to its logits, in place; `chunks` are the step's, in order."""
+        if not self._runners:
+            return
         ends = np.cumsum([len(chunk.wanted) for chunk in chunks]).tolist()
         for runner in self._runners.values():
             own = [

@@ -46,9 +46,7 @@ class Sampled:
 def sample(logits_NV: torch.Tensor, rows: Sequence[Sampling]) -> list[Sampled | None]:
     """One token for each row of float32 logits; None for a row whose logits are not finite."""
     shaped_NV = _allowed(_biased(_penalized(logits_NV, rows), rows), rows)
-    best_N, token_N = shaped_NV.max(-1)
-    finite_N: list[bool] = torch.isfinite(best_N).tolist()
-    tokens: list[int] = token_N.tolist()
+    tokens, finite_N = _best(shaped_NV)
     drawn = [i for i, row in enumerate(rows) if row.request.temperature > 0 and finite_N[i]]
     if drawn:
         chosen = _draw(shaped_NV[drawn], [rows[i] for i in drawn])
@@ -77,6 +75,18 @@ def logprobs_of(
             tokens, own, best_NK.tolist(), best_index_NK.tolist(), counts, strict=True
         )
     ]
+
+
+def _best(logits_NV: torch.Tensor) -> tuple[list[int], list[bool]]:
+    """Each row's first token of the largest logit, or its first that is no number, and whether that
+    logit is finite."""
+    if logits_NV.device.type == "cpu":
+        # torch looks at one number at a time for where the largest is, NumPy at sixteen.
+        token_N = torch.from_numpy(logits_NV.numpy().argmax(-1))
+        best_N = logits_NV.gather(-1, token_N[:, None]).squeeze(-1)
+    else:
+        best_N, token_N = logits_NV.max(-1)
+    return token_N.tolist(), torch.isfinite(best_N).tolist()
 
 
 def uniform(seed: int, position: int) -> float:

@@ -1,7 +1,8 @@
 """The base model, its KV memory, and one forward pass over a batch.
 
 The base is transformers' own module, untouched but for its attention function, the way its linear
-modules multiply (cluster.linear), and the hooks of loaded adapters. At start it is proved against
+modules multiply (cluster.linear), norms and rotary embedding that kernels are found to compute
+alike, and the hooks of loaded adapters. At start it is proved against
 itself (`proof`): first flat, with all rows end to end and our attention; where the family's
 attention does not go through AttentionInterface, or is of a kind that ours does not compute,
 padded, through transformers' own Cache. A base that neither of them can run is refused by name.
@@ -22,6 +23,8 @@ from cluster.memory import keep_freed_memory
 from serving.adapters import DeltaHooks, EmbeddingPrefix, KVPrefix, Target, cpu_low_rank, describe
 from serving.engine.attention import NAME
 from serving.engine.batch import Batch, Computed, Row, Source
+from serving.engine.cpu_norm import adopt_norms
+from serving.engine.cpu_rotary import adopt_rotary
 from serving.engine.flat import FlatPass
 from serving.engine.geometry import measured
 from serving.engine.kv_memory import KVMemory, make_memory
@@ -53,6 +56,8 @@ class Runner:
         self.model.eval().requires_grad_(False).to(self.device)
         if spec.packed_weights:
             pack(self.model)
+        adopt_norms(self.model)
+        adopt_rotary(self.model, getattr(torch, spec.dtype))
         self.target: Target = describe(self.model, spec.base_model)
         self.hooks = DeltaHooks(self.model)
         if self.device.type == "cpu":

@@ -23,6 +23,7 @@ from cluster.session import Session, our_code, store_credentials
 
 POLL_S = 0.5
 _LOG_LINES_IN_ERROR = 15
+_NO_AGENT, _STARTING_S = "No available agent to submit job", 30
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,21 @@ def submit(
         f'exec "$P" -m {module} {shlex.join(arguments)}'
     )
     with _faults(session):
-        _client(session).submit_job(
-            entrypoint=entrypoint,
-            submission_id=job_id,
-            runtime_env=runtime_env,
-            metadata={"graft_name": name, "graft_store": store},
-        )
+        client = _client(session)
+        deadline = time.monotonic() + _STARTING_S
+        while True:
+            try:
+                client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=job_id,
+                    runtime_env=runtime_env,
+                    metadata={"graft_name": name, "graft_store": store},
+                )
+                return
+            except RuntimeError as error:  # of a cluster that has just been started
+                if _NO_AGENT not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_S)
 
 
 def list_jobs(session: Session) -> list[JobInfo]:

@@ -8,6 +8,7 @@ cluster; then the held-out rows of its task are answered by the base and by the 
 for each preset on two cores. With arguments those rows of the page alone are made anew.
 """
 
+import os
 import statistics
 import sys
 import tempfile
@@ -36,7 +37,7 @@ PAGE = ROOT / "docs" / "methods.md"
 NUM_CPUS, MAX_TOKENS = 4, 24
 HEAD = f"""# Methods, measured
 
-Written by `python docs/methods.py` on {date.today()}; do not edit. 2 CPU cores, no GPU, float32. Each row is a preset of [configs/training](../configs/training) as it stands, run by `graft train` on the demo's data: two workers, about 2,000 rows. Accuracy is the exact match of 200 held-out rows, answered greedily by the engine; a classifier is asked in plain PEFT, and the base beside it is the share of the commonest class. Seconds are those of the training loop, and of the job with its start-up; memory is the peak of one worker, of which about 650 MiB are libraries.
+Written by `python docs/methods.py` up to {date.today()}; do not edit. Each row is a preset of [configs/training](../configs/training) as it stands, run by `graft train` on the demo's data: two workers on {os.cpu_count()} CPU cores, no GPU, about 2,000 rows. Accuracy is the exact match of 200 held-out rows, answered greedily by the engine; a classifier is asked in plain PEFT, and the base beside it is the share of the commonest class. Seconds are those of the training loop, and of the job with its start-up, on a machine that had other work as well, so they compare nothing; memory is the peak of one worker, of which about 600 MiB are libraries.
 
 | preset | task | trained | of all | base | adapter | training, s | job, s | tokens/s | peak memory, MiB |
 |---|---|---|---|---|---|---|---|---|---|

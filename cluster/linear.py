@@ -105,7 +105,7 @@ def linear(
     ):
         # Flat, as oneDNN's result of any other shape is a view, which autograd lets nobody add to.
         output_TO: Any = _Linear.apply(x.reshape(-1, x.shape[-1]), weight_OI, bias_O)
-        return output_TO.view(*x.shape[:-1], -1)
+        return output_TO.view(*x.shape[:-1], output_TO.shape[-1])
     return _product(x, weight_OI, bias_O)
 
 

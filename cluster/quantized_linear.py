@@ -105,5 +105,5 @@ def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     else:
         # Flat: a view that a function makes itself, nobody may add to in place.
         y_TO = _Int8Linear.apply(x.reshape(-1, x.shape[-1]), weight.data, module.state.SCB)
-        y = y_TO.view(*x.shape[:-1], -1)
+        y = y_TO.view(*x.shape[:-1], y_TO.shape[-1])
     return y if bias is None else y + bias.to(y.dtype)

@@ -7,6 +7,7 @@ and what an engine makes of a folder; which adapters an engine holds, and for wh
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.mixes import AdapterMix, NamedAdapter
@@ -69,4 +70,8 @@ class AdapterLoader:
             for (version, weight), lowered in zip(mix.parts, held, strict=True)
         ]
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._lowering, engine.mix, parts)
+        return await loop.run_in_executor(self._lowering, self._summed, parts)
+
+    def _summed(self, parts: Sequence[Part]) -> LoweredAdapter:
+        with beside(lambda: self._engine.has_work):
+            return self._engine.mix(parts)

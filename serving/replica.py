@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import GraftError, OverloadedError
+from cluster.errors import OverloadedError, RequestError
 from cluster.mixes import AdapterMix, NamedAdapter
 from cluster.registry import Registry
 from serving.adapter_loader import AdapterLoader
@@ -110,13 +110,14 @@ class Replica:
             async with self._mix_door if isinstance(adapter, AdapterMix) else self._door:
                 lowered = self._thread.engine.held_adapter(adapter.ref)
                 if lowered is None:
-                    try:
-                        lowered = await self._loader.load(adapter)
-                    except GraftError as error:
-                        arrival.set_exception(error)
-                        arrival.exception()  # perhaps nobody waits
-                        raise
+                    lowered = await self._loader.load(adapter)
                 return await self._install(stack, request, adapter.ref, lowered)
+        except RequestError:
+            raise  # this request's own: the next one brings the adapter
+        except Exception as error:
+            arrival.set_exception(error)
+            arrival.exception()  # perhaps nobody waits
+            raise
         finally:
             del self._arriving[adapter.ref]
             if not arrival.done():

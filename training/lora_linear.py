@@ -43,7 +43,7 @@ def lora_linear(
     """
     x_TI = x.reshape(-1, x.shape[-1])
     y_TO: torch.Tensor = _LoraLinear.apply(x_TI, weight_OI, bias_O, segments, *factors)
-    return y_TO.view(*x.shape[:-1], -1)
+    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
 
 class _LoraLinear(torch.autograd.Function):

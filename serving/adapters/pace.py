@@ -2,7 +2,8 @@
 
 A step is some thousand calls into torch, each of which gives up the interpreter's lock and takes it
 back; a thread that lowers an adapter, mostly Python, would make it wait there time and again, and
-on few cores it would take one from the step's products. Slices bound what one step can lose.
+on few cores it would take one from the step's products. Slices bound what one step can lose; one
+module is the least of them, however long it takes.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ from contextlib import contextmanager
 
 _SLICE_S = 0.001  # of CPU time
 _SHARE = 0.2  # of a core
+_LONGEST_REST_S = 0.1
 _own = threading.local()
 
 
 class _Pace:
     def __init__(self, is_busy: Callable[[], bool]) -> None:
         self._is_busy = is_busy
-        self._ends_s = time.thread_time() + _SLICE_S
+        self._began_s = time.thread_time()
 
     def rest(self) -> None:
         """Sleep if a slice is over and somebody could use the time."""
-        if time.thread_time() < self._ends_s:
+        used_s = time.thread_time() - self._began_s
+        if used_s < _SLICE_S:
             return
         if self._is_busy():
-            time.sleep(_SLICE_S / _SHARE - _SLICE_S)
-        self._ends_s = time.thread_time() + _SLICE_S
+            time.sleep(min(_LONGEST_REST_S, used_s / _SHARE - used_s))
+        self._began_s = time.thread_time()
 
 
 @contextmanager

@@ -40,11 +40,12 @@ def runs(dtype: torch.dtype) -> bool:
     return _kernel(dtype) is not None
 
 
-def adopt_rotary(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def adopt_rotary(model: torch.nn.Module, dtype: torch.dtype) -> set[torch.nn.Module]:
     """Let attention modules of `model`, on CPU and of that dtype, that turn queries and keys in the
-    plain way do so by the kernel; for inference alone."""
+    plain way do so by the kernel, for inference alone, and return them."""
+    adopted: set[torch.nn.Module] = set()
     if not runs(dtype):
-        return
+        return adopted
     for module in model.modules():
         forward: Any = module.forward
         function = getattr(forward, "__func__", None)
@@ -58,6 +59,8 @@ def adopt_rotary(model: torch.nn.Module, dtype: torch.dtype) -> None:
             )
             bound.__kwdefaults__ = function.__kwdefaults__
             module.forward = MethodType(bound, module)
+            adopted.add(module)
+    return adopted
 
 
 @torch.inference_mode()
@@ -95,11 +98,15 @@ def turning(own: _Turn) -> _Turn:
         if (
             args
             or options
+            or query.device.type != "cpu"
+            or not query.ndim == key.ndim == cosine.ndim + 1 == 4
             or cosine.shape != sine.shape
+            or cosine.shape[-1] % 2
             or not query.shape[0] == key.shape[0] == cosine.shape[0] == 1
             or not query.shape[2:] == key.shape[2:] == each
             or not query.stride(3) == key.stride(3) == 1
             or not query.dtype is key.dtype is cosine.dtype is sine.dtype
+            or not runs(query.dtype)
         ):
             return own(query, key, cosine, sine, *args, **options)
         cosine, sine = cosine.contiguous(), sine.contiguous()

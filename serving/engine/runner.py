@@ -56,8 +56,6 @@ class Runner:
         self.model.eval().requires_grad_(False).to(self.device)
         if spec.packed_weights:
             pack(self.model)
-        adopt_norms(self.model)
-        adopt_rotary(self.model, getattr(torch, spec.dtype))
         self.target: Target = describe(self.model, spec.base_model)
         self.hooks = DeltaHooks(self.model)
         if self.device.type == "cpu":
@@ -144,6 +142,13 @@ class Runner:
             )
         return pages
 
+    def _adopt_kernels(self) -> set[torch.nn.Module]:
+        """Let modules compute by our kernels for CPU; those that now have a forward of their own.
+        Behind the base's own logits, so that the proof sees whether they are the same."""
+        if self.device.type != "cpu":
+            return set()
+        return adopt_norms(self.model) | adopt_rotary(self.model, self.target.dtype)
+
     def _proved(self, takes_ours: bool) -> FlatPass | PaddedPass:
         """The way through a step that gives the base's own logits. Raises BaseModelError."""
         sequences = samples(self.target, self.vocabulary, self.max_context_tokens)
@@ -153,17 +158,21 @@ class Runner:
             self.model.set_attn_implementation(_PLAIN)
             expected = own_logits(self.model, sequences, self.device)
             self.model.set_attn_implementation(NAME)
+            adopted = self._adopt_kernels()
             flat = FlatPass(self.model, self.hooks, logit_rows)
             try:
                 prove(flat, self.hooks, self.target, sequences, expected)
                 return flat
             except BaseModelError as error:
                 reason = error.message
+            for module in adopted:
+                del module.forward
             # transformers' own choice for the family
             self.model.set_attn_implementation(self.model.get_correct_attn_implementation(None))
         try:
             self.target = measured(self.model, self.target)
             expected = own_logits(self.model, sequences, self.device)
+            self._adopt_kernels()
             padded = PaddedPass(self.model, self.hooks, logit_rows)
             prove(padded, self.hooks, self.target, sequences, expected)
         except BaseModelError as error:

@@ -10,7 +10,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from serving.engine.cpu_norm import adopt_norms, form_of
+from serving.engine.cpu_norm import adopt_norms, form_of, runs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = 1e-6
@@ -36,6 +36,14 @@ class OtherEpsilon(LlamaRMSNorm):
         return own(hidden_states)
 
 
+class InHalfPrecision(LlamaRMSNorm):
+    """Of the same formula, with a mean that is rounded."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        mean = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(mean + EPSILON))
+
+
 class Scaled(LlamaRMSNorm):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__(size, eps=eps)
@@ -45,7 +53,7 @@ class Scaled(LlamaRMSNorm):
 def made(kind: Any, size: int, dtype: torch.dtype) -> Any:
     module = kind(size, eps=EPSILON).to(dtype).requires_grad_(False)
     torch.nn.init.normal_(module.weight)
-    if form_of(LlamaRMSNorm(1).to(dtype)) is None:
+    if not runs(dtype):
         pytest.skip(f"no kernel for {dtype} here")
     return module
 
@@ -89,6 +97,11 @@ def test_another_formula_keeps_its_forward(kind: Any, dtype: torch.dtype) -> Non
     adopt_norms(module)
     assert "forward" not in vars(module)
     assert [*vars(module)] == [*vars(made(kind, 48, dtype))], "what was tried has left something"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_roundings_keep_their_forward(dtype: torch.dtype) -> None:
+    assert form_of(made(InHalfPrecision, 768, dtype)) is None
 
 
 def test_adapters_replace_its_weight_and_other_dtypes_go_the_modules_way() -> None:

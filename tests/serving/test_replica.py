@@ -177,6 +177,26 @@ def test_who_waits_for_a_bad_adapter_is_told_with_the_first(
     assert sorted(fetched) == [service.versions[0].ref, bad.ref]
 
 
+def test_who_waits_for_an_adapter_over_the_room_is_told_with_the_first(
+    service: Service, make: Callable[..., Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica, loaded = make(0.5), list[str]()
+    load = AdapterLoader.load
+
+    async def noted(self: AdapterLoader, adapter: AdapterVersion) -> Any:
+        loaded.append(adapter.ref)
+        return await load(self, adapter)
+
+    monkeypatch.setattr(AdapterLoader, "load", noted)
+
+    async def crowd() -> list[Any]:
+        asked = [ask(replica, service.versions[0]) for _ in range(5)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    assert [type(error) for error in run(crowd())] == [AdapterError] * 5
+    assert len(loaded) == 1
+
+
 def test_who_brings_an_adapter_may_leave_or_be_refused(
     service: Service, make: Callable[..., Replica]
 ) -> None:

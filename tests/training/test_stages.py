@@ -127,9 +127,15 @@ class Runs:
         method = method_of(row)
         if method["kind"] == "proxy_tuning":
             method["small_base"] = str(self._small_base)
-        # Where every weight learns, AdamW makes whole steps of gradients that are but rounding.
+        # Where every weight learns, or PiSSA's large ones, AdamW makes whole steps of gradients
+        # that are but rounding.
         is_dense = method["kind"] == "full" or method.get("form") == "task_free"
-        optimizer = {"learning_rate": 0.001 if is_dense else 0.005, "weight_decay": 0.01}
+        is_large = is_dense or method.get("init") == "pissa"
+        optimizer = {
+            "learning_rate": 0.001 if is_large else 0.005,
+            "weight_decay": 0.01,
+            "eps": 1e-6,  # so that the first step of a gradient near 0 is no whole one
+        }
         workers = 1 if way.startswith(ALONE) else 2
         settings = WAYS[way] if way in WAYS else IMPOSSIBLE[way]
         document = {

@@ -16,7 +16,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,14 @@ _HEADERS = Path(__file__).parent
 _log = logging.getLogger("graft.native")
 
 
-def kernels(
-    source: Path, names: Mapping[torch.dtype, str], types: Sequence[Any]
-) -> Callable[[torch.dtype], Any]:
-    """How to find the function of `source` for a dtype, of these ctypes and no result; it finds
-    None where there is none, and compiles when it is first asked."""
+def kernels(source: Path, stem: str, types: Sequence[Any]) -> Callable[[torch.dtype], Any]:
+    """How to find the function of `source` for a dtype, as `stem`_float32, of these ctypes and no
+    result; it finds None where there is none, and compiles when it is first asked."""
 
     @functools.cache
     def of(dtype: torch.dtype) -> Any:
-        found = load(source) if dtype in names else None
-        function = getattr(found, names[dtype], None) if found is not None else None
+        name = f"{stem}_{str(dtype).removeprefix('torch.')}"
+        function = getattr(load(source), name, None)
         if function is not None:
             function.argtypes, function.restype = list(types), None
         return function

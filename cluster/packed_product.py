@@ -16,11 +16,10 @@ from cluster.native import kernels
 
 _PANEL = 32
 _SOURCE = Path(__file__).with_name("packed_product.cpp")
-_NAMES = {torch.float32: "product_float32", torch.bfloat16: "product_bfloat16"}
 # How many inputs of one output lie together.
 _DEPTHS = {torch.float32: 1, torch.bfloat16: 2}
 _TYPES = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_int]
-_kernel = kernels(_SOURCE, _NAMES, _TYPES)
+_kernel = kernels(_SOURCE, "product", _TYPES)
 
 
 @dataclass(frozen=True)

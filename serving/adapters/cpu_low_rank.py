@@ -19,13 +19,8 @@ from serving.adapters.primitives import LinearDelta
 # Of one adapter; for more, two products are faster (docs/log.md).
 _MOST_TOKENS = 64
 _SOURCE = Path(__file__).with_name("low_rank.cpp")
-_NAMES = {
-    torch.float32: "add_float32",
-    torch.bfloat16: "add_bfloat16",
-    torch.float16: "add_float16",
-}
 _TYPES = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_int]
-_kernel = kernels(_SOURCE, _NAMES, _TYPES)
+_kernel = kernels(_SOURCE, "add", _TYPES)
 
 
 class _Segment(ctypes.Structure):

@@ -13,13 +13,8 @@ import torch
 from cluster.native import kernels
 
 _SOURCE = Path(__file__).with_name("paged_attention.cpp")
-_NAMES = {
-    torch.float32: "attend_float32",
-    torch.bfloat16: "attend_bfloat16",
-    torch.float16: "attend_float16",
-}
 _TYPES = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int]
-_kernel = kernels(_SOURCE, _NAMES, _TYPES)
+_kernel = kernels(_SOURCE, "attend", _TYPES)
 
 
 def runs(query: torch.Tensor, memory: torch.Tensor) -> bool:

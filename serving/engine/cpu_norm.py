@@ -20,11 +20,6 @@ import torch
 from cluster.native import kernels
 
 _SOURCE = Path(__file__).with_name("rms_norm.cpp")
-_NAMES = {
-    torch.float32: "norm_float32",
-    torch.bfloat16: "norm_bfloat16",
-    torch.float16: "norm_float16",
-}
 _TYPES = [
     *[ctypes.c_void_p] * 3,
     *[ctypes.c_int64] * 2,
@@ -32,7 +27,7 @@ _TYPES = [
     ctypes.c_bool,
     ctypes.c_int,
 ]
-_kernel = kernels(_SOURCE, _NAMES, _TYPES)
+_kernel = kernels(_SOURCE, "norm", _TYPES)
 # How large a row is that a module is tried on: usual, so that epsilon counts, and large.
 _SIZES = (1.0, 1e-3, 30.0) * 8
 # In units of the dtype: another order of summing may round an element otherwise, twice.

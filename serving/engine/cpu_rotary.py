@@ -10,8 +10,10 @@ T rows    H heads    K key/value heads    D head size
 from __future__ import annotations
 
 import ctypes
+import functools
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
@@ -21,13 +23,8 @@ import torch
 from cluster.native import kernels
 
 _SOURCE = Path(__file__).with_name("rotary.cpp")
-_NAMES = {
-    torch.float32: "turn_float32",
-    torch.bfloat16: "turn_bfloat16",
-    torch.float16: "turn_float16",
-}
 _TYPES = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 5, ctypes.c_int]
-_kernel = kernels(_SOURCE, _NAMES, _TYPES)
+_kernel = kernels(_SOURCE, "turn", _TYPES)
 # What the families call it.
 _NAME = "apply_rotary_pos_emb"
 # Heads, key/value heads, rows, head size; of what a function is tried on.
@@ -46,21 +43,28 @@ def adopt_rotary(model: torch.nn.Module, dtype: torch.dtype) -> set[torch.nn.Mod
     adopted: set[torch.nn.Module] = set()
     if not runs(dtype):
         return adopted
+    rebound = functools.cache(partial(_rebound, dtype=dtype))  # all layers have the same
     for module in model.modules():
         forward: Any = module.forward
         function = getattr(forward, "__func__", None)
-        if not inspect.isfunction(function) or _NAME not in function.__code__.co_names:
-            continue
-        own: Any = function.__globals__.get(_NAME)
-        if own is not None and is_plain(own, dtype):
-            names = {**function.__globals__, _NAME: turning(own)}
-            bound = FunctionType(
-                function.__code__, names, None, function.__defaults__, function.__closure__
-            )
-            bound.__kwdefaults__ = function.__kwdefaults__
-            module.forward = MethodType(bound, module)
+        found = rebound(function) if inspect.isfunction(function) else None
+        if found is not None:
+            module.forward = MethodType(found, module)
             adopted.add(module)
     return adopted
+
+
+def _rebound(function: FunctionType, dtype: torch.dtype) -> FunctionType | None:
+    """An attention's forward that finds the kernel among its globals; None if it turns nothing, or
+    in another way."""
+    own: Any = function.__globals__.get(_NAME)
+    if own is None or _NAME not in function.__code__.co_names or not is_plain(own, dtype):
+        return None
+    names = {**function.__globals__, _NAME: turning(own)}
+    code, defaults, closure = function.__code__, function.__defaults__, function.__closure__
+    bound = FunctionType(code, names, None, defaults, closure)
+    bound.__kwdefaults__ = function.__kwdefaults__
+    return bound
 
 
 @torch.inference_mode()

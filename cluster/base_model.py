@@ -207,18 +207,23 @@ def _quantized_options(
     quantization: QuantizationSpec | None, device: torch.device | None
 ) -> dict[str, Any]:
     """What `from_pretrained` needs for it; None where the folder tells how."""
+    options: dict[str, Any] = {"device_map": {"": "cpu" if device is None else str(device)}}
+    if quantization is not None:
+        options["quantization_config"] = bitsandbytes_config(quantization)
+    return options
+
+
+def bitsandbytes_config(quantization: QuantizationSpec) -> Any:
+    """The same as transformers' BitsAndBytesConfig."""
     from transformers import BitsAndBytesConfig
 
-    options: dict[str, Any] = {"device_map": {"": "cpu" if device is None else str(device)}}
-    if quantization is not None and quantization.bits == 8:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    elif quantization is not None:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization.quant_type or "nf4",
-            bnb_4bit_use_double_quant=quantization.double_quant is not False,
-        )
-    return options
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type or "nf4",
+        bnb_4bit_use_double_quant=quantization.double_quant is not False,
+    )
 
 
 def empty_base(path: str, task: Task = "causal_lm", labels: Sequence[str] = ()) -> Any:

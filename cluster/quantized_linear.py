@@ -58,8 +58,10 @@ def settle(model: torch.nn.Module) -> None:
 
 
 def is_quantized(module: torch.nn.Module) -> bool:
-    """Whether it is a linear module of bitsandbytes'."""
-    return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+    """Whether it is a linear module of bitsandbytes'; PEFT's wrappers have the same names."""
+    kind = type(module)
+    is_theirs = kind.__module__.partition(".")[0] == "bitsandbytes"
+    return is_theirs and kind.__name__ in ("Linear4bit", "Linear8bitLt")
 
 
 def was_transposed(module: Any) -> bool:

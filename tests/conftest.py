@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,20 +240,30 @@ def served_at(process: subprocess.Popen[str]) -> str:
 
 @dataclass(frozen=True)
 class RayCluster:
-    """A cluster of two nodes with six CPUs each. `env` is what a caller needs to be let in."""
+    """A cluster in a process of its own. `env` is what a caller needs to be let in."""
 
     address: str
     dashboard: str
     env: dict[str, str]
+    process: subprocess.Popen[str]
+
+    def order(self, what: str) -> None:
+        """Have it done, as tests/ray_nodes.py reads it: "add CPUS" or "kill NUMBER"."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        assert any(line.startswith("done: ") for line in self.process.stdout)
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[RayCluster]:
-    """Started once, apart from this process; asks for a token."""
-    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
-    script = Path(__file__).parent / "two_nodes.py"
+@contextmanager
+def running_cluster(*cpus: int) -> Iterator[RayCluster]:
+    """A cluster with a node for each number of CPUs, which asks for a token: the one of our own
+    environment if there is one."""
+    token = os.environ.get("RAY_AUTH_TOKEN") or uuid.uuid4().hex
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     with subprocess.Popen(
-        [sys.executable, str(script)],
+        [sys.executable, Path(__file__).parent / "ray_nodes.py", *map(str, cpus)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -261,5 +272,12 @@ def ray_cluster() -> Iterator[RayCluster]:
         assert process.stdout is not None
         where = next((line for line in process.stdout if line.startswith("{")), None)
         assert where is not None, "the cluster did not start; its error is above"
-        yield RayCluster(**json.loads(where), env=secret)
+        yield RayCluster(**json.loads(where), env=secret, process=process)
         process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """Two nodes, started once."""
+    with running_cluster(6, 6) as cluster:
+        yield cluster

@@ -29,6 +29,7 @@ from training.step import DTYPES, Batch, LossModel
 from training.tasks import TASK_PARTS
 
 _BEST = "best/"
+_LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,28 @@ def load_model(spec: TrainingSpec, place: Place) -> Any:
         task=spec.task,
         labels=spec.data.labels,
     )
-    check_precision(base, spec)
+    check_base(base, spec)
     if spec.quantization is not None:
-        # As QLoRA does: norms cost nothing, and what they scale is rounded once less.
-        for norm in norm_modules(base).values():
-            norm.float()
+        settle_norms(base)
     return base
 
 
-def check_precision(base: Any, spec: TrainingSpec) -> None:
-    """Raise BaseModelError for a base that float16 is too narrow for, as T5's feed-forward is."""
+def settle_norms(base: Any) -> None:
+    """Make a quantised base's norms float32, as QLoRA does: they cost nothing, and what they scale
+    is rounded once less."""
+    for norm in norm_modules(base).values():
+        norm.float()
+
+
+def check_base(base: Any, spec: TrainingSpec) -> None:
+    """Raise BaseModelError for a base that leaves out layers at random, other ones on each worker
+    and in each micro-batch (their collective calls would not meet, and the loss would depend on how
+    a batch is cut), or that float16 is too narrow for, as T5's feed-forward is."""
+    if dropped := [key for key in _LAYER_DROP if getattr(base.config, key, None)]:
+        raise BaseModelError(
+            f"base_model {spec.trained_base}: it leaves out layers at random in training; set "
+            f"{' and '.join(dropped)} to 0 in its config.json (dropout within layers may stay)"
+        )
     wide = sorted(getattr(base, "_keep_in_fp32_modules", None) or ())
     if spec.precision == "fp16" and wide:
         raise BaseModelError(

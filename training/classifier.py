@@ -23,7 +23,7 @@ from training.packed import packed
 from training.rows import IGNORE
 from training.step import PROBE_LENGTHS, TOLERANCE, Batch, LossModel, collate, padded
 
-_HEAD = "score"  # of transformers' causal classifiers, linear and behind each token
+HEAD = "score"  # of transformers' causal classifiers, linear and behind each token
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Classifier(LossModel):
         return getattr(self._base, self._base.base_model_prefix)
 
     def _head(self, hidden_BH: torch.Tensor) -> torch.Tensor:
-        return getattr(self._base, _HEAD)(hidden_BH)
+        return getattr(self._base, HEAD)(hidden_BH)
 
     def _compare(self, parameter: torch.Tensor, is_sharded: bool) -> None:
         rows = [([n + i for i in range(n)], [0]) for n in PROBE_LENGTHS]
@@ -136,7 +136,7 @@ class Classifier(LossModel):
                 return False
 
         self._reads_last = False
-        if hasattr(self._base, _HEAD):
+        if hasattr(self._base, HEAD):
             with self._packing():
                 self.is_packed = agrees(self._logits_packed)
             self._reads_last = self.is_packed or agrees(self._logits_read)

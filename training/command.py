@@ -174,7 +174,7 @@ def plan(spec: TrainingSpec) -> Plan:
     """
     from cluster.base_model import empty_base, load_tokenizer
     from cluster.tables import stream_rows
-    from training.assembly import check_precision
+    from training.assembly import check_base
     from training.data import tokenize
     from training.loop import count_steps
     from training.methods import METHODS, count_parameters
@@ -192,7 +192,7 @@ def plan(spec: TrainingSpec) -> Plan:
         elif validation is not None:
             rows -= max(1, int(validation * rows))
     base = empty_base(spec.trained_base, task=spec.task, labels=spec.data.labels)
-    check_precision(base, spec)
+    check_base(base, spec)
     if spec.quantization is not None:
         check_saved_modules(base, spec.method)
     model = METHODS[spec.method.kind].attach(base, spec.method, spec.base_model)

@@ -29,16 +29,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cluster.base_model import empty_base
 from cluster.errors import SpecError
+from cluster.tasks import Task
 from training import heap
-from training.assembly import check_precision, make_backend
+from training.assembly import check_base, make_backend, settle_norms
 from training.backend import Backend
 from training.ledger import Ledger, lone_worker, without_bytes
 from training.methods import METHODS, count_parameters
-from training.rows import micro_batches
+from training.quantized_shape import quantize_shapes
+from training.rows import Row, micro_batches
+from training.shaped import SHAPED
 from training.spec import TrainingSpec, ZeroSpec
-from training.step import DTYPES, LossModel, collate
+from training.step import DTYPES
+from training.tasks import TASK_PARTS
 
-STAGES = (0, 1, 2, 3)
 # What a worker's tensors are for: "update" is what an optimiser's step needs beside its states,
 # "checkpoint" the state in full, as it is gathered to be kept.
 PARTS: Sequence[str] = (
@@ -56,25 +59,28 @@ _DRAWN_STEPS = 1_000
 
 @dataclass(frozen=True)
 class Shape:
-    """The largest micro-batch: `rows` of `tokens` each; or, where they lie end to end, rows of the
-    lengths `packed`, if given."""
+    """The largest micro-batch: `rows` of `tokens` each, an encoder-decoder's sources, and its
+    `targets` of so many; or, where they lie end to end, rows of the lengths `packed`, if given."""
 
     rows: int
     tokens: int
+    targets: int = 0
     packed: tuple[int, ...] | None = None
 
     @classmethod
-    def of_length(cls, spec: TrainingSpec, tokens: int) -> Shape:
-        """That of a job whose rows all have so many tokens."""
+    def of_length(cls, spec: TrainingSpec, tokens: int, targets: int | None = None) -> Shape:
+        """That of a job whose rows all have so many tokens; `targets` as many, if not given."""
         world_size = _workers(spec)
         parts = world_size * spec.accumulation(world_size)
-        return cls(-(-spec.global_batch_size // parts), tokens)
+        return cls(-(-spec.global_batch_size // parts), tokens, targets or tokens)
 
     @classmethod
-    def of_rows(cls, spec: TrainingSpec, lengths: np.ndarray) -> Shape:
-        """That of a job whose rows are like these, int64 [any number]: of padded rows the longest,
-        of packed ones the largest micro-batch of many steps of rows drawn from them."""
-        padded, world_size = cls.of_length(spec, int(lengths.max())), _workers(spec)
+    def of_rows(cls, spec: TrainingSpec, rows: Sequence[Row]) -> Shape:
+        """That of a job whose rows are like these: of padded rows the longest, of packed ones the
+        largest micro-batch of many steps of rows drawn from them."""
+        lengths = np.array([len(ids) for ids, _ in rows])
+        targets = max(len(labels) for _, labels in rows)
+        padded, world_size = cls.of_length(spec, int(lengths.max()), targets), _workers(spec)
         share = (world_size, spec.accumulation(world_size))
         random, largest = np.random.default_rng(spec.seed), np.zeros(1, dtype=int)
         for _ in range(_DRAWN_STEPS):
@@ -82,11 +88,13 @@ class Shape:
             # The first worker's first one has the longest row, and about as many tokens as any.
             part = micro_batches(np.arange(len(drawn)), drawn, 0, *share, is_packed=True)[0]
             largest = max(largest, drawn[part], key=np.sum)
-        return cls(padded.rows, padded.tokens, tuple(largest.tolist()))
+        return replace(padded, packed=tuple(largest.tolist()))
 
-    def lengths(self, *, is_packed: bool) -> Sequence[int]:
-        """Tokens of each row."""
-        return self.packed if is_packed and self.packed else (self.tokens,) * self.rows
+    def content(self, task: Task, *, is_packed: bool) -> list[Row]:
+        """Rows of this shape, all of whose labels are learned."""
+        lengths = self.packed if is_packed and self.packed else (self.tokens,) * self.rows
+        targets = {"seq_2_seq_lm": self.targets, "sequence_classification": 1}.get(task)
+        return [([0] * length, [0] * (targets or length)) for length in lengths]
 
 
 @dataclass(frozen=True)
@@ -121,27 +129,32 @@ class Estimate:
     stages: Sequence[StageEstimate]
 
 
+def stages_of(spec: TrainingSpec) -> Sequence[int]:
+    """The ZeRO stages at which `spec` can be trained: packed weights are not sharded."""
+    return (0, 1, 2, 3) if spec.quantization is None else (0, 1, 2)
+
+
 def check_predictable(spec: TrainingSpec) -> None:
-    """Raise SpecError for another task than causal_lm, a quantised base or several adapters."""
-    if spec.task != "causal_lm":
-        raise SpecError(f"task: the memory of {spec.task} cannot be predicted yet")
-    for field in ("quantization", "adapters"):
-        if getattr(spec, field):
-            raise SpecError(f"{field}: its memory cannot be predicted yet; estimate without it")
+    """Raise SpecError for several adapters."""
+    if spec.adapters:
+        raise SpecError("adapters: their memory cannot be predicted yet; estimate one of them")
 
 
-def estimate(spec: TrainingSpec, shape: Shape, stages: Sequence[int] = STAGES) -> Estimate:
-    """Predict the peak memory of a worker of `spec` at each of `stages`.
+def estimate(spec: TrainingSpec, shape: Shape, stages: Sequence[int] | None = None) -> Estimate:
+    """Predict the peak memory of a worker of `spec` at each of `stages`, all if not given.
 
     Args:
         spec: As `training.command.resolved` gives it.
 
     Raises:
         CallerError: the base or the method does not fit.
-        SpecError: the spec has another task than causal_lm, a quantised base or several adapters,
-            which cannot be predicted.
+        SpecError: the spec has several adapters, which cannot be predicted, or cannot be trained
+            at one of the stages.
     """
     check_predictable(spec)
+    stages = stages or stages_of(spec)
+    if 3 in stages and 3 not in stages_of(spec):
+        raise SpecError("quantization does not fit ZeRO stage 3; leave it out of --stage")
     world_size, on_cpu = _workers(spec), not spec.workers.gpus
     found: list[StageEstimate] = []
     counts, runtimes = (0, 0), dict[bool, float]()
@@ -152,7 +165,8 @@ def estimate(spec: TrainingSpec, shape: Shape, stages: Sequence[int] = STAGES) -
             counts, zero = run.counts, stage > 0 and run.counts[0] > 0
             is_packed = is_packed and run.is_packed
             if zero not in runtimes:
-                runtimes[zero] = heap.runtime_mib(spec.trained_base, zero=zero) if on_cpu else 0.0
+                told = partial(heap.runtime_mib, spec.trained_base, task=spec.task)
+                runtimes[zero] = told(zero=zero) if on_cpu else 0.0
             found.append(run.found(runtimes[zero], with_heap=on_cpu))
     used = shape if is_packed else replace(shape, packed=None)
     return Estimate(*counts, used, world_size, found)
@@ -184,55 +198,37 @@ def _at_stage(spec: TrainingSpec, stage: int, world_size: int, rows: int) -> Tra
     return spec.model_copy(update=update)
 
 
-class _ShapedModel(LossModel):
-    """A LossModel that cannot compare numbers: it looks whether rows can be packed, and whether
-    what the model returns is what its output embedding made."""
-
-    def _compare(self, parameter: torch.Tensor, is_sharded: bool) -> None:
-        batch = collate([([0] * 8, [0] * 8)] * 2, parameter.device)
-        made: list[torch.Tensor] = []
-        head = self._base.get_output_embeddings()
-
-        def keep(_: Any, __: Any, output: torch.Tensor) -> None:
-            made.append(output)
-
-        hook = head.register_forward_hook(keep)
-        _, logits = self._run(batch)
-        hook.remove()
-        of_head: Any = made[0].untyped_storage()
-        returned: Any = logits.untyped_storage()
-        is_same = returned._cdata == of_head._cdata
-        self.has_plain_head = not is_sharded and (is_same or logits.dtype != made[0].dtype)
-        with self._packing():
-            self._run_packed(batch)
-
-
 class _Run:
     """A worker's life on fake tensors: made, two steps, one checkpoint."""
 
     def __init__(self, spec: TrainingSpec, shape: Shape) -> None:
         self._spec, self._shape, self._ledger = spec, shape, Ledger()
         self._moments: dict[str, int] = {}
-        base = empty_base(spec.trained_base)
-        check_precision(base, spec)
+        base = empty_base(spec.trained_base, task=spec.task, labels=spec.data.labels)
+        check_base(base, spec)
         dtype = DTYPES[spec.precision]
         method = METHODS[spec.method.kind]
-        model = method.attach(base.to(dtype), spec.method, spec.base_model)
+        base.to(dtype)
+        if spec.quantization is not None:
+            quantize_shapes(base, spec.quantization)
+            settle_norms(base)
+        model = method.attach(base, spec.method, spec.base_model)
         self.counts = count_parameters(model)
         # A base of which the method made float32 copies is no longer what was loaded.
         self._loaded_dtype = dtype if next(model.parameters()).dtype == dtype else None
-        self._ledger.vocabulary = base.get_output_embeddings().weight.shape[0]
+        if (head := base.get_output_embeddings()) is not None:  # a classifier has none
+            self._ledger.vocabulary = head.weight.shape[0]
         with FakeTensorMode(allow_non_fake_inputs=True):
-            without_bytes(model)
+            scales = without_bytes(model)
             with self._ledger:
-                self._live(model.train())
+                self._live(model.train(), scales)
 
-    def _live(self, model: torch.nn.Module) -> None:
+    def _live(self, model: torch.nn.Module, scales: Sequence[torch.Tensor]) -> None:
         ledger, is_sharded = self._ledger, self._spec.zero.stage == 3
-        ledger.claim([*model.parameters(), *model.buffers()])
+        ledger.claim([*model.parameters(), *model.buffers(), *scales])
         self._loaded = len(ledger.parts)
         with ledger.counting("activations"):
-            loss_model = _ShapedModel(
+            loss_model = SHAPED[self._spec.task](
                 model,
                 precision=DTYPES[self._spec.precision],
                 is_sharded=is_sharded,
@@ -269,12 +265,11 @@ class _Run:
 
     def _step(self, backend: Backend) -> None:
         spec, ledger, device = self._spec, self._ledger, torch.device("cpu")
-        lengths = self._shape.lengths(is_packed=backend.model.is_packed)
-        rows = [([0] * length, [0] * length) for length in lengths]
-        ledger.chosen = sum(lengths)
+        rows = self._shape.content(spec.task, is_packed=backend.model.is_packed)
+        ledger.chosen = sum(len(labels) for _, labels in rows)
         backend.set_learning_rate(spec.optimizer.learning_rate)
         for _ in range(spec.accumulation(dist.get_world_size())):
-            batch = collate(rows, device)
+            batch = TASK_PARTS[spec.task].collate(rows, device)
             with ledger.counting("activations"):
                 loss = backend.model(batch)
                 backend.backward(loss / len(rows))

@@ -30,8 +30,8 @@ def estimate(
         int | None,
         typer.Option(
             min=2,
-            help="Length of every row, in tokens. If not given: those of the data's first 200 "
-            "rows; with it, no data are read.",
+            help="Length of every row, in tokens; of an encoder-decoder, of source and target. If "
+            "not given: those of the data's first 200 rows; with it, no data are read.",
         ),
     ] = None,
     stage: Annotated[
@@ -48,14 +48,14 @@ def estimate(
     """
     from cluster.spec import load_spec
     from training.command import resolved
-    from training.estimate import STAGES, check_predictable
+    from training.estimate import check_predictable
     from training.estimate import estimate as predict
     from training.spec import TrainingSpec
 
     job = load_spec(TrainingSpec, spec, set_ or ())
     check_predictable(job)
     job = resolved(job)
-    found = predict(job, _shape(job, tokens), sorted(set(stage or STAGES)))
+    found = predict(job, _shape(job, tokens), sorted(set(stage or ())))
     if as_json:
         stages = [asdict(at) | {"total": at.total} for at in found.stages]
         typer.echo(json.dumps(asdict(found) | {"stages": stages}, indent=2))
@@ -74,14 +74,15 @@ def _shape(job: TrainingSpec, tokens: int | None) -> Shape:
         return Shape.of_length(job, tokens)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = load_tokenizer(job.base_model)
-        report = tokenize(job.data, tokenizer, Path(folder), limit=_READ_ROWS)
+        report = tokenize(job.data, tokenizer, Path(folder), job.task, limit=_READ_ROWS)
         if not report.kept:
             raise DataError(
                 f"data {job.data.train}: nothing can be learned of the first {_READ_ROWS} rows "
                 f"({report.summary()}); tell how long rows are with --tokens"
             )
-        lengths = TokenRows(Path(folder)).lengths
-    return Shape.of_rows(job, lengths)
+        kept = TokenRows(Path(folder))
+        rows = [kept.row(index) for index in range(len(kept))]
+    return Shape.of_rows(job, rows)
 
 
 def _print(job: TrainingSpec, found: Estimate) -> None:
@@ -92,6 +93,7 @@ def _print(job: TrainingSpec, found: Estimate) -> None:
         f"{job.method.kind}: {found.trainable_parameters:,} of {found.all_parameters:,} parameters "
         f"({share:.3%}) are trained, {job.precision}, {found.workers} workers, micro-batches of "
         f"{found.shape.rows} rows of {found.shape.tokens:,} tokens"
+        + (f" and targets of {found.shape.targets:,}" if job.task == "seq_2_seq_lm" else "")
         + (f" at most, {sum(found.shape.packed):,} packed" if found.shape.packed else "")
     )
     table = Table("MiB of each worker at its peak", box=None)

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from cluster.memory import HEAP_BLOCK_BYTES, keep_freed_memory, peak_memory_mib
+from cluster.tasks import Task
 
 # torch asks for aligned blocks. Beside each tensor live small objects of its own (sizes, strides,
 # views, autograd's nodes); they fall into the gaps that aligned blocks leave, and so keep freed
@@ -37,9 +38,9 @@ def resident_bytes(events: Sequence[Event], mapped: int) -> int:
     return int(_child("replay", json.dumps({"events": events, "mapped": mapped})))
 
 
-def runtime_mib(base: str, *, zero: bool) -> float:
+def runtime_mib(base: str, *, zero: bool, task: Task = "causal_lm") -> float:
     """What a worker's process holds beside the tensors of the model in `base`, in MiB."""
-    return float(_child("runtime", json.dumps({"base": base, "zero": zero})))
+    return float(_child("runtime", json.dumps({"base": base, "zero": zero, "task": task})))
 
 
 def _child(task: str, document: str) -> Any:
@@ -121,7 +122,7 @@ def _runtime(document: dict[str, Any]) -> float:
         import deepspeed
 
         assert deepspeed
-    empty_base(document["base"])
+    empty_base(document["base"], task=document["task"], labels=("one", "other"))
     layer = torch.nn.Linear(512, 512)
     layer(torch.ones(256, 512)).sum().backward()
     torch.optim.AdamW(layer.parameters()).step()

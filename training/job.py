@@ -105,8 +105,6 @@ def _publish(run: Run, store: Store, name: str, key: str, card: dict[str, Any]) 
         runs.fetch_folder(store, key, Path(folder))
         write_card(Path(folder), card)
         published = Registry(store).publish(name, Path(folder), card=card)
-    if run.spec.adapters:
-        runs.record_published(store, run.job_id, name, published.ref)
     print(f"published {published.ref} in {store.uri}", flush=True)
     return published
 

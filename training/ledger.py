@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from training.quantized_shape import scales_of
+
 
 class Ledger(TorchDispatchMode):
     """The scope in which storages are counted.
@@ -117,9 +119,10 @@ def _is_mask(index: Any) -> bool:
     return index is not None and index.dtype == torch.bool
 
 
-def without_bytes(model: torch.nn.Module) -> None:
+def without_bytes(model: torch.nn.Module) -> list[torch.Tensor]:
     """Put a fake CPU tensor in the place of each parameter and buffer of a model on the meta
-    device. To be called within a FakeTensorMode; tied parameters stay tied."""
+    device, and of what quantised modules keep beside these, which is returned. To be called within
+    a FakeTensorMode; tied parameters stay tied."""
     made: dict[Any, Any] = {}
 
     def fake(tensor: Any) -> Any:
@@ -131,11 +134,15 @@ def without_bytes(model: torch.nn.Module) -> None:
             made[tensor] = empty
         return made[tensor]
 
+    beside = [(holder, name, fake(getattr(holder, name))) for holder, name in scales_of(model)]
+    for holder, name, tensor in beside:
+        setattr(holder, name, tensor)
     for module in model.modules():
         for held in (vars(module)["_parameters"], vars(module)["_buffers"]):
             for name, tensor in held.items():
                 if tensor is not None:
                     held[name] = fake(tensor)
+    return [tensor for _, _, tensor in beside]
 
 
 @contextmanager

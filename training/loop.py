@@ -115,7 +115,7 @@ def run(
     """Train from `start` to the end; returns where it ended.
 
     Raises:
-        JobFailedError: the loss or gradient is no longer finite; names the last good checkpoint.
+        JobFailedError: the loss or gradient is no longer finite, or the gradient has exploded.
     """
     work = as_work(spec, backend, rows, **options)
     try:
@@ -176,13 +176,13 @@ def as_work(
         if (step + 1) % spec.log_every_steps == 0 or is_last:
             line = meter.line(step + 1, rate, grad_norm)
             # The loss can be infinite where its gradient is not. Summed over workers only here.
-            _check_finite("loss", line.loss, step, spec)
+            _check_finite("loss", line.loss, step)
             told = scale.value if scale.is_dynamic else None
             options.get("on_log", print)(replace(line, loss_scale=told))
         is_saved = (step + 1) % spec.checkpoint_every_steps == 0 or is_last
         if is_saved:
             meter.gather()
-            _check_finite("loss", meter.lap_loss, step, spec)
+            _check_finite("loss", meter.lap_loss, step)
         progress = reached(step + 1)
         if is_saved and (on_checkpoint := options.get("on_checkpoint")):
             on_checkpoint(progress)
@@ -230,11 +230,11 @@ class _Stepper:
             if math.isfinite(grad_norm) or not self._scale.is_dynamic:
                 break
             self._lower_scale(step, losses)
-        _check_finite("gradient", grad_norm, step, self._spec)
+        _check_finite("gradient", grad_norm, step)
         if grad_norm > (limit := self._spec.optimizer.stop_grad_norm):
             raise _diverged(
                 f"the gradient's norm is {grad_norm:.3g}, over optimizer.stop_grad_norm {limit:g}",
-                step, self._spec, "Lower optimizer.learning_rate, or raise that limit",
+                step, "Lower optimizer.learning_rate, or raise that limit",
             )  # fmt: skip
         self._scale.grow()
         self._course.end_step(step, steps, self._backend)
@@ -272,7 +272,7 @@ class _Stepper:
         else:
             return
         raise _diverged(
-            f"fp16, {reason}", step, self._spec,
+            f"fp16, {reason}", step,
             "Set precision to bf16, which has fp32's range, or to fp32; or lower "
             "optimizer.learning_rate",
         )  # fmt: skip
@@ -297,19 +297,15 @@ def _weights(backend: Backend, course: Course) -> dict[str, torch.Tensor]:
     return run_state(backend, course, moments=False)
 
 
-def _check_finite(what: str, value: float, step: int, spec: TrainingSpec) -> None:
+def _check_finite(what: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         remedy = "Lower optimizer.learning_rate, or look at the rows of this step"
-        raise _diverged(f"the {what} is {value}", step, spec, remedy)
+        raise _diverged(f"the {what} is {value}", step, remedy)
 
 
-def _diverged(reason: str, step: int, spec: TrainingSpec, remedy: str) -> JobFailedError:
-    good = step - step % spec.checkpoint_every_steps
-    return JobFailedError(
-        f"training diverged at step {step + 1}: {reason}. "
-        + (f"The last good checkpoint is of step {good}. " if good else "")
-        + remedy
-    )
+def _diverged(reason: str, step: int, remedy: str) -> JobFailedError:
+    """The job, which sees the store, tells what can be gone on from."""
+    return JobFailedError(f"training diverged at step {step + 1}: {reason}. {remedy}")
 
 
 class _Plan:

@@ -71,11 +71,9 @@ def continued_spec(store: Store, job_id: str, overrides: Sequence[str]) -> Train
         raise SpecError(f"adapters: job {job_id} has {', '.join(before)}; leave their names")
     for (name, old), new in zip(before.items(), now.values(), strict=True):
         _check_fits(old, new, job_id, f"adapters.{name}." if spec.adapters else "")
-    if not spec.adapters:
-        return spec
     done = runs.published_adapters(store, run)
     left = {name: own for name, own in spec.adapters.items() if name not in done}
-    if not left:
+    if done and not left:  # it may have ended before it could tell so
         raise ConflictError(f"job {job_id}: has published {', '.join(done.values())}; train anew")
     return spec.model_copy(update={"adapters": left})
 

@@ -4,7 +4,6 @@
     runs/JOB/step-00000020-1f3a/   a checkpoint; its progress.json comes last and makes it whole
     runs/JOB/tensorboard/          event files of its figures so far, or a folder for each adapter
     runs/JOB/adapter-1f3a/         a trained adapter, until it is published
-    runs/JOB/published/NAME        the version of one of several adapters
     runs/JOB/failure.json          why no restart can mend it, where one worker alone knows
     runs/JOB/outcome.json          the version it published, or the job that continued it
 
@@ -25,6 +24,7 @@ from typing import Any
 from uuid import uuid4
 
 from cluster.errors import ConflictError, NotFoundError
+from cluster.registry import Registry
 from cluster.spec import parse_spec
 from cluster.store import Store
 from training.checkpoint import PROGRESS
@@ -126,15 +126,17 @@ def fetch_folder(store: Store, key: str, to: Path) -> None:
         store.download(file, target)
 
 
-def record_published(store: Store, job_id: str, name: str, published: str) -> None:
-    """Note the version of one of several adapters, which a job that continues this one leaves."""
-    store.create(f"runs/{job_id}/published/{name}", published.encode())
-
-
 def published_adapters(store: Store, run: Run) -> dict[str, str]:
-    """What `record_published` noted of the job, and of those that it continues, by name."""
-    keys = [k for link in lineage(store, run) for k in store.list(f"runs/{link.job_id}/published")]
-    return {key.rsplit("/", 1)[-1]: store.read(key).decode() for key in keys}
+    """What the job, and those that it continues, have published, by name: a version's card names
+    its job, and is there as soon as the version is."""
+    registry, jobs = Registry(store), {link.job_id for link in lineage(store, run)}
+    found: dict[str, str] = {}
+    for name in run.spec.each():
+        with suppress(NotFoundError):  # nobody has published under this name
+            for version in registry.versions(name):
+                if version.card.get("job", {}).get("id") in jobs:
+                    found[name] = version.ref
+    return found
 
 
 def record_failure(store: Store, job_id: str, message: str) -> None:

@@ -83,7 +83,8 @@ class Seq2SeqModel(LossModel):
         """What the decoder reads: the targets behind their start, as the family has it."""
         readable_BT = labels_BT.clone()
         # A row that teaches nothing has no token either, and some families look for its last one.
-        readable_BT[(labels_BT == IGNORE).all(1), 0] = 0
+        is_empty_B = (labels_BT == IGNORE).all(1)
+        readable_BT[:, 0] = readable_BT[:, 0].masked_fill(is_empty_B, 0)
         shifted: torch.Tensor = self._base.prepare_decoder_input_ids_from_labels(labels=readable_BT)
         return shifted
 
@@ -98,7 +99,7 @@ class Seq2SeqModel(LossModel):
             inputs = {
                 "input_ids": ids_1T,
                 "attention_mask": torch.ones_like(ids_1T),
-                "decoder_input_ids": self._shifted(ids_1T[:, -1:]),
+                "decoder_input_ids": self._start(ids_1T),
             }
         else:
             model, (cache, encoded) = self._base, row.cache
@@ -111,6 +112,14 @@ class Seq2SeqModel(LossModel):
             output = model(**inputs, use_cache=True)
         row.cache = (output.past_key_values, output.encoder_last_hidden_state)
         return output.logits.flatten()
+
+    def _start(self, ids_1T: torch.Tensor) -> torch.Tensor:
+        """What the decoder reads first, [1, 1]: of most families a token of their configuration; of
+        mBART a target's last one, which is the end token."""
+        end = self._base.config.eos_token_id
+        end = end[0] if isinstance(end, list) else end
+        last = ids_1T[:, -1:]
+        return self._shifted(last if end is None else torch.full_like(last, end))
 
     def _compare(self, parameter: torch.Tensor, is_sharded: bool) -> None:
         rows = [([n + i for i in range(n)], [n, *range(n)]) for n in PROBE_LENGTHS]

@@ -2,10 +2,10 @@
 
     python tests/bench/estimate.py [--only 30M/lora] [--steps 2]
 
-Bases made in memory and saved (26 M and 81 M parameters, Llama-like), methods, ZeRO stages with two
-workers. Measured: the larger of the two processes' peak resident memory, through assembly, steps
-and one checkpoint, as a Ray worker has them; in a thread, as Ray Train runs it. Predicted: what
-`graft estimate` prints. Asserts nothing.
+Bases made in memory and saved (26 M and 81 M parameters, Llama-like; a T5 of 36 M), methods, ZeRO
+stages with two workers. Measured: the larger of the two processes' peak resident memory, through
+assembly, steps and one checkpoint, as a Ray worker has them; in a thread, as Ray Train runs it.
+Predicted: what `graft estimate` prints. Asserts nothing.
 """
 
 import argparse
@@ -34,6 +34,11 @@ GRID: list[tuple[str, str, int, int, tuple[int, ...], dict[str, Any]]] = [
     ("30M", "prompt_tuning", 4, 256, (2,), {}),
     ("30M", "lora", 4, 256, (2,), {"gradient_checkpointing": True}),
     ("30M", "lora", 4, 256, (2,), {"precision": "bf16"}),
+    ("30M", "lora", 2, 256, (2,), {"quantization": {"bits": 4}}),
+    ("30M", "lora", 2, 256, (2,), {"quantization": {"bits": 8}}),
+    ("30M", "lora", 4, 256, (2,), {"task": "sequence_classification"}),
+    ("T5", "lora", 4, 256, (2, 3), {"task": "seq_2_seq_lm"}),
+    ("T5", "full", 2, 256, (0, 2), {"task": "seq_2_seq_lm"}),
     ("80M", "lora", 4, 256, (0, 2, 3), {}),
     ("80M", "full", 2, 128, (0, 2), {}),
     ("80M", "bitfit", 2, 128, (2,), {}),
@@ -47,6 +52,14 @@ def make_base(size: str, folder: Path) -> None:
     import transformers
 
     torch.manual_seed(0)
+    if size == "T5":
+        config = transformers.T5Config(
+            vocab_size=VOCABULARY, d_model=512, d_kv=64, d_ff=1024, num_layers=4, num_heads=8,
+            feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0,
+            eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+        transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+        return
     config = transformers.LlamaConfig(
         **SIZES[size], vocab_size=VOCABULARY, max_position_embeddings=2048,
         tie_word_embeddings=True, eos_token_id=2, pad_token_id=0,
@@ -56,9 +69,12 @@ def make_base(size: str, folder: Path) -> None:
 
 def document(base: Path, method: str, rows: int, stage: int, more: dict[str, Any]) -> Any:
     """The job's spec."""
+    data: dict[str, Any] = {"train": "unused"}
+    if more.get("task") == "sequence_classification":
+        data["labels"] = ["even", "odd"]
     return {
         "base_model": str(base), "method": {"kind": method}, "micro_batch_size": rows,
-        "data": {"train": "unused"}, "output": {"name": "unused"}, "zero": {"stage": stage},
+        "data": data, "output": {"name": "unused"}, "zero": {"stage": stage},
         "workers": {"count": WORLD_SIZE}, "max_steps": 2, "log_every_steps": 1, **more,
     }  # fmt: skip
 
@@ -68,9 +84,21 @@ def row_lengths(longest: int) -> list[int]:
     return [longest - i % 2 * (i * 37 % (longest // 2)) for i in range(ROWS)]
 
 
+def make_rows(spec: Any, longest: int) -> list[tuple[list[int], list[int]]]:
+    """(ids, labels) of the job's task: everything is learned, of an encoder-decoder a quarter."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    rows = [random.integers(3, VOCABULARY, n).tolist() for n in row_lengths(longest)]
+    if spec.task == "seq_2_seq_lm":
+        return [(ids, ids[: len(ids) // 4]) for ids in rows]
+    if spec.task == "sequence_classification":
+        return [(ids, [number % 2]) for number, ids in enumerate(rows)]
+    return [(ids, ids) for ids in rows]
+
+
 def work(rank: int, port: int, spec: Any, tokens: int) -> None:
     """One worker's whole life in this process; prints its peak."""
-    import numpy as np
     import ray.train
     import torch.distributed as dist
 
@@ -91,19 +119,18 @@ def work(rank: int, port: int, spec: Any, tokens: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=WORLD_SIZE)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        random = np.random.default_rng(0)
-        rows = [random.integers(3, VOCABULARY, n).tolist() for n in row_lengths(tokens)]
-        write_rows(((ids, ids, row_hash(ids, ids)) for ids in rows), folder / "rows")
+        parsed = parse_spec(TrainingSpec, spec)
+        rows = ((*row, row_hash(*row)) for row in make_rows(parsed, tokens))
+        write_rows(rows, folder / "rows", task=parsed.task)
         data = TokenRows(folder / "rows")
         place = Place(rank, WORLD_SIZE)
-        made = assemble(parse_spec(TrainingSpec, spec), place, data)
+        made = assemble(parsed, place, data)
 
         def keep(progress: Any) -> None:
             state = made.full_state(keep=rank == 0)
             if rank == 0:
                 write_checkpoint(folder / "checkpoint", state, progress)
 
-        parsed = parse_spec(TrainingSpec, spec)
         run(
             parsed, made.backend, data, course=made.course, place=place,
             on_log=lambda line: None, on_checkpoint=keep,
@@ -134,14 +161,12 @@ def measure(spec: Any, tokens: int) -> float:
 
 def predict(spec: Any, tokens: int) -> float:
     """What `graft estimate` prints, in MiB."""
-    import numpy as np
-
     from cluster.spec import parse_spec
     from training.estimate import Shape, estimate
     from training.spec import TrainingSpec
 
     parsed = parse_spec(TrainingSpec, spec)
-    shape = Shape.of_rows(parsed, np.array(row_lengths(tokens)))
+    shape = Shape.of_rows(parsed, make_rows(parsed, tokens))
     return estimate(parsed, shape, [parsed.zero.stage]).stages[0].total
 
 

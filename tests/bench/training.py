@@ -1,24 +1,29 @@
 """Training speed and memory: Graft's loop, alone and in a job, the tutorials' script, and TRL.
 
     python tests/bench/training.py [--steps 4] [--rounds 3] [--trl PYTHON] [--dtype fp32]
+                                   [--only Graft,Ray]
 
 An 82 M-parameter Llama with random weights, rank-16 LoRA on every linear module, alpaca-shaped
 rows (mean about 100, at most 256 tokens, loss on the response), 32 rows per optimiser step. Each
 system runs once per round in a process of its own; figures are medians, ratios the median of the
 ratios within a round. "Ray job" is what `graft train` runs: one worker, DeepSpeed at stage 2; its
-seconds and memory are the worker's, of the training loop. `--trl` names the Python of an
-environment that has trl (made by tests/bench/peers.sh). Asserts nothing about time.
+seconds and memory are the worker's, of the training loop. Both of Graft's write a log line behind
+every step, so their steps are compared one by one, and the first, which warms up, is told apart.
+`--trl` names the Python of an environment that has trl (made by tests/bench/peers.sh), `--only` the
+beginnings of the systems' names. Asserts nothing about time.
 """
 
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +41,12 @@ Rows = list[dict[str, list[int]]]
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a training loop; its peak memory where that is not this process's."""
+    """Seconds of a training loop; its peak memory where that is not this process's; the tokens per
+    second of each step, if they are known."""
 
     seconds: float
     peak_mib: float | None = None
+    steps: Sequence[float] = ()
 
 
 def make_rows(steps: int) -> Rows:
@@ -78,7 +85,7 @@ def graft_spec(base: Path, dtype: str, **other: Any) -> Any:
         "data": {"train": "unused"}, "output": {"name": "bench"}, "zero": {"stage": 0},
         "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup_ratio": 0},
         "epochs": 1, "micro_batch_size": MICRO_BATCH, "precision": dtype,
-        "gradient_accumulation_steps": ROWS_PER_STEP // MICRO_BATCH,
+        "gradient_accumulation_steps": ROWS_PER_STEP // MICRO_BATCH, "log_every_steps": 1,
     }  # fmt: skip
     return parse_spec(TrainingSpec, document | other)
 
@@ -97,9 +104,11 @@ def run_graft(base: Path, rows: Rows, dtype: str) -> Measured:
     write_rows(((ids, labels, row_hash(ids, labels)) for ids, labels in pairs), path)
     data = TokenRows(path)
     made = assemble(spec, Place(), data)
+    speeds: list[float] = []
     began = time.perf_counter()
-    run(spec, made.backend, data, course=made.course)
-    return Measured(time.perf_counter() - began)
+    run(spec, made.backend, data, course=made.course,
+        on_log=lambda line: speeds.append(line.tokens_per_s))  # fmt: skip
+    return Measured(time.perf_counter() - began, steps=speeds)
 
 
 def run_job(base: Path, rows: Rows, dtype: str) -> Measured:
@@ -131,10 +140,13 @@ def run_job(base: Path, rows: Rows, dtype: str) -> Measured:
         )
     )  # fmt: skip
     with session(None, num_cpus=THREADS + 2) as ray:
-        jobs.wait(ray, submit(spec, ray))
+        job = submit(spec, ray)
+        said = "\n".join(jobs.logs(ray, job, follow=True))
+        jobs.wait(ray, job)
+    speeds = [float(n.replace(",", "")) for n in re.findall(r"([\d,]+) tokens/s", said)]
     metrics = Registry(spec.output.store).resolve("bench").card["metrics"]
     tokens = sum(len(row["input_ids"]) for row in rows)
-    return Measured(tokens / metrics["tokens_per_s"], metrics["peak_memory_mib"])
+    return Measured(tokens / metrics["tokens_per_s"], metrics["peak_memory_mib"], speeds)
 
 
 def run_trainer(base: Path, rows: Rows, dtype: str) -> Measured:
@@ -222,7 +234,7 @@ def _tokenizer() -> Any:
 
 SYSTEMS = {
     "Graft": run_graft,
-    "Graft, Ray job": run_job,
+    "Ray job": run_job,
     "Trainer + PEFT": run_trainer,
     "TRL, packing": run_trl,
 }
@@ -232,7 +244,7 @@ def one(name: str, base: Path, steps: int, dtype: str) -> None:
     """Run one system in this process; prints seconds and the process's peak memory."""
     found = SYSTEMS[name](base, make_rows(steps), dtype)
     own_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": found.seconds, "peak_mib": found.peak_mib or own_mib}))
+    print(json.dumps(asdict(replace(found, peak_mib=found.peak_mib or own_mib))))
 
 
 def main() -> None:
@@ -242,16 +254,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--trl", help="Python of an environment with trl.")
+    parser.add_argument("--only", default="", help="Beginnings of systems' names, by commas.")
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "BASE"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
         one(chosen.one[0], Path(chosen.one[1]), chosen.steps, chosen.dtype)
         return
     pythons = dict.fromkeys(SYSTEMS, sys.executable) | {"TRL, packing": chosen.trl}
-    if not chosen.trl:
-        del pythons["TRL, packing"]
-    tokens = sum(len(row["input_ids"]) for row in make_rows(chosen.steps))
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in pythons}
+    wanted = ("Graft", *chosen.only.split(",")) if chosen.only else ("",)
+    pythons = {n: python for n, python in pythons.items() if python and n.startswith(wanted)}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder, "base")
         make_base(base)
@@ -264,6 +276,12 @@ def main() -> None:
                 if output.returncode:
                     raise SystemExit(f"{name}:\n{output.stderr[-3000:]}")
                 found[name].append(json.loads(output.stdout.splitlines()[-1]))
+    show(found, chosen)
+
+
+def show(found: Mapping[str, Sequence[Mapping[str, Any]]], chosen: argparse.Namespace) -> None:
+    """Print the table, and how the Ray job's steps compare with the bare loop's."""
+    tokens = sum(len(row["input_ids"]) for row in make_rows(chosen.steps))
     print(f"{tokens:,} tokens in {chosen.steps} steps, {chosen.dtype}, {chosen.rounds} rounds")
     print("| system | tokens/s | Graft is faster by | peak memory, MiB |\n|---|---|---|---|")
     for name, runs in found.items():
@@ -274,6 +292,14 @@ def main() -> None:
         )
         peak = statistics.median(run["peak_mib"] for run in runs)
         print(f"| {name} | {speed:,.0f} | {ratio:.2f} | {peak:,.0f} |")
+    if "Ray job" in found:
+        ratios = [
+            [bare / own for bare, own in zip(loop["steps"], job["steps"], strict=True)]
+            for loop, job in zip(found["Graft"], found["Ray job"], strict=True)
+        ]
+        first = statistics.median(of[0] for of in ratios)
+        rest = statistics.median(ratio for of in ratios for ratio in of[1:])
+        print(f"a step of the Ray job takes {rest:.3f} of the bare loop's, the first {first:.3f}")
 
 
 if __name__ == "__main__":

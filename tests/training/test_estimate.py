@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,6 +20,7 @@ from cluster.spec import parse_spec
 from training.estimate import Shape, estimate
 from training.estimate_command import estimate as estimate_command
 from training.methods import METHODS, trainable_parameters
+from training.quantized_shape import scales_of
 from training.spec import TrainingSpec
 
 MIB = 2**20
@@ -131,9 +131,9 @@ def test_a_base_of_70_billion_parameters_is_estimated_without_memory(tmp_path: P
 
 def test_a_shape_is_that_of_the_largest_micro_batch_that_such_rows_make(base: Path) -> None:
     spec = make_spec(base, {"kind": "ia3"}, micro_batch_size=2, batch_size=16)
-    shape = Shape.of_rows(spec, np.array([3, 30, 7, 5, 4, 6, 5, 3]))
-    assert shape.lengths(is_packed=False) == (30, 30)
-    one, other = sorted(shape.lengths(is_packed=True))
+    shape = Shape.of_rows(spec, [([0] * n, [0] * n) for n in (3, 30, 7, 5, 4, 6, 5, 3)])
+    assert [len(ids) for ids, _ in shape.content("causal_lm", is_packed=False)] == [30, 30]
+    one, other = sorted(len(ids) for ids, _ in shape.content("causal_lm", is_packed=True))
     assert other == 30
     assert one < 7  # long rows are dealt out to micro-batches apart
 
@@ -161,11 +161,61 @@ def test_the_command_takes_the_longest_row_and_prints_every_stage(
     assert only["total"] == pytest.approx(sum(only["parts"].values()))
 
 
-@pytest.mark.parametrize("field", ["quantization", "task"])
-def test_what_cannot_be_predicted_is_refused_by_name(base: Path, field: str) -> None:
-    change: Any = {"quantization": {"bits": 4}} if field == "quantization" else {}
-    spec = make_spec(base, {"kind": "lora"}, workers=TENSORS_ALONE, **change)
-    if field == "task":
-        spec = spec.model_copy(update={"task": "sequence_classification"})
-    with pytest.raises(SpecError, match=f"{field}: .*cannot be predicted"):
+def test_several_adapters_are_refused_by_name(base: Path) -> None:
+    adapters = {"a": {"seed": 1}, "b": {"seed": 2}}
+    spec = make_spec(base, {"kind": "lora"}, zero={"stage": 0}, adapters=adapters)
+    with pytest.raises(SpecError, match=r"adapters: .*cannot be predicted"):
         estimate(spec, Shape(1, 8), [0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_bases_weights_are_exact(base: Path, bits: int) -> None:
+    """Those that are loaded: packed weights and their scales."""
+    spec = make_spec(base, {"kind": "lora"}, workers=TENSORS_ALONE, quantization={"bits": bits})
+    model = load_base(str(base), torch.float32, spec.quantization)
+    held = [*model.parameters(), *model.buffers()]
+    held += [getattr(holder, name) for holder, name in scales_of(model)]
+    size = sum(tensor.untyped_storage().nbytes() for tensor in {id(t): t for t in held}.values())
+    lora = METHODS["lora"].attach(model, spec.method, str(base))
+    size += sum(p.numel() * 4 for p in trainable_parameters(lora).values())
+    found = estimate(spec, Shape(1, 8), [0, 2])
+    assert found.stages[0].parts["weights"] == pytest.approx(size / MIB, abs=0.1)
+
+
+@pytest.mark.parametrize("task", ["seq_2_seq_lm", "sequence_classification"])
+def test_other_tasks_are_estimated(base: Path, tmp_path: Path, task: Any) -> None:
+    """An encoder-decoder's logits are those of its targets alone; a classifier has none."""
+    path, labels = base, {"labels": ["a", "b"]}
+    if task == "seq_2_seq_lm":
+        config = transformers.T5Config(
+            vocab_size=32_000, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+            decoder_start_token_id=0,
+        )  # fmt: skip
+        transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+        path, labels = tmp_path, {}
+    data = {"train": "unused", **labels}
+    spec = make_spec(path, {"kind": "full"}, workers=TENSORS_ALONE, task=task, data=data)
+    short, longer = (
+        estimate(spec, Shape(4, 64, targets), [0, 2]).stages[0].parts for targets in (16, 64)
+    )
+    assert short["weights"] == pytest.approx(longer["weights"], rel=1e-3)
+    if task == "seq_2_seq_lm":
+        assert longer["logits"] > 1.2 * short["logits"] > 0
+    else:
+        assert longer["logits"] == 0
+
+
+def test_stage_3_is_left_out_for_a_quantised_base(base: Path, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        f"base_model: {base}\nmethod: {{kind: lora}}\nmax_steps: 1\nquantization: {{bits: 4}}\n"
+        f"data: {{train: {base}}}\noutput: {{name: x}}\nworkers: {{count: 2, gpus: 1}}\n"
+    )
+    app = typer.Typer()
+    app.command()(estimate_command)
+    arguments = [str(spec), "--json", "--tokens", "8"]
+    shown = CliRunner().invoke(app, arguments)
+    assert [at["stage"] for at in json.loads(shown.stdout)["stages"]] == [0, 1, 2]
+    refused = CliRunner().invoke(app, [*arguments, "--stage", "3"])
+    assert isinstance(refused.exception, SpecError)
+    assert "quantization does not fit ZeRO stage 3" in refused.exception.message

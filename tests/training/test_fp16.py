@@ -25,7 +25,7 @@ from cluster.base_model import empty_base, load_base
 from cluster.errors import BaseModelError, JobFailedError
 from cluster.spec import parse_spec
 from training import loss_scale
-from training.assembly import assemble, check_precision
+from training.assembly import assemble, check_base
 from training.checkpoint import PROGRESS, Progress, read_checkpoint
 from training.loop import Place, run
 from training.loss_scale import LossScale
@@ -245,7 +245,7 @@ def test_a_base_that_overflows_in_float16_is_refused(bases: Callable[[str], Path
     path = bases("t5")
     settings = parse_spec(TrainingSpec, spec(path) | {"task": "seq_2_seq_lm"})
     with pytest.raises(BaseModelError, match=r"overflows in float16.* wo .*precision to bf16"):
-        check_precision(empty_base(str(path), task="seq_2_seq_lm"), settings)
+        check_base(empty_base(str(path), task="seq_2_seq_lm"), settings)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**18])

@@ -1,5 +1,6 @@
 """A job's place in the store: whole checkpoints or none, one continuation, what may change."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cluster.errors import BaseModelError, ConflictError, NotFoundError, SpecError
+from cluster.registry import Registry
 from cluster.spec import parse_spec
 from cluster.store import Store, open_store
 from training import worker
@@ -25,7 +28,6 @@ from training.runs import (
     published_adapters,
     read_failure,
     record_failure,
-    record_published,
     record_run,
     upload_folder,
 )
@@ -142,6 +144,27 @@ def test_what_cannot_be_continued_is_refused_by_name(spec: TrainingSpec, tmp_pat
             continued_spec(store, "job", [override])
 
 
+def publish(store: Store, job_id: str, name: str, folder: Path) -> None:
+    """A small adapter, as that job would."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
+    save_file(STATE, folder / "adapter_model.safetensors")
+    Registry(store).publish(name, folder, card={"job": {"id": job_id}})
+
+
+def test_a_job_that_died_behind_its_publishing_does_not_publish_again(
+    spec: TrainingSpec, tmp_path: Path
+) -> None:
+    store = open_store(spec.output.store)
+    record_run(store, Run("job", spec))
+    save(store, "job", 10, tmp_path / "one")
+    publish(store, "another", "mine", tmp_path / "adapter")
+    assert continued_spec(store, "job", ()) == spec
+    publish(store, "job", "mine", tmp_path / "adapter")
+    with pytest.raises(ConflictError, match=r"has published mine@2; train anew"):
+        continued_spec(store, "job", ())
+
+
 def test_of_several_adapters_those_go_on_that_are_not_published(
     spec: TrainingSpec, tmp_path: Path
 ) -> None:
@@ -163,8 +186,8 @@ def test_of_several_adapters_those_go_on_that_are_not_published(
     assert read_checkpoint(tmp_path / "fetched" / "b")[1].step == 3
     assert list(continued_spec(store, "job", ()).adapters) == ["a", "b", "c"]
 
-    record_published(store, "job", "a", "a@1")
-    record_published(store, "job", "c", "c@4")
+    for name in ("a", "c"):
+        publish(store, "job", name, tmp_path / "adapter")
     left = continued_spec(store, "job", ["adapters.b.optimizer.learning_rate=0.001"])
     assert list(left.each()) == ["b"]
     assert left.each()["b"].optimizer.learning_rate == 0.001
@@ -176,9 +199,12 @@ def test_of_several_adapters_those_go_on_that_are_not_published(
         with pytest.raises(SpecError, match=message):
             continued_spec(store, "job", [override])
     record_run(store, Run("next", left, "job"))
-    record_published(store, "next", "b", "b@1")
-    assert published_adapters(store, Run("next", left, "job")).keys() == {"a", "b", "c"}
-    with pytest.raises(ConflictError, match=r"has published .*b@1"):
+    publish(store, "another", "b", tmp_path / "adapter")
+    publish(store, "next", "b", tmp_path / "adapter")
+    assert published_adapters(store, Run("next", several, "job")) == {
+        "a": "a@1", "b": "b@2", "c": "c@1",
+    }  # fmt: skip
+    with pytest.raises(ConflictError, match=r"has published b@2"):
         continued_spec(store, "next", ())
 
 

@@ -22,6 +22,7 @@ from cluster.spec import parse_spec
 from cluster.tables import write_table
 from cluster.tasks import TASKS, Task
 from training import load_adapter
+from training.assembly import check_base
 from training.class_evaluation import macro_f1
 from training.classifier import Classifier, Prediction, collate_labelled
 from training.command import plan, resolved
@@ -31,7 +32,7 @@ from training.labels import class_number, find_labels
 from training.loop import Place
 from training.methods import METHODS, trainable_parameters
 from training.rows import IGNORE, TokenRows
-from training.seq2seq import Seq2SeqModel
+from training.seq2seq import Seq2SeqModel, collate_pairs
 from training.spec import TrainingSpec
 from training.step import Continuation
 from training.task_spec import UNDEFINED
@@ -304,6 +305,36 @@ def test_greedy_answers_are_those_of_generate(
             do_sample=False, num_beams=1,
         )  # fmt: skip
     assert answer == expected[0, 1 : 1 + len(answer)].tolist()
+
+
+def test_an_answer_begins_as_targets_do_where_these_wrap_around() -> None:
+    """mBART's decoder reads a target's last token first, whatever the source ends with."""
+    config = transformers.MBartConfig(
+        vocab_size=261, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, pad_token_id=1,
+        eos_token_id=256, max_position_embeddings=96,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    measured = Seq2SeqModel(transformers.MBartForConditionalGeneration(config)).eval()
+    source, target = [40, 41, 42], [50, 51, 256]
+    loss = measured(collate_pairs([(source, target)], torch.device("cpu")))
+    row = Continuation(source)
+    learned = torch.zeros(())
+    for token in target:
+        learned -= measured(row).log_softmax(0)[token].detach()
+        row.ids.append(token)
+    assert float(loss.detach()) == pytest.approx(float(learned), rel=1e-5)
+
+
+def test_a_base_that_leaves_out_layers_is_refused(tmp_path: Path) -> None:
+    config = CONFIGS["bart"]()
+    config.encoder_layerdrop = 0.05
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # never opened
+    base = empty_base(str(tmp_path), task="seq_2_seq_lm")
+    spec = parse_spec(TrainingSpec, document(tmp_path, "seq_2_seq_lm"))
+    with pytest.raises(BaseModelError, match=r"set encoder_layerdrop to 0 in its config\.json"):
+        check_base(base, spec)
 
 
 @pytest.mark.parametrize(("task", "kind"), UNDEFINED)

@@ -126,8 +126,15 @@ class AdapterBank:
         self.hits += loaded.name not in self._fresh
         self._fresh.discard(loaded.name)
 
+    def hold(self, name: str) -> str:
+        """Keep the adapter of that name, as a request does, until `end_use` of the unique name that
+        it returns."""
+        unique = self._named[name].name
+        self._users[unique] += 1
+        return unique
+
     def end_use(self, unique: str) -> None:
-        """Count one request less."""
+        """Count one request, or whoever held it, less."""
         unique = self._variants.get(unique, unique)
         self._users[unique] -= 1
         self._free_if_unused(self._held[unique])

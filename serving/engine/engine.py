@@ -13,12 +13,12 @@ from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from cluster.errors import ConflictError, EngineError
 from serving.adapters import LoweredAdapter, Part, lower, mixed
 from serving.engine.answer import Answer
+from serving.engine.attempt import computed
 from serving.engine.bank import AdapterBank
 from serving.engine.batch import LoadedAdapter
 from serving.engine.figures import EngineStats, Figures
@@ -37,9 +37,8 @@ from serving.engine.request import (
     result_of,
 )
 from serving.engine.runner import Runner
-from serving.engine.sampler import Sampled, sample
+from serving.engine.sampler import Sampled
 from serving.engine.scheduler import Scheduler
-from serving.engine.sequence import Chunk
 from serving.spec import EngineSpec
 
 _GIB = 2**30
@@ -189,6 +188,15 @@ class Engine:
         """
         self._bank.install(name, lowered, evict=evict)
 
+    def hold_adapter(self, name: str) -> str:
+        """Keep a loaded adapter from leaving for another, as its requests do; what it returns is
+        for `release_adapter`."""
+        return self._bank.hold(name)
+
+    def release_adapter(self, held: str) -> None:
+        """Undo one `hold_adapter`."""
+        self._bank.end_use(held)
+
     def least_used_adapter(self) -> str | None:
         """The adapter that is soonest without requests, as far as their number tells: mixes go
         first. None if there is no adapter."""
@@ -244,10 +252,13 @@ class Engine:
         for chunk in chunks:
             self._answers[chunk.sequence.id].clock.schedule(began)
         outputs: list[TokenOutput] = []
-        for chunk, sampled in self._compute(chunks, outputs):
+        for chunk, sampled, failure in computed(self._forward, chunks, self._answers):
+            answer = self._answers[chunk.sequence.id]
+            if failure is not None:
+                outputs.append(self._fail(answer, failure))
+                continue
             self._scheduler.advance(chunk)
             if chunk.is_last:
-                answer = self._answers[chunk.sequence.id]
                 try:
                     outputs.append(self._accept(answer, sampled))
                 except Exception as error:  # a tokenizer's decode; it must not end the engine
@@ -332,48 +343,6 @@ class Engine:
             self._bank.begin_use(answer.request.adapter)
         self._answers[answer.sequence.id] = answer
         self._scheduler.add(answer.sequence)
-
-    def _compute(
-        self, chunks: list[Chunk], outputs: list[TokenOutput]
-    ) -> list[tuple[Chunk, Sampled | None]]:
-        """Each chunk with the token sampled behind it. Where a pass fails, its adapters are tried
-        one by one, so that only requests of the guilty one fail; their ends go to `outputs`."""
-        try:
-            computed = self._forward.run(chunks)
-            sampled = self._sample(chunks, computed.logits_NV)
-            # Last: what is tried again after a failure must not be added to a sum twice.
-            self._gather(chunks, computed.states_MH)
-        except Exception as error:
-            names = sorted({chunk.sequence.adapter for chunk in chunks})
-            if len(names) == 1:
-                reason = f"the forward pass failed: {type(error).__name__}: {error}"
-                outputs += [self._fail(self._answers[c.sequence.id], reason) for c in chunks]
-                return []
-            groups = [[c for c in chunks if c.sequence.adapter == name] for name in names]
-            return [pair for group in groups for pair in self._compute(group, outputs)]
-        return [(chunk, sampled.get(chunk.sequence.id)) for chunk in chunks]
-
-    def _gather(self, chunks: list[Chunk], states_MH: torch.Tensor) -> None:
-        """Give each embedding its chunk's hidden states."""
-        ends = np.cumsum([len(chunk.pooled) for chunk in chunks]).tolist()
-        for chunk, end in zip(chunks, ends, strict=True):
-            if chunk.pooled:
-                own_MH = states_MH[end - len(chunk.pooled) : end]
-                self._answers[chunk.sequence.id].pool(chunk, own_MH)
-
-    def _sample(self, chunks: list[Chunk], logits_NV: torch.Tensor) -> dict[str, Sampled | None]:
-        """What follows each sequence that has been read to its end; prompts' own logits go to the
-        answers that asked for them."""
-        ends = np.cumsum([len(chunk.wanted) for chunk in chunks]).tolist()
-        for chunk, end in zip(chunks, ends, strict=True):
-            if chunk.sequence.scored_tokens:
-                rows_NV = logits_NV[end - len(chunk.wanted) : end]
-                self._answers[chunk.sequence.id].read_prompt(chunk, rows_NV)
-        last = {c.sequence.id: end - 1 for c, end in zip(chunks, ends, strict=True) if c.is_sampled}
-        if len(last) < len(logits_NV):
-            logits_NV = logits_NV[list(last.values())]
-        sampled = sample(logits_NV, [self._answers[i].sampling for i in last])
-        return dict(zip(last, sampled, strict=True))
 
     def _accept(self, answer: Answer, sampled: Sampled | None) -> TokenOutput:
         if answer.pooled is not None:

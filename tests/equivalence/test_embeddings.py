@@ -11,7 +11,7 @@ from adapters import load, make_adapter
 from conftest import CONTEXT
 
 from cluster.errors import RequestError
-from serving.engine import Engine, EngineSpec, FinishReason, GenerationRequest
+from serving.engine import Engine, EngineSpec, FinishReason, GenerationRequest, attempt
 from training import load_adapter
 
 Bases = Callable[[str], Path]
@@ -118,15 +118,15 @@ def test_a_pass_that_is_tried_again_adds_nothing_twice(
     engine.add_adapter("lora", make_adapter("lora", bases("llama"), tmp_path))
     asked = [embedding(PROMPTS[1], name, "mean") for name in (None, "lora")]
     expected = engine.generate(asked)
-    sample, failures = engine._sample, list[int]()
+    sampled, failures = attempt._sampled, list[int]()
 
-    def fail(chunks: Any, logits_NV: torch.Tensor) -> Any:
+    def fail(chunks: Any, *rest: Any) -> Any:
         if len(chunks) > 1:
             failures.append(chunks[0].start)
             raise RuntimeError("out of memory")
-        return sample(chunks, logits_NV)
+        return sampled(chunks, *rest)
 
-    monkeypatch.setattr(engine, "_sample", fail)
+    monkeypatch.setattr(attempt, "_sampled", fail)
     results = engine.generate(asked)
     assert any(failures), "one of them was in the middle of its prompt"
     for result, before in zip(results, expected, strict=True):

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +38,9 @@ README, PICTURE, EVENTS = "README.md", "loss.png", "events.out.tfevents.graft"
 PUBLISHED_FILES = (CONFIG, WEIGHTS, README, PICTURE, EVENTS)
 _MANIFEST_KEY = re.compile(rf"adapters/({NAME.pattern})/([0-9]{{8}})/manifest\.json")
 _ALIAS_KEY = re.compile(rf"aliases/({NAME.pattern})/({NAME.pattern})/[0-9]{{8}}\.json")
+_HASHED_BYTES = 2**20  # at a time
 _REF = re.compile(rf"({NAME.pattern})(?:@([0-9]{{1,8}})|:({NAME.pattern}))?")
+_log = logging.getLogger("graft.registry")
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,12 @@ class Catalog:
 
 
 class Registry:
-    """The adapters of one store. Holds no state: every call reads what is there now."""
+    """The adapters of one store. Knows nothing by heart of it: every call reads what is there now.
+    Of local copies it remembers which it has verified."""
 
     def __init__(self, store: Store | str) -> None:
         self.store = open_store(store) if isinstance(store, str) else store
+        self._verified: dict[Path, dict[str, tuple[int, ...]]] = {}
 
     def publish(
         self, name: str, folder: Path, *, card: Mapping[str, Any] | None = None
@@ -261,33 +268,69 @@ class Registry:
             self._download(version, Path(folder))
         return version
 
-    def fetch(self, version: AdapterVersion, cache: Path) -> Path:
-        """A verified local copy, `cache`/<content hash>, made once and then reused."""
+    def fetch(
+        self, version: AdapterVersion, cache: Path, pause: Callable[[], None] = lambda: None
+    ) -> Path:
+        """A verified local copy, `cache`/<content hash>, made once and then reused. One that this
+        process has not seen yet, or that was touched since, is verified again, and made anew if it
+        is not what it was. Raises AdapterError if the store's own copy is damaged.
+
+        Args:
+            pause: As Store.download's.
+        """
         target = cache / version.content_hash
-        if target.is_dir():
+        if self._is_sound(version, target, pause):
             return target
+        is_changed = target.exists()
+        if is_changed:
+            _log.warning("adapter %s: its copy %s was changed; fetched anew", version.ref, target)
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+            scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
         except OSError as error:
             raise StoreError(f"cache {cache}: cannot be written ({error.strerror})") from error
         try:
-            self._download(version, partial)
-            partial.rename(target)
+            fresh = scratch / "fresh"
+            fresh.mkdir(mode=0o700)
+            self._download(version, fresh, pause)
+            if is_changed:
+                with suppress(FileNotFoundError):  # somebody beside us moved it away
+                    target.rename(scratch / "changed")
+            fresh.rename(target)
+            self._verified[target] = _marks(target)
         except OSError as error:
-            if not target.is_dir():  # otherwise somebody beside us was faster, with the same bytes
+            # Otherwise somebody beside us was faster, with the same bytes.
+            if not self._is_sound(version, target, pause):
                 raise StoreError(f"cache {target}: {error.strerror}") from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
         return target
 
-    def _download(self, version: AdapterVersion, folder: Path) -> None:
+    def _is_sound(self, version: AdapterVersion, folder: Path, pause: Callable[[], None]) -> bool:
+        """Whether a local copy holds the version's config and weights."""
+        try:
+            marks = _marks(folder)
+            if self._verified.get(folder) == marks:
+                return True
+            if not all(
+                stat.S_ISREG(mode) and _file_entry(folder / file, pause) == version.files[file]
+                for file, (mode, *_) in marks.items()
+            ):
+                return False
+        except OSError:
+            return False
+        self._verified[folder] = marks
+        return True
+
+    def _download(
+        self, version: AdapterVersion, folder: Path, pause: Callable[[], None] = lambda: None
+    ) -> None:
         for file, entry in version.files.items():
             if file not in PUBLISHED_FILES:
                 raise AdapterError(f"adapter {version.ref}: manifest names a strange file {file!r}")
             key = f"{_folder(version.name, version.version)}/{file}"
-            self.store.download(key, folder / file)
-            if _file_entry(folder / file) != entry:
+            digest = self.store.download(key, folder / file, pause)
+            if FileEntry(digest, (folder / file).stat().st_size) != entry:
                 raise AdapterError(
                     f"adapter {version.ref}: {file} in {self.store.uri} does not match its "
                     "manifest's hash; it was changed or damaged: publish the adapter anew"
@@ -332,12 +375,22 @@ def _folder(name: str, number: int) -> str:
     return f"adapters/{name}/{number:08d}"
 
 
-def _file_entry(path: Path) -> FileEntry:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
+def _file_entry(path: Path, pause: Callable[[], None] = lambda: None) -> FileEntry:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASHED_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            pause()
     return FileEntry(digest.hexdigest(), path.stat().st_size)
+
+
+def _marks(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What changes when somebody touches a copy's config or weights."""
+    found = {file: (folder / file).lstat() for file in (CONFIG, WEIGHTS)}
+    return {
+        file: (now.st_mode, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+        for file, now in found.items()
+    }
 
 
 def _content_hash(files: Mapping[str, FileEntry]) -> str:

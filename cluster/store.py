@@ -7,9 +7,10 @@ link, both from obstore. Knows bytes and keys, and nothing of what they mean.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from io import SEEK_CUR, SEEK_END, SEEK_SET, BufferedReader, RawIOBase
 from pathlib import Path
@@ -30,7 +31,7 @@ from cluster.errors import ConflictError, NotFoundError, SpecError, StoreError
 from cluster.names import absolute_uri, local_folder
 
 _KEY = re.compile(r"[A-Za-z0-9._@+=-]+(/[A-Za-z0-9._@+=-]+)*")
-_CHUNK_BYTES = 8 * 2**20
+_CHUNK_BYTES, _PIECE_BYTES = 8 * 2**20, 2**20
 
 
 class Store:
@@ -125,11 +126,31 @@ class Store:
             result = self._store.list_with_delimiter(where, return_arrow=False)
             return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in result["common_prefixes"])
 
-    def download(self, key: str, to: Path) -> None:
-        """Stream `key` into the file `to` (its folder exists). Raises NotFoundError."""
+    def download(self, key: str, to: Path, pause: Callable[[], None] = lambda: None) -> str:
+        """Stream `key` into the file `to` (its folder exists); the SHA-256 of what was written, in
+        hexadecimal. Raises NotFoundError.
+
+        Args:
+            pause: Called after every megabyte or so, for who downloads beside other work.
+        """
+        digest = hashlib.sha256()
         with storage_faults(f"{self.uri}/{key}"), to.open("wb") as file:
-            for chunk in self.stream(key):
-                file.write(chunk)
+            for piece in self._pieces(_checked(key)):
+                digest.update(piece)
+                file.write(piece)
+                pause()
+        return digest.hexdigest()
+
+    def _pieces(self, key: str) -> Iterator[Any]:
+        """The bytes of a key that is not written any more, as buffers."""
+        if self.local_path() is None:
+            yield from obstore.get(self._store, key).stream(min_chunk_size=_PIECE_BYTES)
+            return
+        # As a stream a file comes in pieces of 8 KiB, each through another thread (docs/log.md).
+        size = int(obstore.head(self._store, key)["size"])
+        for start in range(0, size, _PIECE_BYTES):
+            length = min(_PIECE_BYTES, size - start)
+            yield obstore.get_range(self._store, key, start=start, length=length)
 
     def delete(self, key: str) -> None:
         """Remove `key`; absent is fine."""

@@ -1,77 +1,94 @@
 """From a reference to primitives: adapters fetched, verified and lowered beside a running engine.
 
-Once for all who ask at the same time, in threads that give way to the engine's. Knows the store
-and what an engine makes of a folder; which adapters an engine holds, and for whom, is the replica.
+Once for all who ask at the same time for the same content, in threads that give way to the
+engine's. Knows the store and what an engine makes of a folder; which adapters an engine holds, and
+for whom, is the replica's.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluster.mixes import AdapterMix, NamedAdapter
 from cluster.registry import AdapterVersion, Registry
-from serving.adapters import LoweredAdapter, Part, beside
+from serving.adapters import MERGED, LoweredAdapter, Pace, Part, give_way
 from serving.background import background
 from serving.engine import Engine
 
-# A store answers several at once; lowering takes a core, and each more would be the steps'.
-_FETCHES = 4
+# How many are loaded at a time, of what is alike: a store answers several at once; what PEFT merges
+# can take minutes, and PEFT does one at a time; of mixes anybody may ask for as many as he likes.
+# Each lies outside of engine.adapters_gib until there is room for it.
+LANES: Mapping[str, int] = {"plain": 4, "merged": 1, "mix": 1}
+
+
+def lane_of(adapter: NamedAdapter) -> str:
+    """The key of LANES that tells with how many others it is loaded."""
+    if isinstance(adapter, AdapterMix):
+        return "mix"
+    return "merged" if adapter.method in MERGED else "plain"
 
 
 class AdapterLoader:
-    """Makes adapters of `registry` for `engine`. Used from one event loop."""
+    """Makes adapters of `registry` for `engine`. Used from one event loop, which sees to it that no
+    more are asked for at a time than LANES has places."""
 
     def __init__(self, engine: Engine, registry: Registry, cache: Path) -> None:
         self._engine, self._registry, self._cache = engine, registry, cache
-        self._loading: dict[str, asyncio.Task[LoweredAdapter]] = {}
-        self._fetching = background("fetch", _FETCHES)
-        self._lowering = background("lower", 1)
+        self._loading: dict[str, asyncio.Task[LoweredAdapter]] = {}  # by content
+        self._fetching = background("fetch", sum(LANES.values()))
+        # One thread each: more would take more from the steps, and of what was freed again malloc
+        # gives a thread its own alone.
+        self._lowering = {lane: background(f"lower-{lane}", 1) for lane in LANES}
+        self._pace = Pace(lambda: engine.has_work)
 
     async def load(self, adapter: NamedAdapter) -> LoweredAdapter:
         """Fetch and lower, or mix. Raises GraftError for what cannot be had or does not fit."""
-        task = self._loading.get(adapter.ref)
+        if isinstance(adapter, AdapterMix):
+            return await self._mix(adapter)
+        task = self._loading.get(adapter.content_hash)
         if task is None:
-            is_mix = isinstance(adapter, AdapterMix)
-            making = self._mix(adapter) if is_mix else self._make(adapter)
-            task = asyncio.create_task(making)
-            self._loading[adapter.ref] = task
-            task.add_done_callback(lambda _: self._loading.pop(adapter.ref, None))
-        # Shielded: one of the waiting clients may leave.
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(self._make(adapter))
+            self._loading[adapter.content_hash] = task
+            task.add_done_callback(lambda _: self._loading.pop(adapter.content_hash, None))
+        # Shielded: it may be another's too, under another name or as a part of a mix.
         return await asyncio.shield(task)
 
     async def _make(self, adapter: AdapterVersion) -> LoweredAdapter:
         """From host memory, or else from the store."""
-        loop, tier = asyncio.get_running_loop(), self._engine.host_tier
-        lowered = await loop.run_in_executor(self._fetching, tier.get, adapter.ref)
+        loop, tier, content = (
+            asyncio.get_running_loop(),
+            self._engine.host_tier,
+            adapter.content_hash,
+        )
+        lowered = await loop.run_in_executor(self._fetching, tier.get, content)
         if lowered is None:
-            folder = await loop.run_in_executor(
-                self._fetching, self._registry.fetch, adapter, self._cache
-            )
-            lowered = await loop.run_in_executor(
-                self._lowering, self._lower, folder, adapter.content_hash
-            )
-            await loop.run_in_executor(self._fetching, tier.put, adapter.ref, lowered)
+            folder = await loop.run_in_executor(self._fetching, self._fetched, adapter)
+            thread = self._lowering[lane_of(adapter)]
+            lowered = await loop.run_in_executor(thread, self._lowered, folder, content)
+            await loop.run_in_executor(self._fetching, tier.put, content, lowered)
         return lowered
 
-    def _lower(self, folder: Path, content: str) -> LoweredAdapter:
-        with beside(lambda: self._engine.has_work):
+    def _fetched(self, adapter: AdapterVersion) -> Path:
+        with self._pace.kept():
+            return self._registry.fetch(adapter, self._cache, give_way)
+
+    def _lowered(self, folder: Path, content: str) -> LoweredAdapter:
+        with self._pace.kept():
             return self._engine.lower(folder, content)
 
     async def _mix(self, mix: AdapterMix) -> LoweredAdapter:
-        """The sum of members, of which only those are fetched that are not held."""
-        engine = self._engine
-        held = [engine.held_adapter(version.ref) for version, _ in mix.parts]
-        missing = [v for (v, _), lowered in zip(mix.parts, held, strict=True) if lowered is None]
-        fetched = iter(await asyncio.gather(*map(self.load, missing)))
-        parts = [
-            Part(version.ref, lowered or next(fetched), weight)
-            for (version, weight), lowered in zip(mix.parts, held, strict=True)
-        ]
+        """The sum of members, of which only those are fetched that are not held; one by one, so
+        that a mix takes one place alone."""
+        parts: list[Part] = []
+        for version, weight in mix.parts:
+            lowered = self._engine.held_adapter(version.ref) or await self.load(version)
+            parts.append(Part(version.ref, lowered, weight))
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._lowering, self._summed, parts)
+        return await loop.run_in_executor(self._lowering["mix"], self._summed, parts)
 
     def _summed(self, parts: Sequence[Part]) -> LoweredAdapter:
-        with beside(lambda: self._engine.has_work):
+        with self._pace.kept():
             return self._engine.mix(parts)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+
+import torch
 
 # Of Linux's 19, a third of the share of others. No more: a thread that waits for a core may hold
 # the interpreter's lock, and the engine's would wait with it.
@@ -19,7 +22,14 @@ def background(name: str, threads: int) -> ThreadPoolExecutor:
 
 
 def _give_way() -> None:
-    # Elsewhere the call is about the whole process.
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+    # Elsewhere the calls are about the whole process.
+    if sys.platform != "linux":
+        return
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+    # Its operators would have threads of their own, as many as the steps'. torch says how many when
+    # a thread first asks, and for the whole process where it is told.
+    torch.get_num_threads()
+    limit = getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
+    if limit is not None:
+        limit(1)

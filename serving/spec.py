@@ -76,7 +76,7 @@ class EngineSpec(Spec):
         1.0,
         description="Memory on the device for adapters, each counted by the bytes of its tensors; "
         "a replica drops those least recently used, and never one in use, for others. Up to four "
-        "that are loaded already may wait for room beside it, and a mix.",
+        "that are loaded already may wait for room beside it, with one that PEFT merges and a mix.",
     )
     host_adapters_gib: NonNegativeFloat | None = Field(
         None,

@@ -3,8 +3,9 @@
 from serving.adapters.apply import DeltaHooks, Segment
 from serving.adapters.lowering import lower
 from serving.adapters.memory import moved, num_bytes, pinned
+from serving.adapters.merged import KINDS as MERGED
 from serving.adapters.mixing import Part, mixed
-from serving.adapters.pace import beside
+from serving.adapters.pace import Pace, give_way
 from serving.adapters.primitives import (
     Block,
     Delta,
@@ -19,6 +20,7 @@ from serving.adapters.primitives import (
 from serving.adapters.target import Target, describe
 
 __all__ = [
+    "MERGED",
     "Block",
     "Delta",
     "DeltaHooks",
@@ -28,12 +30,13 @@ __all__ = [
     "LinearDelta",
     "LogitOffset",
     "LoweredAdapter",
+    "Pace",
     "Part",
     "Replacement",
     "Segment",
     "Target",
-    "beside",
     "describe",
+    "give_way",
     "lower",
     "mixed",
     "moved",

@@ -44,18 +44,19 @@ _TOLERANCE = 1e-4  # of the largest output: float32's share of it is a tenth
 _ROUNDING = 2e-7  # of the norms of weight and change: float32 rounds each element by up to 6e-8
 
 
-@peft_alone()
 def lower_merged(
     folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
 ) -> LoweredAdapter:
     """A folder of one of KINDS as linear deltas. Raises AdapterError."""
-    config = _config(folder, tensors, target)
-    whole = saved_whole(folder, _of_base(tensors), target)
-    shifts, own = _split(folder, tensors, whole, target)
-    model = _with_peft(folder, config, own, target)
+    with peft_alone():
+        config = _config(folder, tensors, target)
+        whole = saved_whole(folder, _of_base(tensors), target)
+        shifts, own = _split(folder, tensors, whole, target)
+        model = _with_peft(folder, config, own, target)
     deltas: dict[str, Delta] = {}
     for module, layer in _layers(model):
-        delta = _merged(folder, module, layer, target.modules[module])
+        with peft_alone():  # each by itself: others wait for their turn in between
+            delta = _merged(folder, module, layer, target.modules[module])
         shift = shifts.pop(module, None)
         if shift is not None:
             shift = shift if delta.shift_O is None else shift + delta.shift_O

@@ -18,6 +18,7 @@ import torch
 
 from cluster.errors import RequestError
 from serving.adapters.alone import without_warnings
+from serving.adapters.pace import give_way
 from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter, Replacement
 from serving.adapters.target import Target
 
@@ -72,6 +73,7 @@ def _refused(name: str, reason: str) -> RequestError:
 
 
 def _sum(module: str, terms: Sequence[_Term], target: Target) -> Delta:
+    give_way()
     linear = [(t, t.delta) for t in terms if isinstance(t.delta, LinearDelta)]
     replaced = [(t, t.delta) for t in terms if isinstance(t.delta, Replacement)]
     if len(linear) == len(terms):

@@ -1,9 +1,10 @@
-"""Lowering beside a running engine: a thread that works in short slices and rests in between.
+"""Lowering beside a running engine: threads that work in short slices and rest in between.
 
 A step is some thousand calls into torch, each of which gives up the interpreter's lock and takes it
 back; a thread that lowers an adapter, mostly Python, would make it wait there time and again, and
 on few cores it would take one from the step's products. Slices bound what one step can lose; one
-module is the least of them, however long it takes.
+module is the least of them, however long it takes. Threads that lower at the same time take turns,
+so that they cost no more than one, and a slow adapter does not hold up the others.
 """
 
 from __future__ import annotations
@@ -14,38 +15,47 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 _SLICE_S = 0.001  # of CPU time
-_SHARE = 0.2  # of a core
+_SHARE = 0.2  # of a core, for all threads together
 _LONGEST_REST_S = 0.1
 _own = threading.local()
 
 
-class _Pace:
+class Pace:
+    """That of all threads which lower beside one engine; `is_busy` tells whether it could use the
+    time."""
+
     def __init__(self, is_busy: Callable[[], bool]) -> None:
         self._is_busy = is_busy
-        self._began_s = time.thread_time()
+        self._lock = threading.Lock()
+        self._free_s = 0.0  # when nobody's slice is due any more
 
-    def rest(self) -> None:
-        """Sleep if a slice is over and somebody could use the time."""
-        used_s = time.thread_time() - self._began_s
-        if used_s < _SLICE_S:
+    @contextmanager
+    def kept(self) -> Generator[None]:
+        """The scope in which this thread's calls of `give_way` rest."""
+        _own.pace, _own.began_s = self, time.thread_time()
+        try:
+            yield
+        finally:
+            _own.pace = None
+
+    def rest(self, used_s: float) -> None:
+        """Sleep, if the engine is busy, for what a slice of so much CPU time costs."""
+        if not self._is_busy():
             return
-        if self._is_busy():
-            time.sleep(min(_LONGEST_REST_S, used_s / _SHARE - used_s))
-        self._began_s = time.thread_time()
-
-
-@contextmanager
-def beside(is_busy: Callable[[], bool]) -> Generator[None]:
-    """The scope in which this thread's calls of `give_way` rest, while `is_busy`."""
-    _own.pace = _Pace(is_busy)
-    try:
-        yield
-    finally:
-        _own.pace = None
+        with self._lock:
+            now_s = time.monotonic()
+            begins_s = max(now_s + min(_LONGEST_REST_S, used_s / _SHARE - used_s), self._free_s)
+            # A turn is as long for a slice that was far too long: that is its own thread's to pay.
+            self._free_s = max(now_s, self._free_s) + _SLICE_S / _SHARE
+        time.sleep(begins_s - now_s)
 
 
 def give_way() -> None:
     """To be called for every module that is lowered."""
-    pace: _Pace | None = getattr(_own, "pace", None)
-    if pace is not None:
-        pace.rest()
+    pace: Pace | None = getattr(_own, "pace", None)
+    if pace is None:
+        return
+    used_s = time.thread_time() - _own.began_s
+    if used_s >= _SLICE_S:
+        pace.rest(used_s)
+        _own.began_s = time.thread_time()

@@ -42,8 +42,10 @@ class HostTier:
 
     def put(self, name: str, lowered: LoweredAdapter) -> None:
         """Keep a copy of what was lowered, if it is not larger than the whole tier."""
+        if not self._max_bytes or name in self._held:
+            return
         size = num_bytes(lowered)
-        if size > self._max_bytes or name in self._held:
+        if size > self._max_bytes:
             return
         kept = pinned(lowered) if self._device.type == "cuda" else lowered
         with self._lock:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _CHECKED_ROWS = 200
 _LONGEST_TOKENS = 2048
+# A range of workers starts with what is free now, which takes moments. Behind a node's death Ray
+# Train still counts on it for a while, and would wait a minute for workers to find room there.
+_ELASTIC = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
 # Ray's process name and colours, and its time stamps.
 _DECORATION = re.compile(
     r"^(\x1b\[\d+m)?(\([^()]*pid=\d+[^()]*\))?(\x1b\[0m)? ?"
@@ -156,6 +159,7 @@ def submit(spec: TrainingSpec, session: Session, *, continues: str | None = None
             "TOKENIZERS_PARALLELISM": "false",
             "DS_BUILD_OPS": "0",
             "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print every worker's line twice
+            **(_ELASTIC if isinstance(spec.workers.count, tuple) else {}),
         },
     )
     return job_id

@@ -21,7 +21,7 @@ from cluster.tables import write_table
 from training.data import tokenize
 from training.spec import TrainingSpec
 
-STEPS = 1500
+STEPS = 300  # each 20 of them wait for Ray Train to take a checkpoint, which it looks for every 2 s
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 

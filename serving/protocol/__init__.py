@@ -24,28 +24,32 @@ from serving.protocol.answers import (
     TopLogprob,
     Usage,
 )
-from serving.protocol.requests import (
+from serving.protocol.chat import (
     CalledFunction,
     ChatMessage,
     ChatRequest,
-    CompletionRequest,
-    Detokenized,
-    DetokenizeRequest,
-    EmbeddingRequest,
-    Form,
     FunctionName,
-    JsonSchema,
     NamedTool,
+    TextPart,
+    Tool,
+    ToolCall,
+    ToolFunction,
+)
+from serving.protocol.sampling import (
+    Form,
+    JsonSchema,
     ResponseFormat,
     Sampling,
     StreamOptions,
     StructuredOutputs,
-    TextPart,
+)
+from serving.protocol.texts import (
+    CompletionRequest,
+    Detokenized,
+    DetokenizeRequest,
+    EmbeddingRequest,
     TokenizeRequest,
     Tokens,
-    Tool,
-    ToolCall,
-    ToolFunction,
 )
 
 __all__ = [

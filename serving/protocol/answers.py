@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from serving.protocol.requests import ToolCall
+from serving.protocol.chat import ToolCall
 
 DONE = "[DONE]"
 

@@ -1,0 +1,111 @@
+"""Requests about texts or their token ids: OpenAI's completions and embeddings, and the two that
+turn one into the other."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from serving.protocol.chat import ChatMessage
+from serving.protocol.sampling import MAX_CHOICES, MAX_LOGPROBS, Body, Sampling, neutral
+
+MAX_INPUTS = 2048
+# One or several texts, or their token ids.
+_Texts = str | list[str] | list[int] | list[list[int]]
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: _Texts
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    suffix: Annotated[str | None, neutral("")] = None
+
+    @model_validator(mode="after")
+    def _best_is_among_enough(self) -> Self:
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError(f"best_of is {self.best_of}, below n {self.n or 1}; raise it")
+        if self.stream and self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of cannot stream: the best is known only at the end")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt of the request, as text or token ids."""
+        return _each(self.prompt)
+
+
+class EmbeddingRequest(Body):
+    """POST /v1/embeddings."""
+
+    model: str = Field(min_length=1)
+    input: _Texts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)
+    adapter_rank: int | None = None
+
+    @field_validator("input")
+    @classmethod
+    def _some_of_each(cls, given: _Texts) -> _Texts:
+        parts = _each(given)
+        if not 0 < len(parts) <= MAX_INPUTS:
+            raise ValueError(f"has {len(parts):,} parts; give 1 to {MAX_INPUTS:,}")
+        if not all(parts):
+            raise ValueError("has an empty part; give each at least one token")
+        return given
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """Each input of the request, as text or token ids."""
+        return _each(self.input)
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: a prompt, or messages as the chat template renders them.
+
+    `add_special_tokens` is the tokenizer's own: opening and closing tokens, as /v1/embeddings reads
+    a text. A completion leaves a closing one out, since its prompt goes on.
+    """
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class Tokens(BaseModel):
+    """The answer to /tokenize."""
+
+    count: int
+    tokens: list[int]
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class Detokenized(BaseModel):
+    """The answer to /detokenize."""
+
+    prompt: str
+
+
+def _each(given: _Texts) -> list[str | list[int]]:
+    """One or several texts or lists of token ids, as several."""
+    if isinstance(given, str):
+        return [given]
+    if given and isinstance(given[0], int):
+        return [[token for token in given if isinstance(token, int)]]
+    return [part for part in given if not isinstance(part, int)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from functools import partial
+from typing import TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -45,6 +46,7 @@ from serving.protocol import (
 )
 from serving.spec import GatewaySpec
 
+R = TypeVar("R")
 # The engine's names of what /v1/embeddings calls otherwise.
 _INPUTS = {
     "prompt": "input", "prompt_token_ids": "input", "n": "input", "pooling": "model",
@@ -180,7 +182,8 @@ async def _respond(
     if body.stream:
         merged = service.run(job, stream=True)
         # Whatever is wrong with the request shows before the first piece: still an HTTP error.
-        first = await anext(merged)
+        # From there on the response itself sees whether the client leaves.
+        first = await _while_connected(request, anext(merged))
         events = _events(service, body, job, first, merged, form)
         return StreamingResponse(events, media_type="text/event-stream", headers=_HEADERS)
     answers = await _answers(service, request, job)
@@ -196,8 +199,7 @@ async def _made(make: Callable[[], bytes], pieces: Sequence[Piece]) -> bytes:
 
 
 async def _answers(service: Service, request: Request, job: Job) -> list[Piece]:
-    """The one piece of each answer, in order of index. Raises ClientGoneError, and gives the job
-    up, if the client leaves; a stream's response sees to that itself."""
+    """The one piece of each answer, in order of index. Raises ClientGoneError."""
 
     async def collect() -> list[Piece]:
         answers: dict[int, Piece] = {}
@@ -206,20 +208,26 @@ async def _answers(service: Service, request: Request, job: Job) -> list[Piece]:
                 answers |= {piece.index: piece for piece in pieces}
         return [answers[index] for index in range(len(job.requests))]
 
+    return await _while_connected(request, collect())
+
+
+async def _while_connected(request: Request, work: Awaitable[R]) -> R:
+    """What `work` comes to. Raises ClientGoneError, and cancels it, if the client leaves first."""
+
     async def leave() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             continue
 
-    collected, left = asyncio.create_task(collect()), asyncio.create_task(leave())
+    worked, left = asyncio.ensure_future(work), asyncio.create_task(leave())
     try:
-        await asyncio.wait((collected, left), return_when=asyncio.FIRST_COMPLETED)
-        if not collected.done():
+        await asyncio.wait((worked, left), return_when=asyncio.FIRST_COMPLETED)
+        if not worked.done():
             raise ClientGoneError("the client left before its answer was there")
-        return collected.result()
+        return worked.result()
     finally:
-        for task in (collected, left):
+        for task in (worked, left):
             task.cancel()
-        await asyncio.gather(collected, left, return_exceptions=True)
+        await asyncio.gather(worked, left, return_exceptions=True)
 
 
 async def _events(

@@ -6,8 +6,9 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -109,20 +110,39 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
+@contextmanager
+def asked(service: Running, **options: object) -> Iterator[None]:
+    """A client that asks for 32 answers of 120 tokens, and leaves at the end of the scope."""
+    body = {"prompt": "x", "max_tokens": 120, "n": 32, "ignore_eos": True} | options
+    raw = json.dumps(body).encode()
+    host, port = service.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as line:
+        line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+                     b"Content-Length: %d\r\n\r\n%s" % (len(raw), raw))  # fmt: skip
+        yield
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_before_its_first_token(service: Running, stream: bool) -> None:
     """What it asked for ends, and its pages are free."""
     before = service.stats
-    host, port = service.url.removeprefix("http://").split(":")
-    body = json.dumps({"model": "lora", "prompt": "x", "max_tokens": 120, "n": 32,
-                       "ignore_eos": True, "stream": stream}).encode()  # fmt: skip
-    with socket.create_connection((host, int(port)), timeout=30) as line:
-        line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
-                     b"Content-Length: %d\r\n\r\n%s" % (len(body), body))  # fmt: skip
+    with asked(service, model="lora", stream=stream):
         until(lambda: service.stats.running)
     until(lambda: not service.stats.running and not service.stats.waiting)
     assert service.stats.generated_tokens - before.generated_tokens < 32 * 120
     assert service.stats.free_pages >= before.free_pages - 2
+
+
+def test_a_stream_that_nobody_waits_for_leaves_the_queue(bases: Bases, tmp_path: Path) -> None:
+    """Long before its first token would have been there, with one request running at a time."""
+    with running(bases("llama"), tmp_path, max_running_requests=1) as service:
+        with asked(service, model=BASE_NAME, stream=True):
+            until(lambda: service.stats.running)
+            with asked(service, model=BASE_NAME, stream=True):
+                until(lambda: service.stats.waiting > 32)
+            until(lambda: service.stats.waiting < 32)
+            assert service.stats.generated_tokens < 32 * 120, "they left the queue to run"
+        until(lambda: not service.stats.running and not service.stats.waiting)
 
 
 def test_a_port_in_use_is_named_before_anything_starts() -> None:

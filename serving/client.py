@@ -194,36 +194,36 @@ class AsyncClient:
     async def stream(
         self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[Options]
     ) -> AsyncGenerator[str]:
-        """The text of one answer as it comes. Not retried once it has begun.
+        """The text of one answer as it comes. Retried until it has begun, and not from there on.
 
         Raises:
             GraftError: the server failed, or the stream ended before the answer did.
         """
         path, body = await self._request(prompt, adapter, options)
+        # Its turn ends where it begins: who reads several streams by turns would wait for himself.
+        response = await self._retrying(lambda: self._begun(path, {**body, "stream": True}))
         is_over = False
         try:
-            async with self._http.stream("POST", path, json={**body, "stream": True}) as response:
-                if response.status_code >= 400:
-                    await response.aread()
-                    raise error_of(response.status_code, response.text)
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: "):
-                        continue
-                    data = line.removeprefix("data: ")
-                    if data == DONE and is_over:
-                        return
-                    if data == DONE:
-                        break
-                    event = json.loads(data)
-                    if "error" in event:
-                        raise error_of(500, data)
-                    for choice in event["choices"]:
-                        is_over = is_over or choice.get("finish_reason") is not None
-                        piece = choice.get("text") or choice.get("delta", {}).get("content")
-                        if piece:
-                            yield piece
+            async for line in response.aiter_lines():
+                if not line.startswith("data: "):
+                    continue
+                data = line.removeprefix("data: ")
+                if data == DONE and is_over:
+                    return
+                if data == DONE:
+                    break
+                event = json.loads(data)
+                if "error" in event:
+                    raise error_of(500, data)
+                for choice in event["choices"]:
+                    is_over = is_over or choice.get("finish_reason") is not None
+                    piece = choice.get("text") or choice.get("delta", {}).get("content")
+                    if piece:
+                        yield piece
         except httpx2.TransportError as error:
             raise self._unreachable(error) from error
+        finally:
+            await response.aclose()
         raise OperationError(f"{self.base_url}: the stream ended before the answer did; try again")
 
     async def generate_file(
@@ -291,6 +291,19 @@ class AsyncClient:
             return response.json()
         except ValueError as error:
             raise OperationError(f"{self.base_url}{path}: the answer is cut short") from error
+
+    async def _begun(self, path: str, body: Any) -> httpx2.Response:
+        """A response whose body is still to be read, and closed."""
+        request = self._http.build_request("POST", path, json=body)
+        try:
+            response = await self._http.send(request, stream=True)
+            if response.status_code >= 400:
+                await response.aread()
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from error
+        if response.status_code >= 400:
+            raise error_of(response.status_code, response.text, response.headers.get("retry-after"))
+        return response
 
     async def _retrying(self, call: Callable[[], Awaitable[Any]]) -> Any:
         async def paced() -> Any:

@@ -410,6 +410,28 @@ def test_a_stream_that_just_ends_is_no_success(faulty: tuple[str, type[Faulty]])
         list(client.stream("x", adapter="a"))
 
 
+def test_a_stream_is_tried_again_until_it_has_begun(faulty: tuple[str, type[Faulty]]) -> None:
+    """At the pace of the client's other requests, and with nothing said twice."""
+    url, handler = faulty
+    busy = b'{"error": {"message": "m", "type": "t", "code": "unavailable"}}'
+    half = b'data: {"choices": [{"text": "half"}]}\n\n'
+    whole = half + b'data: {"choices": [{"finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+    handler.answers = [lambda h: h.send(503, busy), lambda h: h.connection.close(),
+                       lambda h: h.send(200, whole)]  # fmt: skip
+    with Client(url, concurrency=4) as client:
+        assert list(client.stream("x", adapter="a")) == ["half"]
+        assert handler.seen == 3
+        assert client._async._pace.limit == 1.0
+        streams: list[Any] = [client.stream("x", adapter="a") for _ in range(4)]
+        assert [next(stream) for stream in streams] == ["half"] * 4, "one waits for another"
+        for stream in streams:
+            stream.close()
+        handler.answers = [lambda h: h.send(200, half, len(whole))]  # cut
+        with pytest.raises(UnavailableError):
+            list(client.stream("x", adapter="a"))
+    assert handler.seen == 8
+
+
 def test_a_file_goes_at_the_pace_that_the_service_takes(
     faulty: tuple[str, type[Faulty]], tmp_path: Path
 ) -> None:

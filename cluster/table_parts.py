@@ -1,8 +1,8 @@
 """A table of any size in shared storage, cut into parts that are read apart.
 
-A table is a file, or a folder of files in the order of their names: Parquet, JSONL, and on a file
-system (NFS included) Arrow and `save_to_disk`. Where it is cut follows from the files alone. Knows
-file formats, not what the columns mean.
+A table is a file, or a folder of files in the order of their names: Parquet, JSONL and Arrow, and
+on a file system (NFS included) `save_to_disk`; in object storage its Arrow files alone. Where it is
+cut follows from the files. Knows file formats, not what the columns mean.
 
 `TableSource.parts` looks at every file and must run before Ray is imported, as in cluster.tables;
 who reads a part later finds the very files that were looked at, or is told.
@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.arrow_parts import IpcReader, read_batches
 from cluster.errors import DataError, NotFoundError
 from cluster.names import absolute_uri
 from cluster.store import Store
@@ -36,7 +37,8 @@ class BadRow:
 Row = dict[str, Any] | BadRow
 Rows = pa.Table | list[Row]  # a list of JSONL, whose keys and types may differ by line
 _SAVED = "state.json"  # of a save_to_disk folder, which is one table
-# A row group is read from its beginning up to a part's end: cut it into no more parts than this.
+# A row group is read from its beginning up to a part's end, and a record batch in object storage as
+# a whole: cut it into no more parts than this.
 _PARTS_OF_GROUP = 16
 
 
@@ -45,7 +47,8 @@ class Part:
     """Consecutive rows of one file. `first_row` counts over all files.
 
     `start` is a row of the file's row group `group` (Parquet), a row of the file (Arrow), or a
-    byte (JSONL, of which it takes `num_bytes`).
+    byte (JSONL, of which it takes `num_bytes`). Of Arrow in object storage it is a row of the
+    record batches that are `num_bytes` from the byte `group` on.
     """
 
     file: str
@@ -145,7 +148,11 @@ class TableSource:
                 return [_row(line) for line in raw.split(b"\n") if line.strip()]
             if _kind(part.file) == "parquet":
                 return self._read_parquet(part)
-            return open_table(self._path(part.file)).slice(part.start, part.num_rows)
+            if self._local is None:
+                head = IpcReader(self._store.stream(part.file)).head
+                data = self._store.read_range(part.file, part.group, part.num_bytes)
+                return read_batches(head, data).slice(part.start, part.num_rows)
+            return open_table(self._local / part.file).slice(part.start, part.num_rows)
 
     def _cut(self, file: str, first_row: int, num_rows: int) -> Iterator[Part]:
         kind = _kind(file)
@@ -155,14 +162,19 @@ class TableSource:
         if kind == "parquet":
             with self._parquet(file) as opened:
                 metadata = opened.metadata
-            groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            groups = [
+                (i, metadata.row_group(i).num_rows, 0) for i in range(metadata.num_row_groups)
+            ]
+        elif self._local is None:
+            groups = _batches(self._ipc(file), num_rows)
         else:
-            groups = [open_table(self._path(file), may_be_empty=True).num_rows]
-        for group, rows in enumerate(groups):
-            most = max(num_rows, -(-rows // _PARTS_OF_GROUP)) if kind == "parquet" else num_rows
+            groups = [(0, open_table(self._local / file, may_be_empty=True).num_rows, 0)]
+        is_mapped = kind == "arrow" and self._local is not None
+        for group, rows, num_bytes in groups:
+            most = num_rows if is_mapped else max(num_rows, -(-rows // _PARTS_OF_GROUP))
             for start in range(0, rows, most):
                 size = min(most, rows - start)
-                yield Part(file, first_row, size, start, group)
+                yield Part(file, first_row, size, start, group, num_bytes)
                 first_row += size
 
     def _columns(self, file: str) -> list[str] | None:
@@ -174,7 +186,11 @@ class TableSource:
             if _kind(file) == "parquet":
                 with self._parquet(file) as opened:
                     return list(opened.schema_arrow.names) if opened.metadata.num_rows else None
-            table = open_table(self._path(file), may_be_empty=True)
+            if self._local is None:
+                opened = self._ipc(file)
+                has_rows = any(batch.num_rows for batch in opened.batches())
+                return list(opened.schema.names) if has_rows else None
+            table = open_table(self._local / file, may_be_empty=True)
             return table.column_names if table.num_rows else None
 
     def _parquet(self, file: str) -> pq.ParquetFile:
@@ -197,13 +213,10 @@ class TableSource:
                     break
             return pa.Table.from_batches(kept, opened.schema_arrow)
 
-    def _path(self, file: str) -> Path:
-        if self._local is None:
-            raise DataError(
-                f"data {self._where(file)}: Arrow files are read from a file system; write Parquet "
-                "or JSONL to object storage"
-            )
-        return self._local / file
+    def _ipc(self, file: str) -> IpcReader:
+        opened = IpcReader(self._store.stream(file))
+        check_schema(opened.schema, self._where(file))
+        return opened
 
     def _where(self, file: str) -> str:
         return f"{self._store.uri}/{file}" if file else self.uri
@@ -244,6 +257,22 @@ def encoded(rows: Rows, added: Sequence[tuple[pa.Field, list[Any]]]) -> tuple[st
 def _kind(file: str) -> str:
     suffix = Path(file).suffix.lower()
     return "parquet" if suffix in PARQUET else "jsonl" if suffix in JSONL else "arrow"
+
+
+def _batches(opened: IpcReader, num_rows: int) -> Iterator[tuple[int, int, int]]:
+    """Record batches that are read together, with at least so many rows but for the last: the byte
+    where they begin, their rows and their bytes."""
+    begin = rows = num_bytes = 0
+    for batch in opened.batches():
+        if not num_bytes:
+            begin = batch.start
+        # Whatever lies between two batches goes with them.
+        rows, num_bytes = rows + batch.num_rows, batch.start + batch.num_bytes - begin
+        if rows >= num_rows:
+            yield begin, rows, num_bytes
+            rows = num_bytes = 0
+    if rows:
+        yield begin, rows, num_bytes
 
 
 def _cut_lines(file: str, chunks: Iterator[bytes], first_row: int, num_rows: int) -> Iterator[Part]:

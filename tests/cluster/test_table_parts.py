@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.arrow_parts import IpcReader, read_batches
 from cluster.errors import DataError
 from cluster.store import open_store
 from cluster.table_parts import BadRow, TableSource, _lines, encoded, values_of
@@ -54,13 +56,71 @@ def test_parts_are_the_table(tmp_path: Path, suffix: str, num_rows: int) -> None
     assert read_all(TableSource(str(tmp_path / f"a.{suffix}")), num_rows) == ROWS[:10]
 
 
-@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "arrow"])
 def test_from_a_bucket(s3_bucket: Callable[[], str], tmp_path: Path, suffix: str) -> None:
     uri = s3_bucket()
     write(tmp_path / f"a.{suffix}", ROWS)
     open_store(uri).create(f"in/a.{suffix}", (tmp_path / f"a.{suffix}").read_bytes())
     for where in (f"{uri}/in", f"{uri}/in/a.{suffix}"):
         assert read_all(TableSource(where), 4) == ROWS
+
+
+WITH_KINDS = pa.Table.from_pylist(ROWS).append_column(
+    "kind", pa.array(["a", "b"] * 11 + ["a"]).dictionary_encode()
+)
+
+
+def ipc(kind: Any, rows_of_batch: int, compression: str | None = None) -> bytes:
+    """WITH_KINDS, whose last column's text is in a dictionary, in one of Arrow's two formats."""
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with kind(sink, WITH_KINDS.schema, options=options) as writer:
+        writer.write_table(WITH_KINDS, max_chunksize=rows_of_batch)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("rows_of_batch", [1, 4, 100])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_a_record_batch_is_read_alone(
+    kind: Any, compression: str | None, rows_of_batch: int
+) -> None:
+    raw = ipc(kind, rows_of_batch, compression)
+    for size in (7, 64, len(raw)):  # of the pieces in which it comes
+        opened = IpcReader(raw[at : at + size] for at in range(0, len(raw), size))
+        found: list[Any] = []
+        for batch in opened.batches():
+            data = raw[batch.start : batch.start + batch.num_bytes]
+            found += (rows := read_batches(opened.head, data).to_pylist())
+            assert len(rows) == batch.num_rows <= rows_of_batch
+        assert found == WITH_KINDS.to_pylist()
+
+
+@pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_arrow_from_a_bucket(s3_bucket: Callable[[], str], kind: Any) -> None:
+    uri = s3_bucket()
+    store = open_store(uri)
+    for name, rows_of_batch in (("a", 4), ("b", 100)):
+        store.create(f"in/{name}.arrow", ipc(kind, rows_of_batch))
+    source = TableSource(f"{uri}/in")
+    assert source.columns() == ["id", "prompt", "kind"]
+    for num_rows in (3, 50):
+        assert read_all(source, num_rows) == WITH_KINDS.to_pylist() * 2
+
+
+def test_arrow_that_cannot_be_read_from_a_bucket_is_named(s3_bucket: Callable[[], str]) -> None:
+    uri, store = (where := s3_bucket()), open_store(where)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, pa.schema({"prompt": pa.string()})) as writer:
+        for _ in range(3):
+            writer.write_table(pa.table({"prompt": ["x" * 1000] * 9}))
+    whole = sink.getvalue().to_pybytes()
+    noise = whole[:400] + bytes(range(256)) * 40
+    for name, raw in {"a": b"", "b": b"nonsense", "c": b"FEA1" + b"x" * 99, "d": whole[:-9000],
+                      "e": whole[:100], "f": noise}.items():  # fmt: skip
+        store.create(f"{name}.arrow", raw)
+        with pytest.raises(DataError, match=rf"{name}\.arrow: (cannot be read|has no rows)"):
+            TableSource(f"{uri}/{name}.arrow").parts(10)
 
 
 def test_a_saved_dataset(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from cluster.errors import AdapterError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+CONTENT = (CONFIG, WEIGHTS)  # what makes two adapters the same
 # In the weights' metadata, where PEFT reads nothing: the lowest rank at which a LoRA is good.
 MIN_RANK = "graft_min_rank"
 MAX_CONFIG_BYTES = 2**20
@@ -104,6 +106,44 @@ def check_finite(folder: AdapterFolder) -> None:
                     raise fault(
                         folder.path, WEIGHTS, f"tensor {name!r} holds NaN or Inf; train it anew"
                     )
+
+
+def marks(path: Path, files: Iterable[str]) -> dict[str, tuple[int, ...] | None]:
+    """What the file system says of `files` of a folder, and what changes when somebody touches one:
+    mode, inode, size, times of the last change of content and of inode. None for an absent one."""
+    found: dict[str, tuple[int, ...] | None] = {}
+    for file in files:
+        try:
+            now = (path / file).lstat()
+        except OSError:
+            found[file] = None
+        else:
+            kind = now.st_mode, now.st_ino, now.st_size
+            found[file] = *kind, now.st_mtime_ns, now.st_ctime_ns
+    return found
+
+
+@contextmanager
+def unchanged(path: Path, files: Sequence[str]) -> Generator[None]:
+    """The scope in which a folder is read by parts that belong together.
+
+    Raises:
+        AdapterError: one of `files` was written, replaced or taken away meanwhile.
+    """
+    before = marks(path, files)
+
+    def check() -> None:
+        after = marks(path, files)
+        for file in files:
+            if after[file] != before[file]:
+                raise fault(path, file, "was changed while it was read; wait until it is whole")
+
+    try:
+        yield
+    except (AdapterError, OSError):
+        check()  # what else was found wrong may be the half of a file
+        raise
+    check()
 
 
 def fault(path: Path, file: str, reason: str) -> AdapterError:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,13 +166,7 @@ class Imports:
                 self._claims[key] = self._registry.claim(name)
             return self._claims[key]
 
-        try:
-            return self._registry.stage(name, folder, card={"imported_from": origin}, claim=claim)
-        except GraftError:
-            if key in self._claims:
-                with suppress(GraftError):  # the next attempt does it again
-                    self._registry.discard(name, self._claims[key])
-            raise
+        return self._registry.stage(name, folder, card={"imported_from": origin}, claim=claim)
 
     def _give_up(self, name: str, key: str, record: Mapping[str, Any]) -> None:
         """Delete the copy that we uploaded, if the record is of another one."""

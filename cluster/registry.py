@@ -18,13 +18,22 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.adapter_folder import CONFIG, WEIGHTS, check_finite, open_adapter_folder
+from cluster.adapter_folder import (
+    CONFIG,
+    CONTENT,
+    WEIGHTS,
+    check_finite,
+    marks,
+    open_adapter_folder,
+    unchanged,
+)
+from cluster.catalog import LATEST, REFERENCE, Catalog
 from cluster.errors import AdapterError, ConflictError, NotFoundError, SpecError, StoreError
 from cluster.names import NAME, check_name
 from cluster.spec import nearest
@@ -32,14 +41,12 @@ from cluster.store import Store, open_store
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-LATEST = "latest"  # the alias that always means the newest version
 README, PICTURE, EVENTS = "README.md", "loss.png", "events.out.tfevents.graft"
 # What a version holds; anything else in the folder (optimiser states, pickles) stays behind.
 PUBLISHED_FILES = (CONFIG, WEIGHTS, README, PICTURE, EVENTS)
 _MANIFEST_KEY = re.compile(rf"adapters/({NAME.pattern})/([0-9]{{8}})/manifest\.json")
 _ALIAS_KEY = re.compile(rf"aliases/({NAME.pattern})/({NAME.pattern})/[0-9]{{8}}\.json")
 _HASHED_BYTES = 2**20  # at a time
-_REF = re.compile(rf"({NAME.pattern})(?:@([0-9]{{1,8}})|:({NAME.pattern}))?")
 _log = logging.getLogger("graft.registry")
 
 
@@ -70,35 +77,13 @@ class AdapterVersion:
         return f"{self.name}@{self.version}"
 
 
-@dataclass(frozen=True)
-class Catalog:
-    """Every whole version (oldest first) and alias in a store, as one listing saw them."""
-
-    versions: Mapping[str, list[int]]
-    aliases: Mapping[tuple[str, str], int]
-
-    def find(self, ref: str) -> tuple[str, int] | None:
-        """The (name, version) that a reference means, or None; as `Registry.resolve`."""
-        match = _REF.fullmatch(ref)
-        numbers = self.versions.get(str(match[1])) if match else None
-        if match is None or numbers is None:
-            return None
-        name, number, alias = str(match[1]), match[2], match[3]
-        if number:
-            return (name, int(number)) if int(number) in numbers else None
-        if alias and alias != LATEST:
-            found = self.aliases.get((name, alias))
-            return None if found is None else (name, found)
-        return name, numbers[-1]
-
-
 class Registry:
     """The adapters of one store. Knows nothing by heart of it: every call reads what is there now.
     Of local copies it remembers which it has verified."""
 
     def __init__(self, store: Store | str) -> None:
         self.store = open_store(store) if isinstance(store, str) else store
-        self._verified: dict[Path, dict[str, tuple[int, ...]]] = {}
+        self._verified: dict[Path, dict[str, tuple[int, ...] | None]] = {}
 
     def publish(
         self, name: str, folder: Path, *, card: Mapping[str, Any] | None = None
@@ -106,7 +91,7 @@ class Registry:
         """Publish a PEFT folder as the next version of `name`.
 
         Raises:
-            AdapterError: the folder is not sound; nothing was written.
+            AdapterError: the folder is not sound, or changed meanwhile; nothing is to be seen.
         """
         version = self.reveal(self.stage(name, folder, card=card))
         assert version is not None, "the number is ours alone"
@@ -121,18 +106,25 @@ class Registry:
         claim: Callable[[], int] | None = None,
     ) -> dict[str, Any]:
         """Upload a PEFT folder under the next number of `name`, not visible yet; its manifest, for
-        `reveal`. Raises AdapterError as `publish`.
+        `reveal`. Raises AdapterError as `publish`; what was uploaded of a folder that fails is
+        deleted.
 
         Args:
             claim: Gives the number instead, once the folder is known to be sound.
         """
         check_name(name, "adapter")
-        opened = open_adapter_folder(folder)
-        check_finite(opened)
-        paths = [folder / file for file in PUBLISHED_FILES]
-        present = [p.name for p in paths if p.is_file() and not p.is_symlink()]
-        files = {file: _file_entry(folder / file) for file in present}
-        number = claim() if claim else self.claim(name)
+        with ExitStack() as undo:
+            with unchanged(folder, PUBLISHED_FILES):
+                opened = open_adapter_folder(folder)
+                check_finite(opened)
+                paths = [folder / file for file in PUBLISHED_FILES]
+                present = [p.name for p in paths if p.is_file() and not p.is_symlink()]
+                files = {file: _file_entry(folder / file) for file in present}
+                number = claim() if claim else self.claim(name)
+                undo.callback(self._try_discard, name, number)
+                for file in files:
+                    self.store.create_file(f"{_folder(name, number)}/{file}", folder / file)
+            undo.pop_all()
         version = AdapterVersion(
             name=name,
             version=number,
@@ -143,8 +135,6 @@ class Registry:
             files=files,
             card=dict(card or {}),
         )
-        for file in files:
-            self.store.create_file(f"{_folder(name, number)}/{file}", folder / file)
         return {"schema": SCHEMA, **asdict(version)}
 
     def reveal(self, manifest: Mapping[str, Any]) -> AdapterVersion | None:
@@ -173,6 +163,10 @@ class Registry:
         so that no other version ever has it."""
         for file in PUBLISHED_FILES:
             self.store.delete(f"{_folder(name, number)}/{file}")
+
+    def _try_discard(self, name: str, number: int) -> None:
+        with suppress(StoreError):  # nobody can see it, and what failed before is the one to tell
+            self.discard(name, number)
 
     def import_folder(self, name: str, folder: Path) -> AdapterVersion:
         """Publish a plain PEFT folder made elsewhere; as `publish`, with its origin in the card."""
@@ -214,7 +208,7 @@ class Registry:
         Raises:
             NotFoundError: naming what is nearest.
         """
-        match = _REF.fullmatch(ref)
+        match = REFERENCE.fullmatch(ref)
         if match is None:
             raise NotFoundError(
                 f"adapter {ref[:120]!r}: not a reference; write name, name@version or name:alias"
@@ -297,7 +291,7 @@ class Registry:
                 with suppress(FileNotFoundError):  # somebody beside us moved it away
                     target.rename(scratch / "changed")
             fresh.rename(target)
-            self._verified[target] = _marks(target)
+            self._verified[target] = marks(target, CONTENT)
         except OSError as error:
             # Otherwise somebody beside us was faster, with the same bytes.
             if not self._is_sound(version, target, pause):
@@ -306,20 +300,30 @@ class Registry:
             shutil.rmtree(scratch, ignore_errors=True)
         return target
 
+    def check_copy(self, folder: Path) -> None:
+        """Raise AdapterError if a copy of `fetch` was touched since, or is made anew now."""
+        if self._verified.get(folder) != marks(folder, CONTENT):
+            raise AdapterError(
+                f"adapter copy {folder}: was changed while it was read; ask again, and it is "
+                "fetched anew"
+            )
+
     def _is_sound(self, version: AdapterVersion, folder: Path, pause: Callable[[], None]) -> bool:
         """Whether a local copy holds the version's config and weights."""
         try:
-            marks = _marks(folder)
-            if self._verified.get(folder) == marks:
+            found = marks(folder, CONTENT)
+            if self._verified.get(folder) == found:
                 return True
             if not all(
-                stat.S_ISREG(mode) and _file_entry(folder / file, pause) == version.files[file]
-                for file, (mode, *_) in marks.items()
+                mark is not None
+                and stat.S_ISREG(mark[0])
+                and _file_entry(folder / file, pause) == version.files[file]
+                for file, mark in found.items()
             ):
                 return False
         except OSError:
             return False
-        self._verified[folder] = marks
+        self._verified[folder] = found
         return True
 
     def _download(
@@ -384,16 +388,7 @@ def _file_entry(path: Path, pause: Callable[[], None] = lambda: None) -> FileEnt
     return FileEntry(digest.hexdigest(), path.stat().st_size)
 
 
-def _marks(folder: Path) -> dict[str, tuple[int, ...]]:
-    """What changes when somebody touches a copy's config or weights."""
-    found = {file: (folder / file).lstat() for file in (CONFIG, WEIGHTS)}
-    return {
-        file: (now.st_mode, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
-        for file, now in found.items()
-    }
-
-
 def _content_hash(files: Mapping[str, FileEntry]) -> str:
     """What makes two versions the same adapter: config and weights, not the text beside them."""
-    lines = [f"{file} {files[file].sha256}" for file in (CONFIG, WEIGHTS)]
+    lines = [f"{file} {files[file].sha256}" for file in CONTENT]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -77,7 +77,12 @@ class AdapterLoader:
 
     def _lowered(self, folder: Path, content: str) -> LoweredAdapter:
         with self._pace.kept():
-            return self._engine.lower(folder, content)
+            try:
+                return self._engine.lower(folder, content)
+            finally:
+                # It goes by the hash of what was verified, which must be what was read; and what
+                # else may have been wrong with it is no fault of the adapter's.
+                self._registry.check_copy(folder)
 
     async def _mix(self, mix: AdapterMix) -> LoweredAdapter:
         """The sum of members, of which only those are fetched that are not held; one by one, so

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import structlog
 
+from cluster.catalog import Catalog
 from cluster.errors import AdapterError, GraftError, ModelNotFoundError, RequestError
 from cluster.mixes import AdapterMix, NamedAdapter, check_mixable, parse_mix
-from cluster.registry import AdapterVersion, Catalog, Registry
+from cluster.registry import AdapterVersion, Registry
 from cluster.spec import nearest
 
 _log = structlog.get_logger("graft.catalogue")

@@ -19,8 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster.catalog import Catalog
 from cluster.errors import ConflictError, DataError, JobFailedError
-from cluster.registry import Catalog
 from cluster.store import open_store
 from cluster.table_parts import Part, Rows, encoded
 from serving.batch_file import ADDED, RowResult

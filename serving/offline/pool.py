@@ -18,9 +18,10 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
+from cluster.catalog import Catalog
 from cluster.errors import ClusterError, GraftError
 from cluster.lease import held
-from cluster.registry import Catalog, Registry
+from cluster.registry import Registry
 from cluster.session import session, store_credentials
 from cluster.spec import parse_spec
 from cluster.store import Store

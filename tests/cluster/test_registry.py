@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rewriting import rewritten
 from safetensors.torch import save_file
 
+from cluster.adapter_folder import WEIGHTS
 from cluster.errors import AdapterError, ConflictError, NotFoundError, SpecError
 from cluster.registry import Registry
 
@@ -171,6 +173,8 @@ def test_a_local_copy_that_was_changed_is_fetched_anew(
         assert weights.read_bytes() == sound
         weights.write_bytes(sound[:-1] + b"y")
     assert caplog.text.count("bot@1") == 2
+    with pytest.raises(AdapterError, match="changed while it was read"):
+        store.check_copy(weights.parent)
     weights.unlink()
     weights.symlink_to(tmp_path / "a/adapter_model.safetensors")
     assert not (registry.fetch(version, cache) / weights.name).is_symlink()
@@ -186,6 +190,29 @@ def test_a_bad_folder_publishes_nothing(registry: Registry, tmp_path: Path) -> N
     with pytest.raises(AdapterError):
         registry.publish("bot", bad)
     assert registry.store.list() == []
+
+
+def test_a_folder_that_changes_while_it_is_published_is_refused(
+    registry: Registry, tmp_path: Path
+) -> None:
+    """Or published as one of what it was: never with bytes that are not its hash's."""
+    contents = [(folder(tmp_path / name, value) / WEIGHTS).read_bytes()
+                for name, value in (("a", 1.0), ("b", 2.0))]  # fmt: skip
+    refused = list[str]()
+    with rewritten(tmp_path / "a" / WEIGHTS, *contents):
+        for _ in range(20):
+            try:
+                registry.publish("bot", tmp_path / "a")
+            except AdapterError as error:
+                refused.append(error.message)
+    assert refused
+    assert all(f"{WEIGHTS} was changed while it was read" in message for message in refused)
+    published = registry.versions("bot") if "bot" in registry.names() else []
+    assert len(published) + len(refused) == 20
+    for version in (*published, registry.publish("bot", tmp_path / "a")):
+        registry.verify(version.ref)
+    uploaded = [key for key in registry.store.list() if key.endswith(WEIGHTS)]
+    assert len(uploaded) == len(published) + 1
 
 
 @pytest.mark.parametrize("name", ["", "Bot", "../x", "a/b", "-x", "x" * 101, "a b"])

@@ -12,8 +12,8 @@ import pytest
 from adapters import make_adapter
 from service import BASE_NAME, CATALOGUE_TTL_S, NAMES, Running
 
+from cluster.catalog import Catalog
 from cluster.errors import ConflictError, DataError, JobFailedError, OverloadedError, StoreError
-from cluster.registry import Catalog
 from cluster.table_parts import BadRow, TableSource
 from cluster.tables import open_table, write_table
 from serving.batch_file import BatchReport, RowResult

@@ -3,12 +3,16 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from replicas import COUNT, Loras, ask, run
+from rewriting import rewritten
+from safetensors.torch import load_file, save_file
 
-from cluster.errors import RequestError
+from cluster.adapter_folder import WEIGHTS
+from cluster.errors import AdapterError, RequestError
 from serving.engine import ResponseFormat, TokenOutput
 from serving.engine.grammar import Grammars
 from serving.replica import Replica
@@ -54,6 +58,31 @@ def test_adapters_that_are_never_idle_make_room_for_one_that_waits(
             each.cancel()
 
     run(crowd())
+
+
+def test_a_copy_that_is_replaced_while_it_is_loaded(
+    loras: Loras, make: Callable[..., Replica], tmp_path: Path
+) -> None:
+    """It is the adapter's answer or none, never that of what lies there now."""
+    replica = make(room=1.5)  # so each of two in turn is loaded anew
+    version, other = loras.versions[:2]
+    right, base = (run(ask(replica, v)).token_ids for v in (version, None))
+    weights = loras.folder / "cache" / version.content_hash / WEIGHTS
+    content = weights.read_bytes()
+    save_file({k: 0 * v for k, v in load_file(weights).items()}, tmp_path / WEIGHTS)
+    refused = list[str]()
+    with rewritten(weights, (tmp_path / WEIGHTS).read_bytes(), content):
+        for _ in range(30):
+            try:
+                answer = run(ask(replica, version))
+            except AdapterError as error:
+                refused.append(error.message)
+            else:
+                assert right == answer.token_ids != base
+            assert run(ask(replica, other)).token_ids == right, "it is another's file"
+    assert refused
+    assert all("was changed while it was read" in message for message in refused)
+    assert run(ask(replica, version)).token_ids == right
 
 
 def test_grammars_are_compiled_beside_the_engine(

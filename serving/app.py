@@ -51,7 +51,7 @@ def running(spec: ServingSpec, session: Session) -> Generator[str]:
     """
     port = _port(spec)
     serve = _serve(session)
-    from serving.deployment import TRANSPORT, engines_of
+    from serving.deployment import CONTROLLER, engines_of
 
     others = list(serve.status().applications)
     if others:
@@ -62,7 +62,7 @@ def running(spec: ServingSpec, session: Session) -> Generator[str]:
         )
     serve.start(
         http_options={"host": spec.gateway.host, "port": port},
-        controller_options={"runtime_env": {"env_vars": TRANSPORT}},  # and its proxies'
+        controller_options={"runtime_env": {"env_vars": CONTROLLER}},
     )
     try:
         _deploy(serve, spec)
@@ -154,6 +154,12 @@ def _deploy(serve: Any, spec: ServingSpec) -> None:
     try:
         engines, gateways = build(spec)
         serve.run(engines, name=engines_of(spec), route_prefix=None)
+        if not spec.replicas.min:
+            # There may be no engine yet, and the first one is started by a request: whatever keeps
+            # it from coming up then, a later one must find it mended. Not before: an update whose
+            # engines do not come up has to end.
+            patient, _ = build(spec, patiently=True)
+            serve.run(patient, name=engines_of(spec), route_prefix=None)
         serve.run(gateways, name=spec.name, route_prefix="/")
     except (RuntimeError, RayServeException) as error:
         raise ClusterError(f"service {spec.name!r} did not come up: {error}") from error

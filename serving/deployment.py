@@ -31,13 +31,26 @@ _BASES = "GRAFT_BASES"  # read by nobody but `running_bases`
 # How Serve moves requests and tokens, read by its processes when they start. Of its own accord each
 # piece of a stream is an object of Ray's, which takes ten times as long as a message over gRPC, and
 # crosses two threads more at either end.
-TRANSPORT = {
+_TRANSPORT = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # Long bodies, prompts with their log probabilities: of its own accord 4 MiB are the most.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
+    # Serve's own metrics, which Ray collects every ten seconds, are otherwise set ten times a
+    # second in each process: 8 % of the CPU time of a gateway with 32 streams.
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
 }
+# Of Serve's controller, whose environment its proxies have too. A deployment that never had a
+# replica counts as failed, for good, after so many failed starts for each that it should have, or
+# after its own max_constructor_retry_count if that is less; that alone shall decide here.
+CONTROLLER = {
+    **_TRANSPORT,
+    "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.ingress:middleware",
+}
+_STARTS = 3
+_PATIENTLY = 1_000_000
 
 
 class EngineReplica:
@@ -190,15 +203,20 @@ class Gateway:
         return create_app(service, spec.gateway, door, traces)
 
 
-def build(spec: ServingSpec) -> tuple[Any, Any]:
+def build(spec: ServingSpec, *, patiently: bool = False) -> tuple[Any, Any]:
     """The two Ray Serve applications of `spec`: engines, and gateways that ask those running.
 
     Apart, so that the gateways can end first: what they have taken is still answered. Each gets
     what concerns it alone, and is replaced in an update only where that has changed.
+
+    Args:
+        patiently: An engine that fails to start is started again and again as long as one is
+            wanted, where a deployment would otherwise be given up that never had one.
     """
     env = _environment(spec)
     document = spec.model_dump(mode="json", include={"name", "store", "cache", "engine"})
-    engines = _versioned(_engines(spec, env), document).bind(document)
+    starts = _PATIENTLY if patiently else _STARTS * max(1, spec.replicas.min)
+    engines = _versioned(_engines(spec, env, starts), document).bind(document)
     document = spec.model_dump(mode="json", include={"name", "store", "gateway"})
     document["engine"] = {"base_model": spec.engine.base_model}
     document["replicas"] = {"min": spec.replicas.min, "max": max(1, spec.replicas.min)}
@@ -233,12 +251,12 @@ def _environment(spec: ServingSpec) -> dict[str, str]:
         **store_credentials(),
         "TOKENIZERS_PARALLELISM": "false",
         _BASES: bases_of(spec),
-        **TRANSPORT,
+        **_TRANSPORT,
     }
 
 
 # Any, here and below: Serve's decorators are typed for their other uses.
-def _engines(spec: ServingSpec, env: Mapping[str, str]) -> Any:
+def _engines(spec: ServingSpec, env: Mapping[str, str], starts: int) -> Any:
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
     from serving.router import STATS_PERIOD_S, AdapterRouter
@@ -254,6 +272,7 @@ def _engines(spec: ServingSpec, env: Mapping[str, str]) -> Any:
         EngineReplica,
         name="engine",
         max_ongoing_requests=replicas.max_ongoing_requests,
+        max_constructor_retry_count=starts,
         autoscaling_config=AutoscalingConfig(
             min_replicas=replicas.min,
             max_replicas=replicas.max,
@@ -287,6 +306,7 @@ def _gateways(spec: ServingSpec, env: Mapping[str, str]) -> Any:
         ingress(Gateway),
         name="gateway",
         num_replicas=spec.gateway.replicas,
+        max_constructor_retry_count=_STARTS * spec.gateway.replicas,
         max_ongoing_requests=spec.gateway.max_waiting_requests,
         ray_actor_options={"num_cpus": spec.gateway.cpus, "runtime_env": {"env_vars": env}},
         **_shared(spec),
@@ -306,10 +326,13 @@ def _unwrapped(error: Exception) -> Exception:
     """What the replica raised, without Ray's wrapping; a lost replica as UnavailableError."""
     from grpc.aio import AioRpcError
     from ray.exceptions import RayError, RayTaskError
+    from ray.serve.exceptions import DeploymentUnavailableError
 
     if isinstance(error, RayTaskError):
         return error.cause
     # Whatever else Ray and gRPC raise here tells of the process or node, and not of the request.
     if isinstance(error, RayError | AioRpcError):
         return UnavailableError(f"the replica was lost ({type(error).__name__}); try again")
+    if isinstance(error, DeploymentUnavailableError):
+        return UnavailableError("no engine comes up; see the logs of Ray Serve's controller")
     return error

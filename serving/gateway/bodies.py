@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from cluster.errors import BodyTooLargeError, RequestError, SlowBodyError
 from cluster.spec import nearest
+from serving.ingress import BODY
 from serving.spec import GatewaySpec
 
 B = TypeVar("B", bound=BaseModel)
@@ -49,14 +50,21 @@ def checked(data: Mapping[str, Any], cls: type[B]) -> B:
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
+    ahead: bytes | None = request.scope.get(BODY)
+    if ahead is not None:
+        return _checked_size(ahead, len(ahead), max_bytes)
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
         size += len(part)
-        if size > max_bytes:
-            raise BodyTooLargeError(f"the body is over {max_bytes:,} bytes; send less at once")
-        parts.append(part)
+        parts.append(_checked_size(part, size, max_bytes))
     return b"".join(parts)
+
+
+def _checked_size(part: bytes, size: int, max_bytes: int) -> bytes:
+    if size > max_bytes:
+        raise BodyTooLargeError(f"the body is over {max_bytes:,} bytes; send less at once")
+    return part
 
 
 def _parse(raw: bytes) -> Any:

@@ -35,13 +35,14 @@ ADAPTERS = (None, "lora", "prefix-tuning")
 
 @dataclass(frozen=True)
 class Service:
-    """`graft serve` at `url`; `expected` is what each of the requests must be answered with.
-    `command` is what started it."""
+    """`graft serve` of `base` at `url`; `expected` is what each of the requests must be answered
+    with. `command` is what started it."""
 
     url: str
     process: subprocess.Popen[str]
     expected: list[str]
     command: list[str]
+    base: Path
 
 
 def request(number: int) -> dict[str, Any]:
@@ -60,7 +61,8 @@ def request(number: int) -> dict[str, Any]:
 def service(
     ray_cluster: RayCluster, bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
-    folder, base = tmp_path_factory.mktemp("service"), bases("llama")
+    folder = tmp_path_factory.mktemp("service")
+    base = shutil.copytree(bases("llama"), folder / "base")
     registry = Registry(str(folder / "store"))
     engine = Engine(EngineSpec(base_model=str(base)))
     for variant in ("lora", "prefix_tuning"):
@@ -81,7 +83,8 @@ def service(
         for key, value in ray_cluster.env.items():
             patch.setenv(key, value)
         process = start(*command)
-        yield Service(served_at(process), process, [answer.text for answer in answers], command)
+        texts = [answer.text for answer in answers]
+        yield Service(served_at(process), process, texts, command, base)
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=90)
@@ -150,15 +153,36 @@ async def grow(service: Service, count: int) -> None:
             assert answers == service.expected
 
 
-def test_more_load_more_replicas_and_no_answer_changes(service: Service) -> None:
-    """From none: the first ones wait for a replica to come up."""
+def test_an_engine_that_fails_to_start_is_started_again(service: Service) -> None:
+    """More often than Ray Serve does of its own accord; who waits for it is answered."""
+    weights, tried = service.base / "model.safetensors", set[int]()
+
+    def one_more_than_serve_tries() -> bool:
+        tried.update(replicas())
+        return len(tried) > 3
+
+    async def wait() -> str:
+        async with connected(service) as http:
+            asked = asyncio.create_task(ask(http, 0))
+            what = "an engine was given up"
+            await asyncio.to_thread(until, one_more_than_serve_tries, timeout_s=90, what=what)
+            hidden.rename(weights)
+            return await asked
+
     assert not replicas()
+    hidden = weights.rename(weights.with_suffix(".hidden"))
+    assert asyncio.run(wait()) == service.expected[0]
+
+
+def test_more_load_more_replicas_and_no_answer_changes(service: Service) -> None:
+    """Some wait for a replica to come up."""
     assert httpx2.get(f"{service.url}/ready").status_code == 200
     asyncio.run(grow(service, MAX_REPLICAS))
 
 
 def test_the_gateway_shows_the_figures_of_every_replica(service: Service) -> None:
     def told() -> bool:
+        asyncio.run(answer_some(service))  # with nothing to do they would go before they told
         lines = httpx2.get(f"{service.url}/metrics", timeout=30).text.splitlines()
         steps = [line for line in lines if line.startswith("graft_engine_steps_total{replica=")]
         return len(steps) == len(replicas()) and any(not s.endswith(" 0.0") for s in steps)

@@ -1,0 +1,88 @@
+"""Short bodies ahead of their requests' messages, on a real socket; every other one as ever."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from serving.ingress import BODY, MAX_BYTES, BodyAhead, middleware
+
+GONE = threading.Event()
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with what it finds of a body, and where; stays for a client that leaves."""
+    ahead, parts = scope.get(BODY), list[bytes]()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        parts.append(message["body"])
+        if not message["more_body"]:
+            break
+    if scope["path"] == "/wait":
+        assert (await receive())["type"] == "http.disconnect"
+        GONE.set()
+        return
+    found = [None if ahead is None else len(ahead), len(b"".join(parts))]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": json.dumps(found).encode()})
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    (wrapped,) = middleware()
+    assert wrapped.cls is BodyAhead
+    config = uvicorn.Config(
+        BodyAhead(app), host="127.0.0.1", port=0, log_level="error", lifespan="off"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join()
+
+
+def ask(port: int, head: str, *parts: bytes, pause_s: float = 0.0) -> Any:
+    """The answer to a request that comes in pieces."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        line.sendall(f"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}\r\n\r\n".encode())
+        for part in parts:
+            time.sleep(pause_s)
+            line.sendall(part)
+        answer = b"".join(iter(lambda: line.recv(65536), b""))
+    return json.loads(answer[answer.index(b"[") : answer.index(b"]") + 1])
+
+
+def test_a_short_body_is_ahead_and_still_there(port: int) -> None:
+    for size in (1, 900, 5000):
+        found = [ask(port, f"Content-Length: {size}", b"x" * size) for _ in range(10)]
+        assert [size, size] in found, "none came within its time"
+        assert all(read == size and ahead in (None, size) for ahead, read in found)
+    assert ask(port, f"Content-Length: {MAX_BYTES}", b"x" * MAX_BYTES)[1] == MAX_BYTES
+
+
+def test_other_bodies_are_where_they_were(port: int) -> None:
+    assert ask(port, "Content-Length: 5", b"he", b"llo", pause_s=0.1) == [None, 5]
+    assert ask(port, "Content-Length: 5", b"hello", pause_s=0.1) == [None, 5]
+    assert ask(port, "Content-Length: 70000", b"x" * 70_000) == [None, 70_000]
+    assert ask(port, "Transfer-Encoding: chunked", b"5\r\nhello\r\n0\r\n\r\n") == [None, 5]
+    assert ask(port, "Content-Length: 0") == [None, 0]
+
+
+def test_a_client_that_leaves_is_noticed(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
+        line.sendall(b"POST /wait HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+        time.sleep(0.1)
+        assert not GONE.is_set()
+    assert GONE.wait(5)

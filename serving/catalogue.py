@@ -24,6 +24,7 @@ from cluster.registry import AdapterVersion, Registry
 from cluster.spec import nearest
 
 _log = structlog.get_logger("graft.catalogue")
+_AT_ONCE = 0.9  # of a snapshot's time, so that it is not over before the next call
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,20 @@ class Catalogue:
             found[version.ref] = version, weight
         return AdapterMix(tuple(found[ref] for ref in sorted(found)))
 
+    def is_at_hand(self, model: str, allows: Callable[[str], bool]) -> bool:
+        """Whether `resolve`, called at once, finds it without a look at the store."""
+        snapshot = self._snapshot
+        is_fresh = snapshot is not None and self._is_fresh(snapshot, _AT_ONCE)
+        catalog = snapshot.catalog if snapshot is not None and is_fresh else Catalog({}, {})
+
+        def is_known(name: str) -> bool:
+            if name == self.base_name:
+                return allows(name)
+            found = catalog.find(name)
+            return found is not None and found in self._manifests and allows(found[0])
+
+        return all(is_known(name) for name, _ in parse_mix(model) or [(model, 1.0)])
+
     def _resolve_one(self, model: str, allows: Callable[[str], bool]) -> AdapterVersion | None:
         if model == self.base_name and allows(model):
             return None
@@ -121,7 +136,7 @@ class Catalogue:
 
     def _catalog(self) -> Catalog:
         snapshot = self._snapshot
-        if snapshot is not None and time.monotonic() - snapshot.at <= self._ttl_s:
+        if snapshot is not None and self._is_fresh(snapshot):
             return snapshot.catalog
         # One thread looks; the others wait only for the very first snapshot.
         if not self._lock.acquire(blocking=snapshot is None):
@@ -141,6 +156,9 @@ class Catalogue:
             return catalog
         finally:
             self._lock.release()
+
+    def _is_fresh(self, snapshot: _Snapshot, share: float = 1.0) -> bool:
+        return time.monotonic() - snapshot.at <= share * self._ttl_s
 
     def _manifest(self, name: str, number: int) -> AdapterVersion:
         if (name, number) not in self._manifests:

@@ -46,6 +46,8 @@ from serving.spec import GatewaySpec
 # OpenAI's defaults.
 _COMPLETION_TOKENS = 16
 _TEMPERATURE = 1.0
+# Characters whose tokens are there sooner than a thread would have them.
+_ENCODED_AT_ONCE = 1000
 # Options that mean the same to the engine.
 _SAME = (
     "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -127,7 +129,7 @@ class Service:
         adapter = await self._resolve(body.model, tenant)
         per_prompt = max(body.n or 1, body.best_of or 1)
         self._check_count(len(body.prompts) * per_prompt, "prompt")
-        prompts = await asyncio.to_thread(self._encode, body.prompts, encode_prompt)
+        prompts = await self._encoded(body.prompts, encode_prompt)
         is_ranked = per_prompt > (body.n or 1)
         return self._job(
             "cmpl", began_s, body, tenant, adapter, prompts, per_prompt,
@@ -152,7 +154,7 @@ class Service:
         """Of a request that arrived at `began_s`. Raises CallerError for whatever cannot run."""
         adapter = await self._resolve(body.model, tenant)
         self._check_count(len(body.inputs), "input")
-        prompts = await asyncio.to_thread(self._encode, body.inputs, encode_text)
+        prompts = await self._encoded(body.inputs, encode_text)
         requests = [
             GenerationRequest(
                 prompt_token_ids=prompt,
@@ -270,6 +272,8 @@ class Service:
             trace.answered(index, times, job.began_s, tokens)
 
     async def _resolve(self, model: str, tenant: Tenant) -> NamedAdapter | None:
+        if self.catalogue.is_at_hand(model, tenant.allows):
+            return self.catalogue.resolve(model, tenant.allows)
         return await asyncio.to_thread(self.catalogue.resolve, model, tenant.allows)
 
     def _check_count(self, answers: int, param: str) -> None:
@@ -281,13 +285,17 @@ class Service:
                 param=param,
             )
 
-    def _encode(
+    async def _encoded(
         self, prompts: Sequence[str | list[int]], encode: Callable[[Any, str], list[int]]
     ) -> list[list[int]]:
-        return [
-            encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
+        def encoded() -> list[list[int]]:
+            return [
+                encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
+                for prompt in prompts
+            ]
+
+        characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        return encoded() if characters <= _ENCODED_AT_ONCE else await asyncio.to_thread(encoded)
 
     def _job(
         self,

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-# Of Linux's 19, a third of the share of others. No more: a thread that waits for a core may hold
-# the interpreter's lock, and the engine's would wait with it.
-_NICENESS = 5
+# Steps below the process's own: a third of the share of its other threads. No more: a thread that
+# waits for a core may hold the interpreter's lock, and the engine's would wait with it.
+_NICENESS, _MOST = 5, 19
 
 
 def background(name: str, threads: int) -> ThreadPoolExecutor:
@@ -26,7 +26,8 @@ def _give_way() -> None:
     if sys.platform != "linux":
         return
     thread = threading.get_native_id()
-    os.setpriority(os.PRIO_PROCESS, thread, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+    own = os.getpriority(os.PRIO_PROCESS, 0)  # Ray's workers have 15 of their own accord
+    os.setpriority(os.PRIO_PROCESS, thread, min(_MOST, own + _NICENESS))
     # Its operators would have threads of their own, as many as the steps'. torch says how many when
     # a thread first asks, and for the whole process where it is told.
     torch.get_num_threads()

@@ -340,13 +340,14 @@ class Registry:
                     "manifest's hash; it was changed or damaged: publish the adapter anew"
                 )
 
-    def _numbers(self, name: str) -> list[int]:
+    def numbers(self, name: str) -> list[int]:
+        """The whole versions of `name`, oldest first; none if nobody published under it."""
         matches = map(_MANIFEST_KEY.fullmatch, self.store.list(f"adapters/{name}"))
         return sorted(int(match[2]) for match in matches if match)
 
     def _existing(self, name: str) -> list[int]:
         check_name(name, "adapter")
-        numbers = self._numbers(name)
+        numbers = self.numbers(name)
         if not numbers:
             known = nearest(name, self.names())
             raise NotFoundError(f"adapter {name!r} is not in {self.store.uri}{known}")

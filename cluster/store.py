@@ -32,6 +32,9 @@ from cluster.names import absolute_uri, local_folder
 
 _KEY = re.compile(r"[A-Za-z0-9._@+=-]+(/[A-Za-z0-9._@+=-]+)*")
 _CHUNK_BYTES, _PIECE_BYTES = 8 * 2**20, 2**20
+_WHOLE_BYTES, _PART_BYTES = 64 * 2**20, 16 * 2**20
+# As long as anything comes, a large file may take its time; obstore's own limit is 30 s for all.
+_TIMEOUTS = {"timeout": "1h", "read_timeout": "60s"}
 
 
 class Store:
@@ -57,8 +60,18 @@ class Store:
             obstore.put(self._store, _checked(key), data, mode="create", use_multipart=False)
 
     def create_file(self, key: str, path: Path) -> None:
-        """Write the content of `path` under a new key; as `create`."""
-        self.create(key, path.read_bytes())
+        """Write the content of `path` under a new key; as `create`. A large file goes in parts,
+        which carry no condition: of two writers at once, which no caller has, the last would win.
+        """
+        if path.stat().st_size <= _WHOLE_BYTES:
+            self.create(key, path.read_bytes())
+            return
+        if self.exists(key):
+            raise ConflictError(f"{self.uri}/{key}: exists already, and is never overwritten")
+        with storage_faults(f"{self.uri}/{key}"):
+            obstore.put(
+                self._store, _checked(key), path, use_multipart=True, chunk_size=_PART_BYTES
+            )
 
     def read(self, key: str) -> bytes:
         """The bytes under `key`. Raises NotFoundError."""
@@ -213,12 +226,13 @@ def _open(uri: str) -> Any:
             raise SpecError(f"store {uri}: is a file; name a folder")
         return LocalStore(folder, mkdir=True)
     options: dict[str, Any] = {}
+    client: dict[str, Any] = dict(_TIMEOUTS)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if uri.startswith("s3://") and endpoint:
         options["endpoint"] = endpoint
         if urlsplit(endpoint).hostname in ("127.0.0.1", "localhost", "::1"):
-            return cast("Any", from_url)(uri, config=options, client_options={"allow_http": True})
-    return cast("Any", from_url)(uri, config=options)
+            client["allow_http"] = True
+    return cast("Any", from_url)(uri, config=options, client_options=client)
 
 
 def _checked(key: str) -> str:

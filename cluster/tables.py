@@ -137,7 +137,7 @@ def faults(path: object, from_row: int | None = None) -> Generator[None]:
         raise DataError(
             f"data {path}: {where}holds text that is not UTF-8 ({error}); write it anew"
         ) from error
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"data {path}: {where}cannot be read: {reason}") from error
 
@@ -180,10 +180,10 @@ def _stream_json(path: Path) -> RowStream:
     """Line by line with Python's own reader: Arrow's fixes the types by the first block."""
 
     def parts() -> Iterator[_Chunk]:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             lines = (line for line in file if line.strip())
             while chunk := list(islice(lines, _CHUNK_ROWS)):
-                rows = [json.loads(line) for line in chunk]
+                rows = [json.loads(line.decode("utf-8-sig")) for line in chunk]
                 if not all(isinstance(row, dict) for row in rows):
                     raise ValueError("a line is not a JSON object")
                 yield rows
@@ -193,7 +193,10 @@ def _stream_json(path: Path) -> RowStream:
             yield [{column: row.get(column) for column in columns} for row in rows]
 
     with path.open("rb") as file:
-        num_rows = sum(1 for line in file if line.strip())
+        lines = (line for line in file if line.strip())
+        if (first := next(lines, b"")).lstrip().startswith(b"["):
+            raise ValueError("is a JSON array; write one object a line, as jq -c '.[]' does")
+        num_rows = bool(first) + sum(1 for _ in lines)
     names = dict.fromkeys(name for row in next(parts(), []) for name in row)
     return RowStream(path, tuple(names), num_rows, chunks, is_open=True)
 

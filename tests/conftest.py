@@ -253,7 +253,8 @@ class RayCluster:
         assert self.process.stdout is not None
         self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
-        assert any(line.startswith("done: ") for line in self.process.stdout)
+        done = any(line.startswith("done: ") for line in self.process.stdout)
+        assert done, f"the cluster ended instead of: {what}"
 
 
 @contextmanager

@@ -82,9 +82,9 @@ def started(dashboard: str, base: Path, folder: Path) -> Iterator[Jobs]:
         failed = do(lambda: finish(train("lora", "failed", *bad)))
         killed = do(lambda: finish_killed(
             train("prompt_tuning", "killed", *small, *EVALUATED, "max_steps=200"),
-            "step 15/200", has_checkpoint))  # fmt: skip
+            "step 15/200", _has_checkpoint))  # fmt: skip
         several = do(lambda: finish_killed(
-            train("sweep", "sweep", *small, *SWEEP), middle, has_checkpoint))  # fmt: skip
+            train("sweep", "sweep", *small, *SWEEP), middle, _has_checkpoint))  # fmt: skip
         stopped = do(lambda: _stop_and_go_on(dashboard, train(*goes_on)))
         tamed = do(lambda: _go_on(dashboard, several.result().job, *TAME))
         yield Jobs(lora, killed, several, tamed, failed, stopped)
@@ -93,8 +93,7 @@ def started(dashboard: str, base: Path, folder: Path) -> Iterator[Jobs]:
             process.kill()
 
 
-def has_checkpoint(job: str) -> bool:
-    """Whether the job has something to go on from."""
+def _has_checkpoint(job: str) -> bool:
     kept = Registry(STORE).store.list(f"runs/{job}")
     return any(key.endswith("progress.json") for key in kept)
 

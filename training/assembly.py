@@ -139,7 +139,9 @@ def check_base(base: Any, spec: TrainingSpec) -> None:
     """Raise BaseModelError for a base that leaves out layers at random, other ones on each worker
     and in each micro-batch (their collective calls would not meet, and the loss would depend on how
     a batch is cut), or that float16 is too narrow for, as T5's feed-forward is."""
-    if dropped := [key for key in _LAYER_DROP if getattr(base.config, key, None)]:
+    parts = [base.config, *(getattr(base.config, part, None) for part in ("encoder", "decoder"))]
+    keys = _LAYER_DROP if base.config.is_encoder_decoder else ("layerdrop", "decoder_layerdrop")
+    if dropped := sorted({key for part in parts for key in keys if getattr(part, key, None)}):
         raise BaseModelError(
             f"base_model {spec.trained_base}: it leaves out layers at random in training; set "
             f"{' and '.join(dropped)} to 0 in its config.json (dropout within layers may stay)"

@@ -21,20 +21,19 @@ if TYPE_CHECKING:
 
 _CHECKED_ROWS = 200
 _LONGEST_TOKENS = 2048
-# A range of workers starts with what is free now, which takes moments. Behind a node's death Ray
-# Train still counts on it for a while, and would wait a minute for workers to find room there.
-_ELASTIC = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
 # Ray's process name and colours, and its time stamps.
 _DECORATION = re.compile(
     r"^(\x1b\[\d+m)?(\([^()]*pid=\d+[^()]*\))?(\x1b\[0m)? ?"
     r"(\[?\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\S* ?\S* \S+:\d+ -- )?"
 )
-_NOISE = (
-    "Warning:", "warnings.warn(", "return func(*args", "Loading weights", "Reporting training",
-    "Checkpoint successfully", "Runtime env is", "Running entrypoint", "Requesting resources",
-    "Attempting to start", "Setting up process group", "world_rank=", "core_worker.cc",
-    "Started training worker group", "built successfully",
-)  # fmt: skip
+# By how they begin: what is shown of rows and answers may hold the same words.
+_NOISE = re.compile(
+    r"\s*(\S+:\d+: \w*Warning: |warnings\.warn\($|return func\(\*args|Loading weights: "
+    r"|Reporting training result |Checkpoint successfully |Runtime env is |Running entrypoint "
+    r"|Requesting resources: |Attempting to start training worker group |Setting up process group "
+    r"|Started training worker group |- \(ip=\S+ pid=\d+\) world_rank=|\[.*core_worker\.cc"
+    r"|.*built successfully$)"
+)
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,8 @@ def submit(spec: TrainingSpec, session: Session, *, continues: str | None = None
             "TOKENIZERS_PARALLELISM": "false",
             "DS_BUILD_OPS": "0",
             "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print every worker's line twice
-            **(_ELASTIC if isinstance(spec.workers.count, tuple) else {}),
+            # Ray shows GPUs to workers that asked for none, and DeepSpeed takes what it sees.
+            **({} if spec.workers.gpus else {"CUDA_VISIBLE_DEVICES": ""}),
         },
     )
     return job_id
@@ -326,4 +326,4 @@ def _with_method(spec: TrainingSpec) -> tuple[TrainingSpec, int]:
 def readable(line: str) -> str | None:
     """A log line without what Ray puts around it; None for one that only Ray's developers read."""
     text = _DECORATION.sub("", line).rstrip()
-    return None if not text or any(noise in text for noise in _NOISE) else text
+    return None if not text or _NOISE.match(text) else text

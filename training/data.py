@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import DataError
+from cluster.errors import DataError, StoreError
 from cluster.tables import stream_rows
 from cluster.tasks import Task
 from training.data_spec import DataSpec
@@ -24,7 +24,7 @@ from training.formats import detect_format, iterate_rows
 from training.lint import DataReport, Linter
 from training.rows import count_learned, count_tokens, row_hash, write_rows
 
-FORMAT = 4  # counts up when a template, the masking, the hashing or the files change
+FORMAT = 5  # counts up when a template, the masking, the hashing or the files change
 _PROGRESS_S = 5.0
 
 
@@ -55,7 +55,13 @@ def tokenize(
     if on_progress:
         rows = _told(rows, stream.num_rows, on_progress)
     how = encoding(task, row_format, spec, tokenizer)
-    write_rows(_kept(rows, how, task, spec, linter), to, task=task)
+    try:
+        write_rows(_kept(rows, how, task, spec, linter), to, task=task)
+    except OSError as error:  # what reading raises is a DataError
+        raise StoreError(
+            f"{to}: tokenised rows cannot be written ({error.strerror or error}); free room there, "
+            "or set TMPDIR to a folder with more"
+        ) from error
     report = linter.report()
     is_whole = report.rows == stream.num_rows
     if report.kept == 0 and is_whole:

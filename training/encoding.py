@@ -7,6 +7,7 @@ the format (training.formats). Knows one row at a time; who counts and cuts them
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ _PREAMBLE = (
     "Write a response that appropriately completes the request.\n\n"
 )
 _SHOWN_CHARACTERS = 240
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 
 
 class Encoding(Protocol):
@@ -250,7 +252,7 @@ def _shown(ids: Sequence[int], tokenizer: Any) -> str:
 
 def _tokenize_chat(messages: list[dict[str, str]], tokenizer: Any) -> Row:
     _check_template(tokenizer)
-    if "{% generation %}" not in tokenizer.chat_template.replace("{%-", "{%").replace("-%}", "%}"):
+    if not _GENERATION.search(tokenizer.get_chat_template()):
         raise DataError(
             "the base's chat template marks no {% generation %} parts, so what the assistant said "
             "cannot be told from the rest; add the markers to the template"

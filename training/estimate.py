@@ -27,8 +27,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cluster.base_model import empty_base
+from cluster.base_model import empty_base, quantization_of
 from cluster.errors import SpecError
+from cluster.quantized_linear import is_quantized
 from cluster.tasks import Task
 from training import heap
 from training.assembly import check_base, make_backend, settle_norms
@@ -59,20 +60,21 @@ _DRAWN_STEPS = 1_000
 
 @dataclass(frozen=True)
 class Shape:
-    """The largest micro-batch: `rows` of `tokens` each, an encoder-decoder's sources, and its
-    `targets` of so many; or, where they lie end to end, rows of the lengths `packed`, if given."""
+    """The largest micro-batch: `rows` of `tokens` each, with `targets` of so many where these are
+    an encoder-decoder's; or, where they lie end to end, rows of the lengths `packed`."""
 
     rows: int
     tokens: int
-    targets: int = 0
+    targets: int | None = None
     packed: tuple[int, ...] | None = None
 
     @classmethod
     def of_length(cls, spec: TrainingSpec, tokens: int, targets: int | None = None) -> Shape:
-        """That of a job whose rows all have so many tokens; `targets` as many, if not given."""
+        """That of a job whose rows all have so many tokens, and targets as many if not given."""
         world_size = _workers(spec)
         parts = world_size * spec.accumulation(world_size)
-        return cls(-(-spec.global_batch_size // parts), tokens, targets or tokens)
+        targets = (targets or tokens) if spec.task == "seq_2_seq_lm" else None
+        return cls(-(-spec.global_batch_size // parts), tokens, targets)
 
     @classmethod
     def of_rows(cls, spec: TrainingSpec, rows: Sequence[Row]) -> Shape:
@@ -93,7 +95,7 @@ class Shape:
     def content(self, task: Task, *, is_packed: bool) -> list[Row]:
         """Rows of this shape, all of whose labels are learned."""
         lengths = self.packed if is_packed and self.packed else (self.tokens,) * self.rows
-        targets = {"seq_2_seq_lm": self.targets, "sequence_classification": 1}.get(task)
+        targets = 1 if task == "sequence_classification" else self.targets
         return [([0] * length, [0] * (targets or length)) for length in lengths]
 
 
@@ -209,9 +211,12 @@ class _Run:
         dtype = DTYPES[spec.precision]
         method = METHODS[spec.method.kind]
         base.to(dtype)
+        self._packed_file_bytes = 0
         if spec.quantization is not None:
-            quantize_shapes(base, spec.quantization)
+            quantize_shapes(base, spec.quantization, dtype)
             settle_norms(base)
+            if quantization_of(spec.trained_base) is None:
+                self._packed_file_bytes = _read_for_packing(base, spec.trained_base)
         model = method.attach(base, spec.method, spec.base_model)
         self.counts = count_parameters(model)
         # A base of which the method made float32 copies is no longer what was loaded.
@@ -290,6 +295,8 @@ class _Run:
         if with_heap:
             mapped = self._loaded if is_mapped else 0
             beside = heap.resident_bytes(self._ledger.events, mapped) - live
+            if is_mapped:  # what is not packed keeps the whole file, which was read, in memory
+                beside += self._packed_file_bytes
             loading = file_bytes + sum(size for n, size in self._ledger.events if n < self._loaded)
             if not is_mapped and loading > live + beside:
                 moment, beside = "while loading", 0
@@ -313,6 +320,13 @@ class _Run:
         for number, size in dict(self._ledger.events[: event + 1]).items():
             parts[self._ledger.parts[number]] += size
         return parts
+
+
+def _read_for_packing(base: Any, path: str) -> int:
+    """Bytes of the weights' file that are packed into other memory when a base is loaded."""
+    packed = {p for module in filter(is_quantized, base.modules()) for p in module.parameters()}
+    rest = sum(p.nbytes for p in base.parameters() if p not in packed)
+    return max(0, _weights_file(path)[1] - rest)
 
 
 def _weights_file(base: str) -> tuple[torch.dtype | None, int]:

@@ -93,7 +93,7 @@ def _print(job: TrainingSpec, found: Estimate) -> None:
         f"{job.method.kind}: {found.trainable_parameters:,} of {found.all_parameters:,} parameters "
         f"({share:.3%}) are trained, {job.precision}, {found.workers} workers, micro-batches of "
         f"{found.shape.rows} rows of {found.shape.tokens:,} tokens"
-        + (f" and targets of {found.shape.targets:,}" if job.task == "seq_2_seq_lm" else "")
+        + (f" and targets of {found.shape.targets:,}" if found.shape.targets else "")
         + (f" at most, {sum(found.shape.packed):,} packed" if found.shape.packed else "")
     )
     table = Table("MiB of each worker at its peak", box=None)

@@ -99,6 +99,9 @@ def _check_row(row: dict[str, Any], row_format: str, number: int, path: str | Pa
             raise DataError(
                 f"data {path}: row {number}: messages must be a list of {{role, content}} texts"
             )
+        # Arrow gives each turn the keys of all; a template that asks whether one is there must see
+        # what it would see of JSON.
+        row["messages"] = [{k: v for k, v in m.items() if v is not None} for m in messages]
         return
     optional = OPTIONAL.get(row_format, ())
     for column, value in row.items():

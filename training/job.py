@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -148,11 +149,11 @@ def _tokenize_into(store: Store, key: str, spec: TrainingSpec, data: DataSpec) -
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = load_tokenizer(spec.base_model)
         report = tokenize(data, tokenizer, Path(folder), spec.task, on_progress=tell)
-        parts = {part.name: part.read_bytes for part in sorted(Path(folder).iterdir())}
-        parts[_REPORT] = lambda: _json_bytes(asdict(report))  # last: it makes the others count
-        for name, read in parts.items():
+        parts = sorted(Path(folder).iterdir())
+        Path(folder, _REPORT).write_bytes(_json_bytes(asdict(report)))
+        for part in [*parts, Path(folder, _REPORT)]:  # the report last: it makes the others count
             with suppress(ConflictError):  # another job made the same file meanwhile
-                store.create(f"{key}/{name}", read())
+                store.create_file(f"{key}/{part.name}", part)
     return report
 
 
@@ -171,8 +172,12 @@ def _train(
 
     from training.worker import train_worker
 
-    ray.init(log_to_driver=True, logging_level=logging.WARNING)
     spec, workers = run.spec, run.spec.workers
+    if isinstance(workers.count, tuple):
+        # A range starts with what is free now, which takes moments. Behind a node's death Ray Train
+        # still counts on it for a while, and would wait a minute for workers to find room there.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    ray.init(log_to_driver=True, logging_level=logging.WARNING)
     resources = {"CPU": float(workers.cpus), "GPU": float(workers.gpus)}
     trainer = TorchTrainer(
         train_worker,
@@ -196,6 +201,7 @@ def _train(
             checkpoint_config=CheckpointConfig(num_to_keep=spec.checkpoints_kept),
         ),
     )
+    tell_room(spec, resources, cast("dict[str, float]", ray.cluster_resources()))
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
@@ -205,6 +211,21 @@ def _train(
     if FAILURE in ended:
         raise JobFailedError(f"training failed: {ended[FAILURE]}{_advice(store, run)}")
     return ended[RESULTS]
+
+
+def tell_room(spec: TrainingSpec, each: Mapping[str, float], cluster: Mapping[str, float]) -> None:
+    """Say so if the cluster has less than the least number of workers needs: Ray Train waits, which
+    is right where nodes are on their way, and else for ever."""
+    count = spec.workers.count
+    least = count if isinstance(count, int) else count[0]
+    for kind, amount in each.items():
+        if least * amount > (there := cluster.get(kind, 0.0)):
+            print(
+                f"waiting for {least * amount:g} {kind}s, of which the cluster has {there:g}: if "
+                f"no more nodes will come, stop this job and lower workers.count ({count}) or "
+                f"workers.{kind.lower()}s ({amount:g})",
+                flush=True,
+            )
 
 
 def _advice(store: Store, run: Run) -> str:

@@ -26,6 +26,18 @@ NAME = "graft_packed"
 _UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "alibi", "head_mask")
 
 
+# Of configs whose layers look at a token's place in the sequence by other means than its position:
+# Llama 4 scales queries by it and attends in chunks of it.
+_PLACES = ("attention_chunk_size", "attn_temperature_tuning")
+
+
+def check_packable(config: Any) -> None:
+    """Raise BaseModelError for a base of which rows must each begin their sequence."""
+    text = config.get_text_config()
+    if asked := [name for name in _PLACES if getattr(text, name, None)]:
+        raise BaseModelError(f"{text.model_type}: {asked[0]} counts places, so rows are not packed")
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each row lies: `bounds` are (start, end) in T. `prefix` holds, by layer, keys and

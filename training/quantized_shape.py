@@ -12,20 +12,26 @@ from typing import Any
 
 import torch
 
+from cluster.base_model import bitsandbytes_config
 from cluster.quantization import QuantizationSpec
 from cluster.quantized_linear import is_quantized, settle
 
 _BLOCK, _SCALES_BLOCK = 64, 256  # values, and scales of such blocks, that share a scale
 
 
-def quantize_shapes(base: Any, spec: QuantizationSpec) -> None:
-    """Put quantised modules in the place of `base`'s linear ones, which are on the meta device."""
-    from transformers.quantizers import AutoHfQuantizer
+def quantize_shapes(base: Any, spec: QuantizationSpec, dtype: torch.dtype) -> None:
+    """Put quantised modules in the place of `base`'s linear ones, which are on the meta device;
+    what is not packed has that dtype. A base that was saved quantised tells which modules are."""
+    from transformers.quantizers.auto import AutoHfQuantizer
 
-    from cluster.base_model import bitsandbytes_config
-
-    quantizer: Any = AutoHfQuantizer.from_config(bitsandbytes_config(spec), pre_quantized=False)
-    quantizer.preprocess_model(base, device_map=None)
+    asked: Any = getattr(base.config, "quantization_config", None) or bitsandbytes_config(spec)
+    quantizer: Any = AutoHfQuantizer.from_config(asked, pre_quantized=False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as when transformers loads them
+    try:
+        quantizer.preprocess_model(base, device_map=None)
+    finally:
+        torch.set_default_dtype(before)
     setattr(base, f"is_loaded_in_{spec.bits}bit", True)  # PEFT asks for it
     pack = _pack_4bit if spec.bits == 4 else _pack_8bit
     with torch.device("meta"):

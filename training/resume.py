@@ -73,7 +73,8 @@ def continued_spec(store: Store, job_id: str, overrides: Sequence[str]) -> Train
         _check_fits(old, new, job_id, f"adapters.{name}." if spec.adapters else "")
     done = runs.published_adapters(store, run)
     left = {name: own for name, own in spec.adapters.items() if name not in done}
-    if done and not left:  # it may have ended before it could tell so
+    if done and not left:  # it ended before it could tell so, and clean up
+        runs.finish(store, run, ", ".join(done.values()))
         raise ConflictError(f"job {job_id}: has published {', '.join(done.values())}; train anew")
     return spec.model_copy(update={"adapters": left})
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from cluster.errors import ConflictError, NotFoundError
+from cluster.errors import AdapterError, ConflictError, NotFoundError
 from cluster.registry import Registry
 from cluster.spec import parse_spec
 from cluster.store import Store
@@ -132,10 +132,13 @@ def published_adapters(store: Store, run: Run) -> dict[str, str]:
     registry, jobs = Registry(store), {link.job_id for link in lineage(store, run)}
     found: dict[str, str] = {}
     for name in run.spec.each():
-        with suppress(NotFoundError):  # nobody has published under this name
-            for version in registry.versions(name):
-                if version.card.get("job", {}).get("id") in jobs:
+        for number in reversed(registry.numbers(name)):
+            with suppress(AdapterError, NotFoundError):  # a damaged one, or one that left meanwhile
+                version = registry.read(name, number)
+                job: Any = (version.card or {}).get("job")  # others' cards hold what they like
+                if isinstance(job, dict) and job.get("id") in jobs:
                     found[name] = version.ref
+                    break
     return found
 
 

@@ -114,12 +114,11 @@ class Seq2SeqModel(LossModel):
         return output.logits.flatten()
 
     def _start(self, ids_1T: torch.Tensor) -> torch.Tensor:
-        """What the decoder reads first, [1, 1]: of most families a token of their configuration; of
-        mBART a target's last one, which is the end token."""
-        end = self._base.config.eos_token_id
-        end = end[0] if isinstance(end, list) else end
+        """What the decoder reads first, [1, 1]: what the configuration says, as generation has it;
+        without that what a target that ends as the source does would begin with (mBART)."""
+        start = getattr(self._base.config, "decoder_start_token_id", None)
         last = ids_1T[:, -1:]
-        return self._shifted(last if end is None else torch.full_like(last, end))
+        return self._shifted(last) if start is None else torch.full_like(last, start)
 
     def _compare(self, parameter: torch.Tensor, is_sharded: bool) -> None:
         rows = [([n + i for i in range(n)], [n, *range(n)]) for n in PROBE_LENGTHS]

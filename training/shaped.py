@@ -38,7 +38,8 @@ class _ShapedClassifier(Classifier):
         self._reads_last = hasattr(self._base, HEAD)
         if self._reads_last:
             with self._packing():
-                self._logits_packed(collate_labelled([([0] * 8, [0])] * 2, parameter.device))
+                rows = [(ids, [0]) for ids, _ in _PROBE]
+                self._logits_packed(collate_labelled(rows, parameter.device))
 
 
 SHAPED: Mapping[Task, type[LossModel]] = {
@@ -49,7 +50,10 @@ SHAPED: Mapping[Task, type[LossModel]] = {
 
 
 def _returns_its_heads(model: Any, batch: Any) -> bool:
-    """Whether the logits that the base returns are what its output embedding made."""
+    """Whether the logits that the base returns are what its output embedding made: but for a bias
+    that BART's relatives add, which is zeros in all of them but Marian."""
+    if hasattr(model.base, "final_logits_bias"):
+        return model.base.config.model_type != "marian"
     made: list[torch.Tensor] = []
     head = model.base.get_output_embeddings()
 

@@ -88,7 +88,7 @@ class WorkersSpec(Spec):
         "free while the job runs, going on from the last checkpoint at each change.",
     )
     cpus: PositiveFloat = Field(1, description="CPU cores of each, also its threads.")
-    gpus: float = Field(0, ge=0, description="GPUs of each; 0 trains on CPU.")
+    gpus: Literal[0, 1] = Field(0, description="GPUs of each; 0 trains on CPU.")
     max_failures: int = Field(
         3, ge=0, description="Worker failures survived by restarting from the last checkpoint."
     )

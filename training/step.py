@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from cluster.errors import BaseModelError, SpecError
 from training.lora_linear import fuse_loras
-from training.packed import NAME, Layout, packed, prefix_of, recomputation
+from training.packed import NAME, Layout, check_packable, packed, prefix_of, recomputation
 from training.rows import IGNORE
 
 # Of a spec's `precision`.
@@ -293,6 +293,7 @@ class LossModel(torch.nn.Module):
         base raises that cannot be packed ends it."""
         self._own_attention = self._base.config._attn_implementation
         try:
+            check_packable(self._base.config)
             self._base.set_attn_implementation(NAME)
             self.is_packed = True
             yield

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -17,7 +19,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 
-from cluster.errors import CallerError, JobFailedError
+from cluster.errors import CallerError, JobFailedError, SpecError, StoreError
 from cluster.memory import keep_freed_memory, peak_memory_mib
 from cluster.spec import parse_spec
 from cluster.store import Store, open_store
@@ -35,6 +37,9 @@ from training.tracking import Tracking, figures_of
 
 if TYPE_CHECKING:
     import ray.train
+
+# What allocators say that raise a plain RuntimeError.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +59,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
         # All workers come to the same end, and would again: Ray Train must not restart them.
         return {FAILURE: error.message}
     # It may be this worker alone: the others wait until Ray Train starts all anew, to be told.
-    except CallerError as error:  # its node has no base folder, or no compiler
+    except CallerError as error:  # its node has no base folder, no compiler, or another store
         runs.record_failure(store, config["job_id"], error.message)
         raise
     except (MemoryError, RuntimeError) as error:
@@ -66,9 +71,8 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lacks_memory(error: MemoryError | RuntimeError) -> bool:
-    """CPU allocators raise a plain RuntimeError."""
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    return isinstance(error, kinds) or any(part in str(error) for part in _OUT_OF_MEMORY)
 
 
 def _train(spec: TrainingSpec, store: Store, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,6 +290,11 @@ def _open_rows(store: Store, key: str) -> TokenRows:
     """The tokenised rows, in place on a shared file system, else copied once per worker."""
     folder = store.local_path()
     if folder is not None:
+        if not any((folder / key).glob("*.arrow")):
+            raise SpecError(
+                f"output.store {store.uri}: the job's rows are not in it on node "
+                f"{platform.node()}; name storage that all nodes share"
+            )
         return TokenRows(folder / key)
     with tempfile.TemporaryDirectory(prefix="graft-tokens-") as name:
         runs.fetch_folder(store, key, Path(name))
@@ -333,7 +342,14 @@ class _Reporter:
         self._uploaded.clear()
         # Ray Train deletes the folder when its upload has ended.
         folder = Path(tempfile.mkdtemp(prefix="graft-checkpoint-"))
-        write(folder)
+        try:
+            write(folder)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise StoreError(
+                f"checkpoint {folder}: cannot be written ({error.strerror or error}); free room "
+                "there, or set TMPDIR to a folder with more"
+            ) from error
         ray.train.report(
             metrics,
             ray.train.Checkpoint.from_directory(folder),

@@ -53,7 +53,8 @@ class ZeroBackend:
     """AdamW under ZeRO stage 1, 2 or 3. Needs torch.distributed to be initialised."""
 
     def __init__(self, model: LossModel, spec: TrainingSpec) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        # Not what the machine has: a job without GPUs may run beside one that it must not touch.
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if spec.workers.gpus else "cpu")
         import deepspeed
 
         # Its shared-memory all-reduce would be compiled at first use, for half a minute and only

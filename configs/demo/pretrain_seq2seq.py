@@ -1,9 +1,11 @@
 """Pretrain the demo's encoder-decoder: a small T5 on the exercises and with the tokenizer of base/.
 
-    python configs/demo/pretrain_seq2seq.py [--steps 4000]
+    python configs/demo/pretrain_seq2seq.py [--steps 3500]
 
-The encoder reads an exercise (pretrain.py), the decoder writes its answer. A pure function of the
-seed, the corpus and the number of threads.
+At first the encoder reads a text and the decoder copies it, which teaches the decoder to look at
+what was read: without that it learns answers by heart for thousands of steps. Then the encoder
+reads an exercise (pretrain.py), the decoder writes its answer. A pure function of the seed, the
+corpus and the number of threads.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,10 +34,20 @@ from transformers import (
 )
 
 IGNORE = -100
+COPY_STEPS = 800
+RATE = 0.25  # of pretrain.py's learning rate: T5 divides its attention's products by nothing
+Pair = tuple[str, str]
+
+
+def copy_of(_: str, text: str, __: random.Random) -> Pair:
+    """A text and itself, to be learned before any exercise."""
+    return text, text + EOS
 
 
 def batches(
-    corpus: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
+    corpus: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    make: Callable[[str, str, random.Random], Pair],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Endless (sources [B, S], their mask, answers [B, T]) with rows of like length together."""
     random_ = random.Random(SEED)
@@ -45,7 +57,7 @@ def batches(
         return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
     while True:
-        pairs = [exercise(*random_.choice(corpus), random_) for _ in range(BATCH * 32)]
+        pairs = [make(*random_.choice(corpus), random_) for _ in range(BATCH * 32)]
         sources, answers = (tokenizer(list(part))["input_ids"] for part in zip(*pairs, strict=True))
         rows = sorted(zip(sources, answers, strict=True), key=lambda row: len(row[0]))
         starts = list(range(0, len(rows), BATCH))
@@ -59,7 +71,7 @@ def batches(
 def main() -> None:
     """Train the model and write seq2seq_base/."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--output", type=Path, default=HERE / "seq2seq_base")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
@@ -73,11 +85,12 @@ def main() -> None:
     model = T5ForConditionalGeneration(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
-    started, data = time.monotonic(), batches(read_corpus(), tokenizer)
+    corpus, started = read_corpus(), time.monotonic()
+    copies, exercises = (batches(corpus, tokenizer, make) for make in (copy_of, exercise))
     for step in range(arguments.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, arguments.steps)
-        source, mask, labels = next(data)
+            group["lr"] = RATE * learning_rate(step, arguments.steps)
+        source, mask, labels = next(copies if step < COPY_STEPS else exercises)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=source, attention_mask=mask, labels=labels).loss
         loss.backward()

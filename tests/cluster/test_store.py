@@ -31,6 +31,22 @@ def test_what_is_created_is_read_back_listed_and_downloaded(store: Store, tmp_pa
     assert (tmp_path / "copy").stat().st_size == 3_000_000
 
 
+def test_a_large_file_goes_in_parts_and_is_written_once(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.store._WHOLE_BYTES", 2**20)
+    monkeypatch.setattr("cluster.store._PART_BYTES", 5 * 2**20)
+    content = bytes(range(256)) * 44_000
+    (tmp_path / "large").write_bytes(content)
+    store.create_file("a/large", tmp_path / "large")
+    assert store.read("a/large") == content
+    (tmp_path / "large").write_bytes(content[::-1])
+    with pytest.raises(ConflictError, match="never overwritten"):
+        store.create_file("a/large", tmp_path / "large")
+    assert store.read("a/large") == content
+    assert store.list() == ["a/large"]
+
+
 def test_a_key_is_written_once(store: Store) -> None:
     store.create("k", b"first")
     with pytest.raises(ConflictError, match="never overwritten"):

@@ -58,6 +58,9 @@ def test_bad_files_are_named(tmp_path: Path, read: Callable[[Path], object]) -> 
     (tmp_path / "number.jsonl").write_text("5\n")
     with pytest.raises(DataError, match=r"number\.jsonl"):
         read(tmp_path / "number.jsonl")
+    (tmp_path / "deep.jsonl").write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(DataError, match=r"deep\.jsonl"):
+        read(tmp_path / "deep.jsonl")
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(DataError, match="unknown kind"):
         read(tmp_path / "a.csv")
@@ -67,6 +70,22 @@ def test_bad_files_are_named(tmp_path: Path, read: Callable[[Path], object]) -> 
     write_table(TABLE.slice(0, 0), tmp_path / "empty.arrow")
     with pytest.raises(DataError, match="has no rows"):
         read(tmp_path / "empty.arrow")
+
+
+def test_lines_of_json_are_counted_as_they_are_read(tmp_path: Path) -> None:
+    """White space of other kinds ends no line, and a mark of the byte order is none of its text."""
+    lines = ["\ufeff" + '{"a": "one"}', "", '{"a": "b\u2028\u00a0"}', "  ", '{"a": "end"}']
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes("\r\n".join(lines).encode())
+    stream = stream_rows(path)
+    assert stream.num_rows == 3
+    assert [row["a"] for row in stream.rows(["a"])] == ["one", "b\u2028\u00a0", "end"]
+    path.write_bytes('{"a": "one"}\n\u00a0\n'.encode())
+    with pytest.raises(DataError, match=r"rows\.jsonl: "):
+        list(stream_rows(path).rows(["a"]))
+    path.write_text('[\n{"a": 1}\n]')
+    with pytest.raises(DataError, match="is a JSON array; write one object a line"):
+        stream_rows(path)
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:

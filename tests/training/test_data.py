@@ -2,6 +2,8 @@
 
 import json
 import re
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pyarrow as pa
 import pytest
 from conftest import byte_tokenizer
 
-from cluster.errors import DataError
+from cluster.errors import DataError, StoreError
 from cluster.tables import stream_rows, write_table
 from training.data import fingerprint, tokenize
 from training.data_spec import DataSpec, LintSpec
@@ -88,6 +90,34 @@ def test_plain_text_is_learned_whole(tmp_path: Path) -> None:
 def test_chat_learns_every_assistant_turn_alone(tmp_path: Path) -> None:
     _, tokens = run(tmp_path, [{"messages": CHAT}])
     assert learned(*tokens.row(0)) == "yo<|end|>no<|end|>"
+
+
+def test_keys_that_arrow_gives_every_turn_do_not_reach_the_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    mark = "{% if 'tool_calls' in m %}[calls]{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content", mark + "{{ m.content")
+    calling = [CHAT[0], {**CHAT[1], "tool_calls": "f()"}, *CHAT[2:]]
+    _, tokens = run(tmp_path, [{"messages": calling}], tokenizer)
+    assert tokenizer.decode(tokens.row(0)[0]).count("[calls]") == 1
+
+
+def test_of_several_chat_templates_the_default_is_taken(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    own = tokenizer.chat_template.replace("{% generation %}", "{%-generation-%}")
+    tokenizer.chat_template = {"default": own, "tool_use": "{{ messages }}"}
+    _, tokens = run(tmp_path, [{"messages": CHAT}], tokenizer)
+    assert learned(*tokens.row(0)) == "yo<|end|>no<|end|>"
+
+
+def test_a_full_disk_is_told_with_the_folder(tmp_path: Path) -> None:
+    resource.prlimit(0, resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(StoreError, match=r"tokens: tokenised rows cannot be written .*TMPDIR"):
+            run(tmp_path, [{"text": f"{n} " * 900} for n in range(200)])
+    finally:
+        resource.prlimit(0, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_chat_without_generation_marks_is_refused(tmp_path: Path) -> None:

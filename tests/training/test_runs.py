@@ -15,8 +15,9 @@ from cluster.errors import BaseModelError, ConflictError, NotFoundError, SpecErr
 from cluster.registry import Registry
 from cluster.spec import parse_spec
 from cluster.store import Store, open_store
-from training import worker
+from training import job, worker
 from training.checkpoint import Progress, read_checkpoint, write_checkpoint
+from training.command import readable
 from training.resume import continued_spec
 from training.rows import micro_batches
 from training.runs import (
@@ -159,10 +160,30 @@ def test_a_job_that_died_behind_its_publishing_does_not_publish_again(
     record_run(store, Run("job", spec))
     save(store, "job", 10, tmp_path / "one")
     publish(store, "another", "mine", tmp_path / "adapter")
+    Registry(store).publish("mine", tmp_path / "adapter", card={"job": "by hand"})
+    store.create("adapters/mine/00000003/manifest.json", b"damaged")
     assert continued_spec(store, "job", ()) == spec
     publish(store, "job", "mine", tmp_path / "adapter")
-    with pytest.raises(ConflictError, match=r"has published mine@2; train anew"):
+    with pytest.raises(ConflictError, match=r"has published mine@4; train anew"):
         continued_spec(store, "job", ())
+    assert not any("step-" in key for key in store.list("runs"))  # cleaned up behind it
+
+
+def test_what_the_cluster_lacks_is_told(
+    spec: TrainingSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.tell_room(spec, {"CPU": 4.0, "GPU": 1.0}, {"CPU": 8.0})
+    said = capsys.readouterr().out
+    assert said.startswith("waiting for 2 GPUs, of which the cluster has 0: if no more nodes")
+    assert "CPU" not in said
+
+
+def test_a_followed_log_shows_what_only_looks_like_noise() -> None:
+    ray = "\x1b[36m(RayTrainWorker pid=7)\x1b[0m "
+    for line in ("row 0: warnings.warn(x)  # Warning: world_rank=3", "answer: return func(*args)"):
+        assert readable(ray + line) == line
+    for noise in ("/a/b.py:3: UserWarning: x", "  warnings.warn(", "Loading weights:  0%"):
+        assert readable(ray + noise) is None
 
 
 def test_of_several_adapters_those_go_on_that_are_not_published(

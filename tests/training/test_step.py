@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from adapters import load, randomize
 from torch.nn.functional import cross_entropy
 
-from cluster.errors import SpecError
+from cluster.errors import BaseModelError, SpecError
 from cluster.spec import parse_spec
 from training.methods import METHODS, trainable_parameters
 from training.methods.course import Course
+from training.packed import check_packable
 from training.rows import IGNORE
 from training.spec import TrainingSpec
 from training.step import HeadLoss, LossModel, collate
@@ -146,6 +148,13 @@ def test_rows_do_not_touch(bases: Bases) -> None:
         alone = measured(collate([one], DEVICE))
         beside = measured(collate([other, one, other], DEVICE))
     assert abs(float(alone - beside)) < 1e-4
+
+
+def test_rows_whose_place_in_the_sequence_counts_are_not_packed() -> None:
+    """Llama 4 scales queries by it from the 8,192nd token on, which no short trial shows."""
+    with pytest.raises(BaseModelError, match="llama4_text: attention_chunk_size counts places"):
+        check_packable(transformers.Llama4TextConfig(num_hidden_layers=2))
+    check_packable(transformers.LlamaConfig(num_hidden_layers=2))
 
 
 def test_a_batch_without_labels_is_a_zero_with_a_graph(bases: Bases) -> None:

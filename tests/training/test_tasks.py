@@ -308,15 +308,16 @@ def test_greedy_answers_are_those_of_generate(
 
 
 def test_an_answer_begins_as_targets_do_where_these_wrap_around() -> None:
-    """mBART's decoder reads a target's last token first, whatever the source ends with."""
+    """mBART's decoder reads a target's last token first, whatever the source ends with; its
+    configuration names that token."""
     config = transformers.MBartConfig(
         vocab_size=261, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, pad_token_id=1,
-        eos_token_id=256, max_position_embeddings=96,
+        eos_token_id=2, decoder_start_token_id=256, max_position_embeddings=96,
     )  # fmt: skip
     torch.manual_seed(0)
     measured = Seq2SeqModel(transformers.MBartForConditionalGeneration(config)).eval()
-    source, target = [40, 41, 42], [50, 51, 256]
+    source, target = [40, 41, 42], [50, 51, 2, 256]
     loss = measured(collate_pairs([(source, target)], torch.device("cpu")))
     row = Continuation(source)
     learned = torch.zeros(())

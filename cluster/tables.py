@@ -1,4 +1,5 @@
-"""Tables in files: `save_to_disk` folders, Arrow IPC, Parquet and JSONL, read with distrust.
+"""Tables in files: `save_to_disk` folders, Arrow IPC, Parquet (also in shards) and JSONL, read with
+distrust.
 
 `open_table` gives a whole table, `stream_rows` its rows a few hundred at a time. Knows file
 formats, not what the columns mean. Ray must not be imported before a table is read: it registers
@@ -158,14 +159,9 @@ def _stream(path: Path) -> RowStream:
     if suffix in (*JSONL, ".json") and path.is_file():
         return _stream_json(path)
     if suffix in PARQUET and path.is_file():
-        file = pq.ParquetFile(path, memory_map=True)
-        check_schema(file.schema_arrow, path)
-
-        def parts(columns: Sequence[str]) -> Iterator[_Chunk]:
-            for batch in file.iter_batches(_CHUNK_ROWS, columns=list(columns)):
-                yield batch.to_pylist()
-
-        return RowStream(path, tuple(file.schema_arrow.names), file.metadata.num_rows, parts)
+        return _stream_parquet(path, [path])
+    if path.is_dir() and (shards := sorted(path.glob("*.parquet"))):
+        return _stream_parquet(path, shards)
     table = _read(path)  # memory-mapped, all of them
     check_schema(table.schema, path)
 
@@ -174,6 +170,33 @@ def _stream(path: Path) -> RowStream:
             yield batch.to_pylist()
 
     return RowStream(path, tuple(table.column_names), table.num_rows, slices)
+
+
+def _stream_parquet(path: Path, shards: Sequence[Path]) -> RowStream:
+    """One table in one file or several, as the Hub has them: train-00000-of-00002.parquet, …"""
+    if len(splits := sorted({shard.stem.split("-", 1)[0] for shard in shards})) > 1:
+        raise ValueError(f"holds files of {', '.join(splits)}; put those of each into a folder")
+    files = [pq.ParquetFile(shard, memory_map=True) for shard in shards]
+    first = files[0].schema_arrow
+    for shard, file in zip(shards, files, strict=True):
+        check_schema(file.schema_arrow, shard)
+        if not file.schema_arrow.equals(first):
+            raise ValueError(
+                f"{shard.name} has columns ({_columns(file.schema_arrow)}), {shards[0].name} has "
+                f"({_columns(first)}); write them alike"
+            )
+
+    def parts(columns: Sequence[str]) -> Iterator[_Chunk]:
+        for file in files:
+            for batch in file.iter_batches(_CHUNK_ROWS, columns=list(columns)):
+                yield batch.to_pylist()
+
+    num_rows = sum(file.metadata.num_rows for file in files)
+    return RowStream(path, tuple(first.names), num_rows, parts)
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)
 
 
 def _stream_json(path: Path) -> RowStream:
@@ -227,7 +250,10 @@ def _read_saved_dataset(path: Path) -> pa.Table:
     if (path / "dataset_dict.json").exists():
         raise ValueError("holds several splits; name one, for example " + str(path / "train"))
     if not (path / "state.json").exists():
-        raise ValueError("is not a folder that datasets' save_to_disk wrote (no state.json)")
+        raise ValueError(
+            "is neither a folder of .parquet files nor one that datasets' save_to_disk wrote (no "
+            "state.json)"
+        )
     from datasets import load_from_disk
 
     dataset: Any = load_from_disk(str(path)).with_format("arrow")

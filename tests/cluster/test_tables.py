@@ -88,6 +88,22 @@ def test_lines_of_json_are_counted_as_they_are_read(tmp_path: Path) -> None:
         stream_rows(path)
 
 
+def test_a_folder_of_shards_is_one_table(tmp_path: Path) -> None:
+    for number in range(3):
+        write_table(pa.table({"a": [number, number]}), tmp_path / f"train-0000{number}.parquet")
+    stream = stream_rows(tmp_path)
+    assert (stream.num_rows, stream.columns) == (6, ("a",))
+    assert [row["a"] for row in stream.rows(["a"])] == [0, 0, 1, 1, 2, 2]
+    write_table(pa.table({"a": ["text"]}), tmp_path / "train-00003.parquet")
+    with pytest.raises(
+        DataError, match=r"train-00003.parquet has columns \(a string\), train-0000"
+    ):
+        stream_rows(tmp_path)
+    (tmp_path / "train-00003.parquet").rename(tmp_path / "test-00000.parquet")
+    with pytest.raises(DataError, match="holds files of test, train; put those of each"):
+        stream_rows(tmp_path)
+
+
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     write_table(TABLE, tmp_path / "a.parquet")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])

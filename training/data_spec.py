@@ -36,8 +36,8 @@ class DataSpec(Spec):
     """Where the rows are, and how they become tokens."""
 
     train: str = Field(
-        description="Folder of `save_to_disk` or of Parquet shards, or a file of Arrow IPC, Parquet "
-        "or JSONL; on storage that every node sees."
+        description="Folder of `save_to_disk` or of Parquet shards, or a file of Arrow IPC, "
+        "Parquet or JSONL; on storage that every node sees."
     )
     format: Literal["auto", "alpaca", "prompt_completion", "chat", "text"] = Field(
         "auto",

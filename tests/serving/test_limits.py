@@ -43,7 +43,11 @@ def test_more_adapters_than_the_engine_holds(bases: Bases, tmp_path: Path, host_
     size = sum(t.nbytes for t in load_file(folder / "adapter_model.safetensors").values())
     memory = {"adapters_gib": 1.05 * copies * size / 2**30, "host_adapters_gib": host_gib}
     with running(bases("llama"), tmp_path, **memory) as small:
-        for name in names:
+        config = (folder / "adapter_config.json").read_text()
+        for name in names:  # each of a content of its own, by a field that changes nothing
+            changed = config.replace('"revision": null', f'"revision": "{name}"')
+            assert changed != config
+            (folder / "adapter_config.json").write_text(changed)
             small.registry.publish(name, folder)
         most = 0
 

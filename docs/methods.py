@@ -34,7 +34,7 @@ from training.spec import TrainingSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "methods.md"
-NUM_CPUS, MAX_TOKENS = 4, 24
+NUM_CPUS, MAX_TOKENS, CONTEXT_TOKENS = 4, 24, 512
 HEAD = f"""# Methods, measured
 
 Written by `python docs/methods.py` up to {date.today()}; do not edit. Each row is a preset of [configs/training](../configs/training) as it stands, run by `graft train` on the demo's data: two workers on {os.cpu_count()} CPU cores, no GPU, about 2,000 rows. Accuracy is the exact match of 200 held-out rows, answered greedily by the engine; a classifier is asked in plain PEFT, and the base beside it is the share of the commonest class. Seconds are those of the training loop, and of the job with its start-up, on a machine that had other work as well, so they compare nothing; memory is the peak of one worker, of which about 600 MiB are libraries.
@@ -106,7 +106,11 @@ class HeldOut:
         if base not in self._engines:
             # The demo's proxy-tuning has the base for its small base too.
             small = (base,) if spec.task == "causal_lm" else ()
-            self._engines[base] = Engine(EngineSpec(base_model=base, small_bases=small))
+            # The demo's T5 tells no context length.
+            context = None if spec.task == "causal_lm" else CONTEXT_TOKENS
+            self._engines[base] = Engine(
+                EngineSpec(base_model=base, small_bases=small, max_context_tokens=context)
+            )
         return self._engines[base]
 
 

@@ -46,7 +46,7 @@ README, PICTURE, EVENTS = "README.md", "loss.png", "events.out.tfevents.graft"
 PUBLISHED_FILES = (CONFIG, WEIGHTS, README, PICTURE, EVENTS)
 _MANIFEST_KEY = re.compile(rf"adapters/({NAME.pattern})/([0-9]{{8}})/manifest\.json")
 _ALIAS_KEY = re.compile(rf"aliases/({NAME.pattern})/({NAME.pattern})/[0-9]{{8}}\.json")
-_HASHED_BYTES = 2**20  # at a time
+_HASHED_BYTES = 2**16  # at a time: more leave the cache between reading and hashing
 _log = logging.getLogger("graft.registry")
 
 
@@ -270,7 +270,7 @@ class Registry:
         is not what it was. Raises AdapterError if the store's own copy is damaged.
 
         Args:
-            pause: As Store.download's.
+            pause: Called between small pieces of the work, for who fetches beside other work.
         """
         target = cache / version.content_hash
         if self._is_sound(version, target, pause):
@@ -333,8 +333,8 @@ class Registry:
             if file not in PUBLISHED_FILES:
                 raise AdapterError(f"adapter {version.ref}: manifest names a strange file {file!r}")
             key = f"{_folder(version.name, version.version)}/{file}"
-            digest = self.store.download(key, folder / file, pause)
-            if FileEntry(digest, (folder / file).stat().st_size) != entry:
+            self.store.download(key, folder / file, pause)
+            if _file_entry(folder / file, pause) != entry:
                 raise AdapterError(
                     f"adapter {version.ref}: {file} in {self.store.uri} does not match its "
                     "manifest's hash; it was changed or damaged: publish the adapter anew"

@@ -8,8 +8,12 @@ for whom, is the replica's.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+
+import torch
 
 from cluster.mixes import AdapterMix, NamedAdapter
 from cluster.registry import AdapterVersion, Registry
@@ -21,6 +25,9 @@ from serving.engine import Engine
 # can take minutes, and PEFT does one at a time; of mixes anybody may ask for as many as he likes.
 # Each lies outside of engine.adapters_gib until there is room for it.
 LANES: Mapping[str, int] = {"plain": 4, "merged": 1, "mix": 1}
+# Of a core, what loading may take from a busy engine. Where its steps use every core, they are as
+# much longer; where they do not, lowering alone disturbs them, by the interpreter's lock.
+_SHARE, _SHARE_OF_LOCK = 0.08, 0.2
 
 
 def lane_of(adapter: NamedAdapter) -> str:
@@ -41,7 +48,10 @@ class AdapterLoader:
         # One thread each: more would take more from the steps, and of what was freed again malloc
         # gives a thread its own alone.
         self._lowering = {lane: background(f"lower-{lane}", 1) for lane in LANES}
-        self._pace = Pace(lambda: engine.has_work)
+        steps_on = torch.get_num_threads() if engine.runner.device.type == "cpu" else 0
+        self._is_on_steps_cores = steps_on >= (os.cpu_count() or 1)
+        share = _SHARE if self._is_on_steps_cores else _SHARE_OF_LOCK
+        self._pace = Pace(lambda: engine.has_work, share)
 
     async def load(self, adapter: NamedAdapter) -> LoweredAdapter:
         """Fetch and lower, or mix. Raises GraftError for what cannot be had or does not fit."""
@@ -72,7 +82,7 @@ class AdapterLoader:
         return lowered
 
     def _fetched(self, adapter: AdapterVersion) -> Path:
-        with self._pace.kept():
+        with self._pace.kept() if self._is_on_steps_cores else nullcontext():
             return self._registry.fetch(adapter, self._cache, give_way)
 
     def _lowered(self, folder: Path, content: str) -> LoweredAdapter:

@@ -92,11 +92,12 @@ def lower_lora(
             first_a_rI, first_b_Or = _first(folder, module, shape, rank, scale, str(start))
             a_rI, b_Or = torch.cat([a_rI, first_a_rI]), torch.cat([b_Or, -first_b_Or], dim=1)
         shift = found.shifts.pop(module, None)
-        deltas[module] = (
-            _dora(folder, module, shape, (a_rI, b_Or), parts["magnitude"].float(), shift)
-            if folder.config.get("use_dora")
-            else LinearDelta(a_rI.T, (b_Or * shape.scale).T, shift)
-        )
+        if folder.config.get("use_dora"):
+            factors, magnitude_O = (a_rI, b_Or), parts["magnitude"].float()
+            deltas[module] = _dora(folder, module, shape, factors, magnitude_O, shift)
+        else:
+            b_Or = b_Or if shape.scale == 1 else b_Or * shape.scale
+            deltas[module] = LinearDelta(a_rI.T, b_Or.T, shift)
     return _lowered(folder, found, deltas, target)
 
 

@@ -15,17 +15,20 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 _SLICE_S = 0.001  # of CPU time
-_SHARE = 0.2  # of a core, for all threads together
 _LONGEST_REST_S = 0.1
 _own = threading.local()
 
 
 class Pace:
-    """That of all threads which lower beside one engine; `is_busy` tells whether it could use the
-    time."""
+    """That of all threads which load beside one engine.
 
-    def __init__(self, is_busy: Callable[[], bool]) -> None:
-        self._is_busy = is_busy
+    Args:
+        is_busy: Whether the engine could use the time.
+        share: Of a core, that all the threads together may take then.
+    """
+
+    def __init__(self, is_busy: Callable[[], bool], share: float) -> None:
+        self._is_busy, self._share = is_busy, share
         self._lock = threading.Lock()
         self._free_s = 0.0  # when nobody's slice is due any more
 
@@ -44,14 +47,16 @@ class Pace:
             return
         with self._lock:
             now_s = time.monotonic()
-            begins_s = max(now_s + min(_LONGEST_REST_S, used_s / _SHARE - used_s), self._free_s)
+            begins_s = max(
+                now_s + min(_LONGEST_REST_S, used_s / self._share - used_s), self._free_s
+            )
             # A turn is as long for a slice that was far too long: that is its own thread's to pay.
-            self._free_s = max(now_s, self._free_s) + _SLICE_S / _SHARE
+            self._free_s = max(now_s, self._free_s) + _SLICE_S / self._share
         time.sleep(begins_s - now_s)
 
 
 def give_way() -> None:
-    """To be called for every module that is lowered."""
+    """To be called for every module that is lowered, and every small piece that is fetched."""
     pace: Pace | None = getattr(_own, "pace", None)
     if pace is None:
         return

@@ -22,11 +22,11 @@ def test_a_thread_that_lowers_rests_while_the_engine_is_busy() -> None:
         asked.append(answer)
         return answer
 
-    with Pace(lambda: is_busy(True)).kept():
+    with Pace(lambda: is_busy(True), 0.2).kept():
         assert work(0.02) > 0.02 * 3, "a fifth of a core"
     assert len(asked) > 5
     asked.clear()
-    with Pace(lambda: is_busy(False)).kept():
+    with Pace(lambda: is_busy(False), 0.2).kept():
         work(0.02)
     assert len(asked) > 5
     asked.clear()
@@ -36,7 +36,7 @@ def test_a_thread_that_lowers_rests_while_the_engine_is_busy() -> None:
 
 def test_threads_that_lower_together_take_turns() -> None:
     """Two cost no more than one, and a slow module delays nobody else's."""
-    pace = Pace(lambda: True)
+    pace = Pace(lambda: True, 0.2)
     ends_s: dict[float, float] = {}
 
     def lower(cpu_s: float, slice_s: float) -> None:
@@ -59,7 +59,7 @@ def test_threads_that_lower_together_take_turns() -> None:
 
 
 def test_slices_of_several_threads_do_not_add_up() -> None:
-    pace = Pace(lambda: True)
+    pace = Pace(lambda: True, 0.2)
     began_s = time.monotonic()
 
     def lower() -> None:

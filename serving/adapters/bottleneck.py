@@ -35,7 +35,8 @@ def lower_bottleneck(
         match = _KEY.fullmatch(bare_name(folder, key))
         if match is None:
             raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which is not of a bottleneck")
-        found[match[1]][f"{match[2]}.{match[3]}"] = tensor.to(target.device, target.dtype)
+        own = tensor.to(target.device, target.dtype, copy=True)
+        found[match[1]][f"{match[2]}.{match[3]}"] = own
     blocks: dict[str, Delta] = {}
     for name, parts in found.items():
         width, hidden = len(parts.get("down.bias", ())), target.hidden_size

@@ -47,7 +47,7 @@ def replacements(
     """What `saved_whole` found, as the engine runs it."""
     return {
         module: Replacement(
-            {n: p.to(target.device, target.dtype).contiguous() for n, p in parameters.items()}
+            {n: p.to(target.device, target.dtype, copy=True) for n, p in parameters.items()}
         )
         for module, parameters in found.items()
     }

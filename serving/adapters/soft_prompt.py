@@ -105,4 +105,4 @@ def _read(
             f"{(times * tokens, width)}; the adapter was made for another base "
             f"({folder.base_model})",
         )
-    return tensor.to(target.device, target.dtype)
+    return tensor.to(target.device, target.dtype, copy=True)

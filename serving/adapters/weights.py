@@ -230,4 +230,4 @@ def compressed(change: Sparse, shape: ModuleShape, target: Target) -> torch.Tens
 
 def _placed(tensor: torch.Tensor, target: Target) -> torch.Tensor:
     give_way()
-    return tensor.to(target.device, target.dtype).contiguous()
+    return tensor.to(target.device, target.dtype, copy=True).contiguous()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from cluster.errors import AdapterError
 from serving.adapters import LinearDelta, LoweredAdapter, describe, lower, moved, num_bytes
+from serving.adapters.memory import _strided, _tensors
 from serving.engine import Engine, EngineSpec
 from serving.engine.host_tier import HostTier
 
@@ -31,6 +32,28 @@ def test_an_adapter_counts_by_its_tensors_at_their_ranks(
     lowered = lower(folder, describe(load(bases("llama")), "llama"))
     saved = sum(t.nbytes for t in load_file(folder / "adapter_model.safetensors").values())
     assert num_bytes(lowered) == pytest.approx(saved, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["saved_modules", "layernorm", "bottleneck", "prompt_tuning", "prefix_tuning", "full"],
+)
+def test_nothing_of_an_adapter_stays_in_its_file(
+    bases: Callable[[str], Path], tmp_path: Path, variant: str
+) -> None:
+    """The weights are mapped while they are read; what is written into the file later is not the
+    adapter's."""
+    from adapters import load
+
+    folder = make_adapter(variant, bases("llama"), tmp_path)
+    lowered = lower(folder, describe(load(bases("llama")), "llama"))
+    before = [tensor.clone() for tensor in _strided(_tensors(lowered))]
+    weights = folder / "adapter_model.safetensors"
+    with weights.open("r+b") as file:
+        file.write(bytes(weights.stat().st_size))
+    assert len(before) > 0
+    for tensor, kept in zip(_strided(_tensors(lowered)), before, strict=True):
+        assert torch.equal(tensor, kept)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")

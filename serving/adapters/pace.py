@@ -1,9 +1,9 @@
-"""Lowering beside a running engine: threads that work in short slices and rest in between.
+"""Loading beside a running engine: threads that work in short slices and rest in between.
 
 A step is some thousand calls into torch, each of which gives up the interpreter's lock and takes it
 back; a thread that lowers an adapter, mostly Python, would make it wait there time and again, and
 on few cores it would take one from the step's products. Slices bound what one step can lose; one
-module is the least of them, however long it takes. Threads that lower at the same time take turns,
+module is the least of them, however long it takes. Threads that load at the same time take turns,
 so that they cost no more than one, and a slow adapter does not hold up the others.
 """
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from cluster.errors import OverloadedError, UnavailableError
+from cluster.errors import OverloadedError
 from cluster.mixes import NamedAdapter
 from serving.adapter_loader import LANES, AdapterLoader, lane_of
 from serving.adapters import LoweredAdapter
@@ -105,10 +105,11 @@ class Arrivals:
         if held is None:
             return
         arrival.there.set_result(None)
-        if arrival.waiters:
-            await arrival.unawaited.wait()
-        with suppress(UnavailableError):
-            await self._thread.call(lambda: engine.release_adapter(held))
+        try:
+            if arrival.waiters:
+                await arrival.unawaited.wait()
+        finally:  # the loop may end with the last request
+            self._thread.post(lambda: engine.release_adapter(held))
 
     async def _install(self, ref: str, lowered: LoweredAdapter, arrival: _Arrival) -> str | None:
         """Put the adapter into the engine as soon as there is room for it, and hold it; None if

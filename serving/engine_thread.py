@@ -97,6 +97,11 @@ class EngineThread:
             self._run_commands(block=False)  # nobody else will; `run` refuses
         return await asyncio.wrap_future(future)
 
+    def post(self, function: Callable[[], None]) -> None:
+        """Have `function`, which does not fail, run on the engine's thread between two steps, for
+        who cannot wait for it."""
+        self._commands.put(function)
+
     @asynccontextmanager
     async def submitted(
         self, request: GenerationRequest, prepare: Callable[[], None] = lambda: None
@@ -131,7 +136,7 @@ class EngineThread:
             yield outputs
         finally:
             if not outputs.is_over:
-                self._commands.put(cancel)
+                self.post(cancel)
 
     def stop(self) -> None:
         """End the thread after the step in progress, and with it every request."""

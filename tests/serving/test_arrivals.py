@@ -2,7 +2,9 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from cluster.registry import AdapterVersion, Registry
 from serving.adapter_loader import AdapterLoader
 from serving.engine import Engine, GenerationRequest, ResponseFormat, TokenOutput
 from serving.engine.grammar import Grammars
+from serving.engine_thread import EngineThread
 from serving.replica import Replica
 
 
@@ -324,3 +327,21 @@ def test_who_brings_an_adapter_may_leave_or_be_refused(
         assert (await replica.stats()).running == 0
 
     run(crowd())
+
+
+def test_an_adapter_is_let_go_where_the_loop_ends_with_its_request(
+    loras: Loras, make: Callable[..., Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = make(room=1.5)
+    submitted = EngineThread.submitted
+
+    @asynccontextmanager
+    async def all_there(self: EngineThread, request: GenerationRequest) -> Any:
+        async with submitted(self, request) as outputs:
+            time.sleep(0.2)  # noqa: ASYNC251 (the answer is whole before the loop looks again)
+            yield outputs
+
+    monkeypatch.setattr(EngineThread, "submitted", all_there)
+    for version in loras.versions[:2]:
+        run(ask(replica, version))
+    assert replica.adapters == [loras.versions[1].ref]

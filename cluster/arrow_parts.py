@@ -46,7 +46,8 @@ class IpcReader:
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._left, self._at = chunks, b"", 0
         begin = self._take(8)
-        if begin == _MAGIC:
+        self._is_file = begin == _MAGIC
+        if self._is_file:
             begin = self._take(8)
         self._next = self._message(begin)
         self.head = b""
@@ -69,8 +70,10 @@ class IpcReader:
 
     def _message(self, begin: bytes) -> tuple[int, bytes, int, int] | None:
         """Kind, bytes of its metadata, bytes of its body and rows; None at the end."""
-        if begin in (b"", _END):
+        if begin == _END or (not begin and not self._is_file):
             return None
+        if not begin:
+            raise ValueError("ends before its last batch")
         if len(begin) < 8 or begin[:4] != _CONTINUED:
             raise ValueError("is no Arrow file, or an old one; write it anew")
         (size,) = struct.unpack_from("<i", begin, 4)

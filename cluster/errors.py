@@ -17,6 +17,7 @@ GraftError
 │   └── AuthenticationError     no credentials, or wrong ones
 └── OperationError              ours or the cluster's fault; a retry may help
     ├── StoreError              shared storage refused or did not answer
+    │   └── CopyChangedError    a local copy of an adapter is not the one that was verified
     ├── ClusterError            Ray cannot be reached, started or asked
     ├── JobFailedError          a job ended without doing its work
     ├── OverloadedError         too much queued; try again later
@@ -125,6 +126,10 @@ class StoreError(OperationError):
     """Shared storage refused or did not answer."""
 
 
+class CopyChangedError(StoreError):
+    """A local copy of an adapter is not the one that was verified."""
+
+
 class ClusterError(OperationError):
     """Ray cannot be reached, started or asked."""
 
@@ -192,6 +197,7 @@ OUTCOMES: dict[type[GraftError], Outcome] = {
     AuthenticationError: Outcome(401, "authentication_error", "invalid_api_key", 2),
     OperationError: Outcome(500, "server_error", None, 5),
     StoreError: Outcome(503, "server_error", "store_unavailable", 5),
+    CopyChangedError: Outcome(503, "server_error", "copy_changed", 5),
     ClusterError: Outcome(503, "server_error", "cluster_unavailable", 5),
     JobFailedError: Outcome(500, "server_error", "job_failed", 5),
     OverloadedError: Outcome(429, "rate_limit_error", "overloaded", 5),

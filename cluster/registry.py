@@ -10,6 +10,7 @@ half-visible. Knows files and hashes; what a method is, only by the name in its 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -34,7 +35,14 @@ from cluster.adapter_folder import (
     unchanged,
 )
 from cluster.catalog import LATEST, REFERENCE, Catalog
-from cluster.errors import AdapterError, ConflictError, NotFoundError, SpecError, StoreError
+from cluster.errors import (
+    AdapterError,
+    ConflictError,
+    CopyChangedError,
+    NotFoundError,
+    SpecError,
+    StoreError,
+)
 from cluster.names import NAME, check_name
 from cluster.spec import nearest
 from cluster.store import Store, open_store
@@ -290,8 +298,9 @@ class Registry:
             if is_changed:
                 with suppress(FileNotFoundError):  # somebody beside us moved it away
                     target.rename(scratch / "changed")
+            hashed = marks(fresh, CONTENT)  # what is written from here on was never verified
             fresh.rename(target)
-            self._verified[target] = marks(target, CONTENT)
+            self._verified[target] = hashed
         except OSError as error:
             # Otherwise somebody beside us was faster, with the same bytes.
             if not self._is_sound(version, target, pause):
@@ -301,9 +310,9 @@ class Registry:
         return target
 
     def check_copy(self, folder: Path) -> None:
-        """Raise AdapterError if a copy of `fetch` was touched since, or is made anew now."""
+        """Raise CopyChangedError if a copy of `fetch` was touched since, or is made anew now."""
         if self._verified.get(folder) != marks(folder, CONTENT):
-            raise AdapterError(
+            raise CopyChangedError(
                 f"adapter copy {folder}: was changed while it was read; ask again, and it is "
                 "fetched anew"
             )
@@ -321,7 +330,9 @@ class Registry:
                 for file, mark in found.items()
             ):
                 return False
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.EIO):  # nothing is told of it
+                raise StoreError(f"cache {folder}: cannot be read ({error.strerror})") from error
             return False
         self._verified[folder] = found
         return True

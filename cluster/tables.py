@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ IPC = (".arrow", ".ipc", ".feather")
 PARQUET = (".parquet", ".pq")
 JSONL = (".jsonl", ".ndjson")
 _CHUNK_ROWS = 256  # a row may be a whole document
+# Of a shard's name, where it tells one.
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=\W|_|$)", re.IGNORECASE)
 _Chunk = list[dict[str, Any]]
 
 
@@ -174,7 +177,8 @@ def _stream(path: Path) -> RowStream:
 
 def _stream_parquet(path: Path, shards: Sequence[Path]) -> RowStream:
     """One table in one file or several, as the Hub has them: train-00000-of-00002.parquet, …"""
-    if len(splits := sorted({shard.stem.split("-", 1)[0] for shard in shards})) > 1:
+    named = {match[1] for shard in shards if (match := _SPLIT.match(shard.stem))}
+    if len(splits := sorted(named)) > 1:
         raise ValueError(f"holds files of {', '.join(splits)}; put those of each into a folder")
     files = [pq.ParquetFile(shard, memory_map=True) for shard in shards]
     first = files[0].schema_arrow
@@ -226,7 +230,8 @@ def _stream_json(path: Path) -> RowStream:
 
 def _read(path: Path) -> pa.Table:
     if path.is_dir():
-        return _read_saved_dataset(path)
+        shards = sorted(path.glob("*.parquet"))
+        return pq.read_table(shards, memory_map=True) if shards else _read_saved_dataset(path)
     suffix = path.suffix.lower()
     if suffix in IPC:
         return _read_ipc(path)
@@ -250,10 +255,7 @@ def _read_saved_dataset(path: Path) -> pa.Table:
     if (path / "dataset_dict.json").exists():
         raise ValueError("holds several splits; name one, for example " + str(path / "train"))
     if not (path / "state.json").exists():
-        raise ValueError(
-            "is neither a folder of .parquet files nor one that datasets' save_to_disk wrote (no "
-            "state.json)"
-        )
+        raise ValueError("is no folder that datasets' save_to_disk wrote (no state.json)")
     from datasets import load_from_disk
 
     dataset: Any = load_from_disk(str(path)).with_format("arrow")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from cluster.errors import CopyChangedError, GraftError
 from cluster.mixes import AdapterMix, NamedAdapter
 from cluster.registry import AdapterVersion, Registry
 from serving.adapters import MERGED, LoweredAdapter, Pace, Part, give_way
@@ -43,13 +44,14 @@ class AdapterLoader:
 
     def __init__(self, engine: Engine, registry: Registry, cache: Path) -> None:
         self._engine, self._registry, self._cache = engine, registry, cache
-        self._loading: dict[str, asyncio.Task[LoweredAdapter]] = {}  # by content
+        # By content, with the reference that it was asked for by.
+        self._loading: dict[str, tuple[str, asyncio.Task[LoweredAdapter]]] = {}
         self._fetching = background("fetch", sum(LANES.values()))
         # One thread each: more would take more from the steps, and of what was freed again malloc
         # gives a thread its own alone.
         self._lowering = {lane: background(f"lower-{lane}", 1) for lane in LANES}
         steps_on = torch.get_num_threads() if engine.runner.device.type == "cpu" else 0
-        self._is_on_steps_cores = steps_on >= (os.cpu_count() or 1)
+        self._is_on_steps_cores = steps_on >= len(os.sched_getaffinity(0))
         share = _SHARE if self._is_on_steps_cores else _SHARE_OF_LOCK
         self._pace = Pace(lambda: engine.has_work, share)
 
@@ -57,14 +59,20 @@ class AdapterLoader:
         """Fetch and lower, or mix. Raises GraftError for what cannot be had or does not fit."""
         if isinstance(adapter, AdapterMix):
             return await self._mix(adapter)
-        task = self._loading.get(adapter.content_hash)
+        ref, task = self._loading.get(adapter.content_hash, (adapter.ref, None))
         if task is None:
             loop = asyncio.get_running_loop()
             task = loop.create_task(self._make(adapter))
-            self._loading[adapter.content_hash] = task
+            self._loading[adapter.content_hash] = ref, task
             task.add_done_callback(lambda _: self._loading.pop(adapter.content_hash, None))
-        # Shielded: it may be another's too, under another name or as a part of a mix.
-        return await asyncio.shield(task)
+        try:
+            # Shielded: it may be another's too, under another name or as a part of a mix.
+            return await asyncio.shield(task)
+        except GraftError:
+            if ref == adapter.ref:
+                raise
+        # Files of its own, which may be sound; and whose the others are is nobody's business.
+        return await self._make(adapter)
 
     async def _make(self, adapter: AdapterVersion) -> LoweredAdapter:
         """From host memory, or else from the store."""
@@ -75,11 +83,18 @@ class AdapterLoader:
         )
         lowered = await loop.run_in_executor(self._fetching, tier.get, content)
         if lowered is None:
-            folder = await loop.run_in_executor(self._fetching, self._fetched, adapter)
-            thread = self._lowering[lane_of(adapter)]
-            lowered = await loop.run_in_executor(thread, self._lowered, folder, content)
+            try:
+                lowered = await self._fresh(adapter)
+            except CopyChangedError:  # by another replica of this node, say, that fetched it anew
+                lowered = await self._fresh(adapter)
             await loop.run_in_executor(self._fetching, tier.put, content, lowered)
         return lowered
+
+    async def _fresh(self, adapter: AdapterVersion) -> LoweredAdapter:
+        loop = asyncio.get_running_loop()
+        folder = await loop.run_in_executor(self._fetching, self._fetched, adapter)
+        thread, content = self._lowering[lane_of(adapter)], adapter.content_hash
+        return await loop.run_in_executor(thread, self._lowered, folder, content)
 
     def _fetched(self, adapter: AdapterVersion) -> Path:
         with self._pace.kept() if self._is_on_steps_cores else nullcontext():

@@ -51,7 +51,7 @@ def running(spec: ServingSpec, session: Session) -> Generator[str]:
     """
     port = _port(spec)
     serve = _serve(session)
-    from serving.deployment import CONTROLLER, engines_of
+    from serving.deployment import CONTROLLER, PROXY, engines_of
 
     others = list(serve.status().applications)
     if others:
@@ -62,7 +62,9 @@ def running(spec: ServingSpec, session: Session) -> Generator[str]:
         )
     serve.start(
         http_options={"host": spec.gateway.host, "port": port},
-        controller_options={"runtime_env": {"env_vars": CONTROLLER}},
+        controller_options={
+            "runtime_env": {"env_vars": CONTROLLER | (PROXY if session.started_here else {})}
+        },
     )
     try:
         _deploy(serve, spec)

@@ -77,7 +77,8 @@ class AsyncClient:
         if concurrency < 1 or max_attempts < 1:
             raise SpecError("concurrency and max_attempts must be at least 1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        # Requests wait for their turn, and open streams hold none: nobody waits for a connection.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
         timeout = httpx2.Timeout(timeout_s, connect=10.0)
         self.base_url = base_url.rstrip("/")
         self.concurrency = concurrency

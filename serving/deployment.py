@@ -44,11 +44,9 @@ _TRANSPORT = {
 # Of Serve's controller, whose environment its proxies have too. A deployment that never had a
 # replica counts as failed, for good, after so many failed starts for each that it should have, or
 # after its own max_constructor_retry_count if that is less; that alone shall decide here.
-CONTROLLER = {
-    **_TRANSPORT,
-    "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.ingress:middleware",
-}
+CONTROLLER = {**_TRANSPORT, "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000"}
+# On a cluster of our own: on another its proxies may serve others, and have a callback of theirs.
+PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.ingress:middleware"}
 _STARTS = 3
 _PATIENTLY = 1_000_000
 

@@ -98,9 +98,16 @@ class EngineThread:
         return await asyncio.wrap_future(future)
 
     def post(self, function: Callable[[], None]) -> None:
-        """Have `function`, which does not fail, run on the engine's thread between two steps, for
-        who cannot wait for it."""
-        self._commands.put(function)
+        """Have `function` run on the engine's thread between two steps, for who cannot wait for it;
+        what it raises is logged alone."""
+
+        def run() -> None:
+            try:
+                function()
+            except Exception as error:
+                _log.exception("a posted command failed", error=type(error).__name__)
+
+        self._commands.put(run)
 
     @asynccontextmanager
     async def submitted(

@@ -59,7 +59,7 @@ class DeltaHooks:
         self._is_active = False  # outside of a step, modules are the base's own
         # Which dimension of a module's output counts the step's tokens, by name.
         self._rows_dim: dict[str, int] = {}
-        self._tasks: dict[tuple[str, int | None], _Tasks] = {}  # of these segments, by module
+        self._tasks: dict[str, _Tasks] = {}  # of these segments, by module
         self._kept: dict[str, torch.Tensor] = {}  # inputs of this pass, by module
         self.queries: dict[int, torch.Tensor] = {}  # [T, H, D] of this pass, by layer
         self._is_tuple: dict[str, bool] = {}  # a router's, say; replaced parameters alone fit it
@@ -212,16 +212,13 @@ class DeltaHooks:
         ) -> None:
             if not self._is_active:
                 return
-            total = _parts(output)[0].shape[rows_dim]
-            row_tokens = _row_tokens(args[0], output, rows_dim)
-            tasks = self._tasks.get((name, row_tokens))
-            if tasks is None:
+            tasks, entered = self._tasks.get(name), args[0]
+            # This runs for every module of every step: what follows from shapes is kept.
+            if tasks is None or not tasks.fit(entered, output):
                 segments = self._head_rows if is_head else self._body
-                tasks = self._tasks[name, row_tokens] = _tasks(
-                    name, segments, row_tokens, args[0], output
-                )
+                tasks = self._tasks[name] = _tasks(name, segments, rows_dim, entered, output)
             for segment, delta in tasks.single:
-                rows = _Rows(rows_dim, total, segment)
+                rows = _Rows(rows_dim, _parts(output)[0].shape[rows_dim], segment)
                 if isinstance(delta, LinearDelta):
                     _add(rows.of(output), rows.of(args[0]), delta)
                     continue
@@ -243,22 +240,33 @@ class DeltaHooks:
                     own_part = rows.of(part)
                     own_part.copy_(new.reshape(own_part.shape))
             if tasks.low_rank is not None:
-                cpu_low_rank.add(output, args[0], tasks.low_rank)
+                cpu_low_rank.add(output, entered, tasks.low_rank)
 
         return apply
 
 
 @dataclass(frozen=True)
 class _Tasks:
-    """What one step's segments do to one module's output: one by one, and then in one call."""
+    """What one step's segments do to one module's output: one by one, and then in one call, which
+    is made for an input and an output of these forms."""
 
     single: Sequence[tuple[Segment, Delta]]
     low_rank: cpu_low_rank.LowRankRows | None
+    forms: tuple[object, ...]
+
+    def fit(self, x: Any, y: Any) -> bool:
+        """Whether they are for this input and output."""
+        return self.forms == _forms(x, y)
 
 
-def _tasks(
-    name: str, segments: Sequence[Segment], row_tokens: int | None, x: Any, y: Any
-) -> _Tasks:
+def _forms(x: Any, y: Any) -> tuple[object, ...]:
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        return ()
+    return x.shape, x.dtype, y.shape, y.dtype, y.is_contiguous()
+
+
+def _tasks(name: str, segments: Sequence[Segment], rows_dim: int, x: Any, y: Any) -> _Tasks:
+    row_tokens = _row_tokens(x, y, rows_dim)
     single: list[tuple[Segment, Delta]] = []
     parts: list[tuple[int, int, LinearDelta]] = []
     for segment in segments:
@@ -270,7 +278,7 @@ def _tasks(
                 delta = delta.without_low_rank
         if delta is not None:
             single.append((segment, delta))
-    return _Tasks(single, cpu_low_rank.together(parts))
+    return _Tasks(single, cpu_low_rank.together(parts), _forms(x, y))
 
 
 def _row_tokens(x: Any, y: Any, rows_dim: int) -> int | None:

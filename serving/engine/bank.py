@@ -7,6 +7,7 @@ name that no new request can get. Knows the runner's hooks; no pages, no request
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 
 from cluster.errors import (
@@ -39,7 +40,8 @@ class AdapterBank:
 
     def __init__(self, spec: EngineSpec, runner: Runner, small_bases: SmallBases) -> None:
         self._runner, self._small_bases = runner, small_bases
-        self._named: dict[str, LoadedAdapter] = {}  # least recently used first
+        # Least recently used first; other threads look names up.
+        self._named = OrderedDict[str, LoadedAdapter]()
         self._held: dict[str, LoadedAdapter] = {}  # by unique name, removed ones included
         self._users: dict[str, int] = {}  # requests in progress by unique name
         self._removed: set[str] = set()  # unique names that only requests in progress keep
@@ -121,7 +123,8 @@ class AdapterBank:
 
     def begin_use(self, name: str) -> None:
         """Count one more request on the adapter of that name, the most recently used now."""
-        loaded = self._named[name] = self._named.pop(name)
+        self._named.move_to_end(name)
+        loaded = self._named[name]
         self._users[loaded.name] += 1
         self.hits += loaded.name not in self._fresh
         self._fresh.discard(loaded.name)

@@ -11,7 +11,13 @@ from rewriting import rewritten
 from safetensors.torch import save_file
 
 from cluster.adapter_folder import WEIGHTS
-from cluster.errors import AdapterError, ConflictError, NotFoundError, SpecError
+from cluster.errors import (
+    AdapterError,
+    ConflictError,
+    CopyChangedError,
+    NotFoundError,
+    SpecError,
+)
 from cluster.registry import Registry
 
 
@@ -173,7 +179,7 @@ def test_a_local_copy_that_was_changed_is_fetched_anew(
         assert weights.read_bytes() == sound
         weights.write_bytes(sound[:-1] + b"y")
     assert caplog.text.count("bot@1") == 2
-    with pytest.raises(AdapterError, match="changed while it was read"):
+    with pytest.raises(CopyChangedError, match="changed while it was read"):
         store.check_copy(weights.parent)
     weights.unlink()
     weights.symlink_to(tmp_path / "a/adapter_model.safetensors")

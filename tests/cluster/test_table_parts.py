@@ -115,9 +115,15 @@ def test_arrow_that_cannot_be_read_from_a_bucket_is_named(s3_bucket: Callable[[]
         for _ in range(3):
             writer.write_table(pa.table({"prompt": ["x" * 1000] * 9}))
     whole = sink.getvalue().to_pybytes()
+    with pa.ipc.new_file(file := pa.BufferOutputStream(), pa.schema({"n": pa.int64()})) as writer:
+        for _ in range(2):
+            writer.write_table(pa.table({"n": range(9)}))
+    # Cut where a message ends, which a stream may and a file must not.
+    (first, _) = IpcReader(iter([file.getvalue().to_pybytes()])).batches()
+    cut = file.getvalue().to_pybytes()[: first.start + first.num_bytes]
     noise = whole[:400] + bytes(range(256)) * 40
     for name, raw in {"a": b"", "b": b"nonsense", "c": b"FEA1" + b"x" * 99, "d": whole[:-9000],
-                      "e": whole[:100], "f": noise}.items():  # fmt: skip
+                      "e": whole[:100], "f": noise, "g": cut}.items():  # fmt: skip
         store.create(f"{name}.arrow", raw)
         with pytest.raises(DataError, match=rf"{name}\.arrow: (cannot be read|has no rows)"):
             TableSource(f"{uri}/{name}.arrow").parts(10)

@@ -165,7 +165,7 @@ def test_an_engine_that_fails_to_start_is_started_again(service: Service) -> Non
         async with connected(service) as http:
             asked = asyncio.create_task(ask(http, 0))
             what = "an engine was given up"
-            await asyncio.to_thread(until, one_more_than_serve_tries, timeout_s=90, what=what)
+            await asyncio.to_thread(until, one_more_than_serve_tries, timeout_s=240, what=what)
             hidden.rename(weights)
             return await asked
 

@@ -95,10 +95,15 @@ def check_open(store: Store, job_id: str) -> None:
 def last_checkpoint(store: Store, run: Run) -> str | None:
     """The key of the newest whole checkpoint of the job, or of the one that it continues."""
     for link in lineage(store, run):
-        found = map(_CHECKPOINT.fullmatch, store.list(f"runs/{link.job_id}"))
-        if whole := [match[1] for match in found if match]:
-            return max(whole)
+        if (own := own_checkpoint(store, link.job_id)) is not None:
+            return own
     return None
+
+
+def own_checkpoint(store: Store, job_id: str) -> str | None:
+    """The key of the newest whole checkpoint of this job alone."""
+    found = map(_CHECKPOINT.fullmatch, store.list(f"runs/{job_id}"))
+    return max((match[1] for match in found if match), default=None)
 
 
 def lineage(store: Store, run: Run) -> Iterator[Run]:

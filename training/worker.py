@@ -303,13 +303,15 @@ def _open_rows(store: Store, key: str) -> TokenRows:
 
 @contextmanager
 def _checkpoint(store: Store, config: Mapping[str, Any]) -> Generator[Path | None]:
-    """The folder of the checkpoint that this worker goes on from: the last one that Ray Train
-    knows, which is the same for all workers, else the job's start; None where there is none."""
+    """The folder of the checkpoint that this worker goes on from: the newest whole one of this job
+    in the store, as the first worker sees it, else the job's start; None where there is none. (What
+    Ray Train knows of is seconds older, and nothing if a worker dies behind its first one.)"""
     import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
 
-    reported, key = ray.train.get_checkpoint(), config["checkpoint"]
-    if reported is not None:
-        key = f"runs/{config['job_id']}/{Path(reported.path).name}"
+    is_first = ray.train.get_context().get_world_rank() == 0
+    own = runs.own_checkpoint(store, config["job_id"]) if is_first else None
+    key = broadcast_from_rank_zero(own) or config["checkpoint"]
     if key is None:
         yield None
         return

@@ -1,12 +1,14 @@
 """Tokens per second of the engine beside vLLM, transformers and PEFT: base alone, adapters mixed.
 
     python tests/bench/serving.py [--dtype float32] [--rounds 3] [--vllm PYTHON] [--long]
+                                  [--only "base,8 LoRAs"]
 
 An 82 M-parameter Llama with random weights, 32 requests of 64 + 64 tokens, rank-16 LoRAs on every
 linear module. Each system lives in a process of its own and runs every load once per round, in
 turn, with new prompts each round; the first round warms up. Figures are medians, ratios the median
 of the ratios within a round. `--vllm` names the Python of an environment that has vLLM (made by
-tests/bench/peers.sh); `--long` adds long prompts and a shared prefix. Asserts nothing about time.
+tests/bench/peers.sh); `--long` adds long prompts and a shared prefix; `--only` takes loads by how
+they begin. Asserts nothing about time.
 """
 
 import argparse
@@ -294,6 +296,9 @@ def answer(process: subprocess.Popen[str]) -> str:
 def measure(chosen: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
     """Seconds of each round by system and load."""
     planned = plan(with_vllm=bool(chosen.vllm), with_long=chosen.long)
+    begins = tuple(chosen.only.split(","))
+    wanted = {name: [o for o in loads if o.startswith(begins)] for name, loads in planned.items()}
+    planned = {name: loads for name, loads in wanted.items() if loads}
     pythons = {name: chosen.vllm if "vLLM" in name else sys.executable for name in planned}
     found: dict[tuple[str, str], list[float]] = {
         (system, load): [] for load in LOADS | LONG for system in planned if load in planned[system]
@@ -327,7 +332,11 @@ def table(found: dict[tuple[str, str], list[float]]) -> str:
     for (system, name), times in found.items():
         load = (LOADS | LONG)[name]
         speed = load.requests * load.new_tokens / statistics.median(times)
-        of_base = ratio(times, ours["base"]) if system == "Graft" and name in LOADS else ""
+        of_base = (
+            ratio(times, ours["base"])
+            if system == "Graft" and "base" in ours and name in LOADS
+            else ""
+        )
         faster = "" if system == "Graft" else ratio(ours[name], times)
         lines.append(f"| {name} | {system} | {speed:,.0f} | {of_base} | {faster} |")
     return "\n".join(lines)
@@ -340,6 +349,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--vllm", help="Python of an environment with vLLM.")
     parser.add_argument("--long", action="store_true", help="Long prompts and a shared prefix.")
+    parser.add_argument("--only", default="", help="Beginnings of loads' names, by commas.")
     parser.add_argument("--make", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--serve", nargs=2, metavar=("SYSTEM", "FOLDER"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()

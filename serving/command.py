@@ -37,7 +37,6 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a base model and every adapter of a store over HTTP, until interrupted."""
-    import os
     import signal
     import threading
 
@@ -51,9 +50,6 @@ def serve(
         with session(address) as cluster:
             typer.echo(f"{service.name}: updated at {roll_over(service, cluster)}/v1")
         return
-    # Where Ray is started here, it would put its workers behind every other process of the machine:
-    # beside one that computes, a call between two of them took 6 ms instead of 2.
-    os.environ.setdefault("RAY_worker_niceness", "0")
     stop = threading.Event()
     with session(address) as cluster, running(service, cluster) as url:
         # Until here either signal breaks the start off; from here they end the service in order.

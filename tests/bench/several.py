@@ -78,7 +78,7 @@ def run_these(base: Path, numbers: list[int], chosen: argparse.Namespace) -> flo
         work = as_work(specs[name], made.backend, rows, course=made.course, on_log=lambda _: None)
         runners[name] = Runner(work, several.draws[name])
     began = time.perf_counter()
-    run_several(spec, several.shared, runners, Place())
+    run_several(several.shared, runners)
     assert all(runner.end for runner in runners.values())
     return time.perf_counter() - began
 

@@ -24,7 +24,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-# Last: `serving` is the package, and not the file beside this one.
+import serving  # noqa: F401  (the package, which a file beside this one would hide)
+
 sys.path.append(str(Path(__file__).parent))
 
 from adapter_place import Place, Row, bench

@@ -163,7 +163,7 @@ def _stream(path: Path) -> RowStream:
         return _stream_json(path)
     if suffix in PARQUET and path.is_file():
         return _stream_parquet(path, [path])
-    if path.is_dir() and (shards := sorted(path.glob("*.parquet"))):
+    if shards := _shards(path):
         return _stream_parquet(path, shards)
     table = _read(path)  # memory-mapped, all of them
     check_schema(table.schema, path)
@@ -175,11 +175,18 @@ def _stream(path: Path) -> RowStream:
     return RowStream(path, tuple(table.column_names), table.num_rows, slices)
 
 
-def _stream_parquet(path: Path, shards: Sequence[Path]) -> RowStream:
-    """One table in one file or several, as the Hub has them: train-00000-of-00002.parquet, …"""
+def _shards(path: Path) -> list[Path]:
+    """A folder's Parquet files, as the Hub has them: train-00000-of-00002.parquet, …; none of a
+    file. Raises ValueError for those of several splits."""
+    shards = sorted(path.glob("*.parquet")) if path.is_dir() else []
     named = {match[1] for shard in shards if (match := _SPLIT.match(shard.stem))}
     if len(splits := sorted(named)) > 1:
         raise ValueError(f"holds files of {', '.join(splits)}; put those of each into a folder")
+    return shards
+
+
+def _stream_parquet(path: Path, shards: Sequence[Path]) -> RowStream:
+    """One table in one file or several."""
     files = [pq.ParquetFile(shard, memory_map=True) for shard in shards]
     first = files[0].schema_arrow
     for shard, file in zip(shards, files, strict=True):
@@ -229,9 +236,10 @@ def _stream_json(path: Path) -> RowStream:
 
 
 def _read(path: Path) -> pa.Table:
+    if shards := _shards(path):
+        return pq.read_table(shards, memory_map=True)
     if path.is_dir():
-        shards = sorted(path.glob("*.parquet"))
-        return pq.read_table(shards, memory_map=True) if shards else _read_saved_dataset(path)
+        return _read_saved_dataset(path)
     suffix = path.suffix.lower()
     if suffix in IPC:
         return _read_ipc(path)

@@ -71,7 +71,7 @@ class Shape:
     @classmethod
     def of_length(cls, spec: TrainingSpec, tokens: int, targets: int | None = None) -> Shape:
         """That of a job whose rows all have so many tokens, and targets as many if not given."""
-        world_size = _workers(spec)
+        world_size = spec.workers.least
         parts = world_size * spec.accumulation(world_size)
         targets = (targets or tokens) if spec.task == "seq_2_seq_lm" else None
         return cls(-(-spec.global_batch_size // parts), tokens, targets)
@@ -82,7 +82,7 @@ class Shape:
         largest micro-batch of many steps of rows drawn from them."""
         lengths = np.array([len(ids) for ids, _ in rows])
         targets = max(len(labels) for _, labels in rows)
-        padded, world_size = cls.of_length(spec, int(lengths.max()), targets), _workers(spec)
+        padded, world_size = cls.of_length(spec, int(lengths.max()), targets), spec.workers.least
         share = (world_size, spec.accumulation(world_size))
         random, largest = np.random.default_rng(spec.seed), np.zeros(1, dtype=int)
         for _ in range(_DRAWN_STEPS):
@@ -157,7 +157,7 @@ def estimate(spec: TrainingSpec, shape: Shape, stages: Sequence[int] | None = No
     stages = stages or stages_of(spec)
     if 3 in stages and 3 not in stages_of(spec):
         raise SpecError("quantization does not fit ZeRO stage 3; leave it out of --stage")
-    world_size, on_cpu = _workers(spec), not spec.workers.gpus
+    world_size, on_cpu = spec.workers.least, not spec.workers.gpus
     found: list[StageEstimate] = []
     counts, runtimes = (0, 0), dict[bool, float]()
     is_packed = True
@@ -172,12 +172,6 @@ def estimate(spec: TrainingSpec, shape: Shape, stages: Sequence[int] | None = No
             found.append(run.found(runtimes[zero], with_heap=on_cpu))
     used = shape if is_packed else replace(shape, packed=None)
     return Estimate(*counts, used, world_size, found)
-
-
-def _workers(spec: TrainingSpec) -> int:
-    """So many workers as make each hold most."""
-    count = spec.workers.count
-    return count if isinstance(count, int) else count[0]
 
 
 def _at_stage(spec: TrainingSpec, stage: int, world_size: int, rows: int) -> TrainingSpec:

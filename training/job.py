@@ -216,8 +216,7 @@ def _train(
 def tell_room(spec: TrainingSpec, each: Mapping[str, float], cluster: Mapping[str, float]) -> None:
     """Say so if the cluster has less than the least number of workers needs: Ray Train waits, which
     is right where nodes are on their way, and else for ever."""
-    count = spec.workers.count
-    least = count if isinstance(count, int) else count[0]
+    count, least = spec.workers.count, spec.workers.least
     for kind, amount in each.items():
         if least * amount > (there := cluster.get(kind, 0.0)):
             print(

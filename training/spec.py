@@ -100,6 +100,11 @@ class WorkersSpec(Spec):
         return self
 
     @property
+    def least(self) -> int:
+        """The smallest number of workers that the job may have."""
+        return self.count if isinstance(self.count, int) else self.count[0]
+
+    @property
     def most(self) -> int:
         """The largest number of workers that the job may have."""
         return self.count if isinstance(self.count, int) else self.count[1]

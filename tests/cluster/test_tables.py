@@ -100,8 +100,9 @@ def test_a_folder_of_shards_is_one_table(tmp_path: Path) -> None:
     ):
         stream_rows(tmp_path)
     (tmp_path / "train-00003.parquet").rename(tmp_path / "test-00000.parquet")
-    with pytest.raises(DataError, match="holds files of test, train; put those of each"):
-        stream_rows(tmp_path)
+    for read in (stream_rows, open_table):
+        with pytest.raises(DataError, match="holds files of test, train; put those of each"):
+            read(tmp_path)
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:

@@ -155,16 +155,7 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> Any:
         import structlog
 
-        from cluster.base_model import load_tokenizer
-        from cluster.registry import Registry
-        from serving.catalogue import Catalogue
-        from serving.gateway.access import Door
-        from serving.gateway.metrics import Metrics
-        from serving.gateway.routes import create_app
-        from serving.gateway.service import Service
-        from serving.gateway.tracing import Traces
-        from serving.import_watch import ImportWatch
-        from serving.keys import KeyStore
+        from serving.gateway.assembly import gateway_app
 
         structlog.configure(
             processors=[
@@ -175,30 +166,8 @@ class Gateway:
                 structlog.processors.JSONRenderer(),
             ]
         )
-        spec = self._spec
-        catalogue = Catalogue(
-            Registry(spec.store),
-            base_name=spec.name,
-            base_folder=spec.engine.base_model,
-            ttl_s=spec.gateway.catalogue_ttl_s,
-        )
-        if spec.gateway.imports:
-            # Two looks and the other gateways' next snapshot fit into five seconds.
-            period_s = spec.gateway.catalogue_ttl_s / 2
-            registry = Registry(spec.store)
-            self._imports = ImportWatch(registry, period_s=period_s, on_import=catalogue.refresh)
-        service = Service(
-            RayBackend(self._engines, min_replicas=spec.replicas.min),
-            catalogue,
-            load_tokenizer(spec.engine.base_model),
-            spec.gateway,
-            Metrics(),
-        )
-        keys = None if spec.gateway.keys is None else KeyStore(spec.gateway.keys)
-        door = Door(keys, ttl_s=spec.gateway.catalogue_ttl_s)
-        endpoint = spec.gateway.traces
-        traces = None if endpoint is None else Traces(endpoint, spec.name)
-        return create_app(service, spec.gateway, door, traces)
+        engines = RayBackend(self._engines, min_replicas=self._spec.replicas.min)
+        return gateway_app(self._spec, engines)
 
 
 def build(spec: ServingSpec, *, patiently: bool = False) -> tuple[Any, Any]:

@@ -95,7 +95,7 @@ def assemble(
     loss_model = TASK_PARTS[spec.task].model(
         model,
         precision=DTYPES[spec.precision],
-        is_sharded=spec.zero.stage == 3,
+        is_sharded=spec.stage_on(place.world_size) == 3,
         recomputes=spec.gradient_checkpointing,
     )
     course = method.course(model, spec.method, spec.seed)
@@ -103,7 +103,7 @@ def assemble(
         course.restore(loss_model, _within(state, COURSE))
     else:
         course.prepare(loss_model, _samples(spec, rows, place))
-    backend = make_backend(loss_model, spec)
+    backend = make_backend(loss_model, spec, place.world_size)
     if checkpoint:
         backend.load_full_state(state, start.step)
     evaluator = None
@@ -176,7 +176,7 @@ def _evaluator(
         world_size=place.world_size,
         device=place.device,
         room=None if context is None else context - model.virtual_tokens,
-        is_sharded=spec.zero.stage == 3,
+        is_sharded=spec.stage_on(place.world_size) == 3,
         history=start.evaluations,
         best=best,
     )
@@ -192,9 +192,9 @@ def _samples(spec: TrainingSpec, rows: TokenRows, place: Place) -> Iterator[Batc
         yield TASK_PARTS[spec.task].collate([rows.row(int(index))], place.device)
 
 
-def make_backend(model: LossModel, spec: TrainingSpec) -> Backend:
+def make_backend(model: LossModel, spec: TrainingSpec, world_size: int) -> Backend:
     """The backend of the spec's ZeRO stage. Needs torch.distributed from stage 1 on."""
-    if spec.zero.stage == 0 or not trainable_parameters(model):
+    if spec.stage_on(world_size) == 0 or not trainable_parameters(model):
         return PlainBackend(model, spec.optimizer)
     from training.zero import ZeroBackend
 

@@ -163,8 +163,9 @@ def estimate(spec: TrainingSpec, shape: Shape, stages: Sequence[int] | None = No
     is_packed = True
     with lone_worker(world_size), _quiet(zero=max(stages) > 0):
         for stage in stages:
-            run = _Run(_at_stage(spec, stage, world_size, shape.rows), shape)
-            counts, zero = run.counts, stage > 0 and run.counts[0] > 0
+            there = _at_stage(spec, stage, world_size, shape.rows)
+            run = _Run(there, shape)
+            counts, zero = run.counts, run.counts[0] > 0 and there.stage_on(world_size) > 0
             is_packed = is_packed and run.is_packed
             if zero not in runtimes:
                 told = partial(heap.runtime_mib, spec.trained_base, task=spec.task)
@@ -223,18 +224,18 @@ class _Run:
                 self._live(model.train(), scales)
 
     def _live(self, model: torch.nn.Module, scales: Sequence[torch.Tensor]) -> None:
-        ledger, is_sharded = self._ledger, self._spec.zero.stage == 3
+        ledger, world_size = self._ledger, dist.get_world_size()
         ledger.claim([*model.parameters(), *model.buffers(), *scales])
         self._loaded = len(ledger.parts)
         with ledger.counting("activations"):
             loss_model = SHAPED[self._spec.task](
                 model,
                 precision=DTYPES[self._spec.precision],
-                is_sharded=is_sharded,
+                is_sharded=self._spec.stage_on(world_size) == 3,
                 recomputes=self._spec.gradient_checkpointing,
             )
         with ledger.counting("optimiser"), _as_placed(self._spec):
-            backend = make_backend(loss_model, _with_adamw(self._spec))
+            backend = make_backend(loss_model, _with_adamw(self._spec), world_size)
         for parameter in model.parameters():
             ledger.claim([parameter, getattr(parameter, "ds_tensor", None)], "weights")
         self.is_packed = loss_model.is_packed

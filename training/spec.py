@@ -324,7 +324,8 @@ class TrainingSpec(Spec):
             knobs.append("train anew with quantization.bits 4")
         if not self.gradient_checkpointing:
             knobs.append("set gradient_checkpointing")
-        if not self.adapters and self.zero.stage < (3 if self.quantization is None else 2):
+        highest = 3 if self.quantization is None else 2
+        if not self.adapters and self.workers.most > 1 and self.zero.stage < highest:
             knobs.append(f"raise zero.stage ({self.zero.stage})")
         if self.workers.gpus and not self.adapters and not self.zero.offload_optimizer:
             knobs.append("set zero.offload_optimizer")
@@ -334,6 +335,13 @@ class TrainingSpec(Spec):
         """Micro-batches of a step on each of `world_size` workers, none over
         `micro_batch_size`."""
         return -(-self.global_batch_size // (self.micro_batch_size * world_size))
+
+    def stage_on(self, world_size: int) -> int:
+        """The ZeRO stage that so many workers run: a lone one has nobody to share with, and what
+        DeepSpeed does to that end, at every micro-batch, would change nothing but its speed."""
+        zero = self.zero
+        is_alone = world_size == 1 and not (zero.offload_optimizer or zero.offload_parameters)
+        return 0 if is_alone else zero.stage
 
     @property
     def trained_base(self) -> str:

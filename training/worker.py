@@ -199,7 +199,7 @@ class _Adapter:
             f"{verb}: {spec.method.kind}, {trained:,} of {total:,} parameters "
             f"({trained / total:.3%}), {count_steps(spec, len(self.rows.training))} steps of "
             f"{spec.global_batch_size} rows, {place.world_size} workers, ZeRO stage "
-            f"{spec.zero.stage}, process {os.getpid()}"
+            f"{spec.stage_on(place.world_size)}, process {os.getpid()}"
         )
         if (validation := self.rows.validation) is not None:
             seen = int(np.isin(validation.hashes, self.rows.training.hashes).sum())

@@ -2,12 +2,13 @@
 
     python tests/bench/service.py [--rounds 5] [--firsts 40] [--dtype float32]
 
-The 82 M-parameter Llama of tests/bench/serving.py, twice, taking turns: in an engine of a process
-of its own, and behind `graft serve` as anybody starts it (Ray Serve's proxy, a gateway and one
-engine replica on loopback). Throughput is that of 32 requests of 64 + 64 tokens at once: a list
-here, 32 SSE streams there, whose ends are checked. First tokens are of one request of 64 tokens at
-a time, alternately here and there. What reads the streams runs on the same cores and counts
-against the service; the second table tells whose time each token took. The first round warms up.
+The 82 M-parameter Llama of tests/bench/serving.py, three times, taking turns: in an engine of a
+process of its own; behind Graft's gateway and uvicorn, all in one process and no Ray; and behind
+`graft serve` as anybody starts it (Ray Serve's proxy, a gateway and one engine replica on
+loopback). Throughput is that of 32 requests of 64 + 64 tokens at once: a list for the engine, 32
+SSE streams of the others, whose ends are checked. First tokens are of one request of 64 tokens at a
+time, of each in turn. What reads the streams runs on the same cores and counts against who sends
+them; the second table tells whose time each token of `graft serve` took. The first round warms up.
 Figures are medians, ratios and differences the median of those within a round. Asserts nothing
 about time.
 """
@@ -21,13 +22,14 @@ import os
 import platform
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,39 @@ def engine_process(base: Path, dtype: str) -> Iterator[Callable[[str, int], floa
         process.kill()
 
 
+def serve_gateway(base: Path, dtype: str) -> None:
+    """In the process of a gateway without Ray: its port on a line, then it serves."""
+    import uvicorn
+
+    from serving.gateway.assembly import gateway_app
+    from serving.replica import Replica
+    from serving.spec import ServingSpec
+
+    with contextlib.redirect_stdout(sys.stderr):
+        folder = base.parent / "gateway"
+        spec = ServingSpec.model_validate(
+            {"name": NAME, "store": str(folder / "store"), "cache": str(folder / "cache"),
+             "engine": {"base_model": str(base), "dtype": dtype, **ENGINE}}
+        )  # fmt: skip
+        app = gateway_app(spec, Replica(spec))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        print(f"http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
+        config = uvicorn.Config(app, log_level="error", lifespan="off")
+        asyncio.run(uvicorn.Server(config).serve([listening]))
+
+
+@contextlib.contextmanager
+def gateway_process(base: Path, dtype: str) -> Iterator[str]:
+    """The URL of a gateway with an engine in its own process."""
+    command = [sys.executable, "-P", __file__, "--gateway", str(base), "--dtype", dtype]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(bench.THREADS)},
+    ) as process:  # fmt: skip
+        yield bench.answer(process)
+        process.kill()
+
+
 @contextlib.contextmanager
 def service_process(base: Path, folder: Path, dtype: str) -> Iterator[tuple[int, str]]:
     """`graft serve` of `base`; its process and its URL."""
@@ -180,33 +215,39 @@ def cpu_seconds(root: int) -> Counter[str]:
 
 @dataclass
 class Found:
-    """Of each round the seconds in process and over HTTP, for all at once and for first tokens, and
-    the CPU seconds of the service by process."""
+    """Of each round the seconds of the engine, the gateway and the service, for all at once and for
+    first tokens, and the CPU seconds of the service by process."""
 
-    all_at_once: list[tuple[float, float]] = field(default_factory=list)
-    firsts: list[tuple[float, float]] = field(default_factory=list)
+    all_at_once: list[tuple[float, ...]] = field(default_factory=list[tuple[float, ...]])
+    firsts: list[tuple[float, ...]] = field(default_factory=list[tuple[float, ...]])
     cpu: list[Counter[str]] = field(default_factory=list[Counter[str]])
 
 
 async def measure(
-    chosen: argparse.Namespace, run: Callable[[str, int], float], pid: int, url: str
+    chosen: argparse.Namespace, run: Callable[[str, int], float], pid: int, urls: Sequence[str]
 ) -> Found:
-    """Both, in turn."""
+    """All in turn; the last of `urls` is of the service with process `pid`."""
     found = Found()
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx2.AsyncClient(
-        base_url=url, timeout=300, limits=limits, trust_env=False
-    ) as http:
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(
+                httpx2.AsyncClient(base_url=url, timeout=300, limits=limits, trust_env=False)
+            )
+            for url in urls
+        ]
         for seed in range(chosen.rounds + 1):
-            alone = run("all", seed)
-            before = cpu_seconds(pid)
-            served = await read_all(http, LOAD, seed)
+            took = [run("all", seed)]
+            for http in clients:
+                before = cpu_seconds(pid)
+                took.append(await read_all(http, LOAD, seed))
             if seed:
-                found.all_at_once.append((alone, served))
+                found.all_at_once.append(tuple(took))
                 found.cpu.append(cpu_seconds(pid) - before)
         for seed in range(1000, 1000 + chosen.firsts):  # nobody has read these prompts
             (prompt,) = FIRST.prompts(seed)
-            found.firsts.append((run("first", seed), await read(http, prompt, 1)))
+            over_http = [await read(http, prompt, 1) for http in clients]
+            found.firsts.append((run("first", seed), *over_http))
     return found
 
 
@@ -216,20 +257,26 @@ def table(found: Found) -> str:
     speeds = [
         statistics.median(tokens / s for s in side) for side in zip(*found.all_at_once, strict=True)
     ]
-    ratio = statistics.median(alone / served for alone, served in found.all_at_once)
     firsts = [1e3 * statistics.median(side) for side in zip(*found.firsts, strict=True)]
-    added = 1e3 * statistics.median(served - alone for alone, served in found.firsts)
+    ratios = [
+        statistics.median(took[0] / took[side] for took in found.all_at_once) for side in (1, 2)
+    ]
+    added = [
+        1e3 * statistics.median(took[side] - took[0] for took in found.firsts) for side in (1, 2)
+    ]
     cpu = {
         who: 1e3 * statistics.median(c[who] for c in found.cpu) / tokens
         for who in ("engine", "gateway", "proxy", "rest of Ray", "reader")
     }
     rows = [
-        ("", "engine in process", "service", "", "wanted"),
+        ("", "engine in process", "gateway without Ray", "`graft serve`", "wanted"),
         ("---",) * 5,
-        (f"tokens/s, {LOAD.requests} at once", *(f"{speed:,.0f}" for speed in speeds),
-         f"ratio {ratio:.2f}", "at least 0.75"),
-        ("first token, one at a time, ms, p50", *(f"{first:.1f}" for first in firsts),
-         f"{added:.1f} more", "at most 10"),
+        (f"tokens/s, {LOAD.requests} at once", f"{speeds[0]:,.0f}",
+         *(f"{speed:,.0f}, ratio {ratio:.2f}"
+           for speed, ratio in zip(speeds[1:], ratios, strict=True)), "at least 0.75"),
+        ("first token, one at a time, ms, p50", f"{firsts[0]:.1f}",
+         *(f"{first:.1f}, {more:.1f} more" for first, more in zip(firsts[1:], added, strict=True)),
+         "at most 10"),
         (),
         ("CPU time of the service, ms per token", *cpu),
         ("---",) * (1 + len(cpu)),
@@ -245,18 +292,23 @@ def main() -> None:
     parser.add_argument("--firsts", type=int, default=40, help="Requests alone, of either side.")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--engine", metavar="BASE", help=argparse.SUPPRESS)
+    parser.add_argument("--gateway", metavar="BASE", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.engine:
         serve_engine(Path(chosen.engine), chosen.dtype)
+        return
+    if chosen.gateway:
+        serve_gateway(Path(chosen.gateway), chosen.dtype)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_base(folder / "base")
         with (
             engine_process(folder / "base", chosen.dtype) as run,
+            gateway_process(folder / "base", chosen.dtype) as alone,
             service_process(folder / "base", folder, chosen.dtype) as (pid, url),
         ):
-            found = asyncio.run(measure(chosen, run, pid, url))
+            found = asyncio.run(measure(chosen, run, pid, [alone, url]))
     print(
         f"{platform.machine()}, {bench.THREADS} threads, {chosen.dtype}, {chosen.rounds} rounds\n"
     )

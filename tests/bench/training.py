@@ -6,8 +6,8 @@
 An 82 M-parameter Llama with random weights, rank-16 LoRA on every linear module, alpaca-shaped
 rows (mean about 100, at most 256 tokens, loss on the response), 32 rows per optimiser step. Each
 system runs once per round in a process of its own; figures are medians, ratios the median of the
-ratios within a round. "Ray job" is what `graft train` runs: one worker, DeepSpeed at stage 2; its
-seconds and memory are the worker's, of the training loop. Both of Graft's write a log line behind
+ratios within a round. "Ray job" is what `graft train` runs with one worker, which does without
+DeepSpeed; its seconds and memory are the worker's, of the training loop. Both of Graft's write a log line behind
 every step, so their steps are compared one by one, and the first, which warms up, is told apart.
 `--trl` names the Python of an environment that has trl (made by tests/bench/peers.sh), `--only` the
 beginnings of the systems' names. Asserts nothing about time.
@@ -134,8 +134,8 @@ def run_job(base: Path, rows: Rows, dtype: str) -> Measured:
     write_table(pa.table(table), data)
     spec = resolved(
         graft_spec(
-            base, dtype, data={"train": str(data)}, zero={"stage": 2},
-            output={"name": "bench", "store": str(base.parent / "store")},
+            base, dtype, data={"train": str(data)},
+            zero={"stage": 2}, output={"name": "bench", "store": str(base.parent / "store")},
             workers={"count": 1, "cpus": THREADS, "gpus": 0},
         )
     )  # fmt: skip

@@ -7,8 +7,9 @@ An 82 M-parameter Llama with random weights, rank-16 LoRA on every linear module
 rows (mean about 100, at most 256 tokens, loss on the response), 32 rows per optimiser step. Each
 system runs once per round in a process of its own; figures are medians, ratios the median of the
 ratios within a round. "Ray job" is what `graft train` runs with one worker, which does without
-DeepSpeed; its seconds and memory are the worker's, of the training loop. Both of Graft's write a log line behind
-every step, so their steps are compared one by one, and the first, which warms up, is told apart.
+DeepSpeed; its seconds and memory are the worker's, of the training loop. Both of Graft's write a
+log line behind every step, so their steps are compared one by one, and the first, which warms up,
+is told apart.
 `--trl` names the Python of an environment that has trl (made by tests/bench/peers.sh), `--only` the
 beginnings of the systems' names. Asserts nothing about time.
 """

@@ -37,6 +37,8 @@ from training.spec import TrainingSpec
 # How often a job whose workers.count is a range looks for free room on the cluster.
 RESIZE_CHECK_S = 10.0
 _REPORT = "report.json"
+# Where Ray's errors hold what they wrap: a worker's that ended, a controller's, a task's; Python's.
+_WRAPPED = ("health_check_failure", "controller_failure", "cause", "__cause__")
 LIBRARIES = ("raygraft", "torch", "transformers", "peft", "deepspeed", "ray")
 
 
@@ -166,6 +168,7 @@ def _train(
 ) -> dict[str, dict[str, Any]]:
     """Run Ray Train to the end; returns by adapter its metrics with ADAPTER, or FAILURE."""
     import ray
+    from ray.exceptions import RayActorError
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -207,6 +210,11 @@ def _train(
     except TrainingFailedError as error:
         reason = runs.read_failure(store, run.job_id) or _cause(error, spec)
         raise JobFailedError(f"training failed: {reason}{_advice(store, run)}") from error
+    except RayActorError as error:  # a worker's death never comes like this
+        raise JobFailedError(
+            f"training failed: the process that leads the workers (Ray Train's controller) ended: "
+            f"{_first_line(error)}{_advice(store, run)}"
+        ) from error
     ended = cast("dict[str, Any]", result.return_value)
     if FAILURE in ended:
         raise JobFailedError(f"training failed: {ended[FAILURE]}{_advice(store, run)}")
@@ -267,20 +275,35 @@ def _ray_storage(uri: str) -> str:
 
 
 def _cause(error: BaseException, spec: TrainingSpec) -> str:
-    """The innermost reason that Ray Train wrapped, on one line where it is one of ours."""
+    """The innermost reason that Ray Train wrapped, on one line where it is one of ours. Of several
+    workers' reasons that of a process that died: what the others tell is that they miss it."""
     from ray.exceptions import OutOfMemoryError, RayActorError
 
     failures = cast("dict[int, BaseException]", getattr(error, "worker_failures", {}))
-    inner: BaseException = next(iter(failures.values()), error)
-    while (cause := getattr(inner, "cause", None) or inner.__cause__) is not None:
-        inner = cause
-    if isinstance(inner, (OutOfMemoryError, RayActorError)):
-        lines = str(inner).splitlines()
-        return (
-            f"a worker's process ended ({lines[0] if lines else type(inner).__name__}). If nothing "
-            f"above tells why, it was killed for memory: {spec.memory_advice()}"
-        )
-    return inner.message if isinstance(inner, GraftError) else f"{type(inner).__name__}: {inner}"
+    reasons = [_innermost(failure) for failure in failures.values()] or [_innermost(error)]
+    for reason in reasons:
+        if isinstance(reason, (OutOfMemoryError, RayActorError)):
+            return (
+                f"a worker's process ended ({_first_line(reason)}). If nothing above tells why, "
+                f"it was killed for memory: {spec.memory_advice()}"
+            )
+    first = reasons[0]
+    return first.message if isinstance(first, GraftError) else f"{type(first).__name__}: {first}"
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What is behind Ray's wrappers, each of which has a name of its own for it."""
+    while not isinstance(error, GraftError):
+        wrapped = (getattr(error, name, None) for name in _WRAPPED)
+        cause = next((inner for inner in wrapped if isinstance(inner, BaseException)), None)
+        if cause is None:
+            break
+        error = cause
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:

@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from cluster.errors import CallerError, JobFailedError, SpecError, StoreError
 from cluster.memory import keep_freed_memory, peak_memory_mib
@@ -64,7 +65,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
         raise
     except (MemoryError, RuntimeError) as error:
         if _lacks_memory(error):
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             message = f"out of memory ({reason}): {spec.memory_advice()}"
             runs.record_failure(store, config["job_id"], message)
         raise
@@ -342,15 +343,15 @@ class _Reporter:
             return
         self._uploaded.wait()
         self._uploaded.clear()
-        # Ray Train deletes the folder when its upload has ended.
+        # Ray Train deletes the folder when its upload has ended well.
         folder = Path(tempfile.mkdtemp(prefix="graft-checkpoint-"))
         try:
             write(folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the second is what tensors' files raise
             shutil.rmtree(folder, ignore_errors=True)
             raise StoreError(
-                f"checkpoint {folder}: cannot be written ({error.strerror or error}); free room "
-                "there, or set TMPDIR to a folder with more"
+                f"checkpoint {folder}: cannot be written ({error}); free room there, or set TMPDIR "
+                "to a folder with more"
             ) from error
         ray.train.report(
             metrics,
@@ -366,6 +367,9 @@ class _Reporter:
 
         try:
             runs.upload_folder(self._store, f"runs/{self._job_id}/{name}", Path(checkpoint.path))
+        except BaseException:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
+            raise
         finally:
             self._uploaded.set()
         storage: Any = ray.train.get_context().get_storage()

@@ -79,6 +79,21 @@ def request_body(
     return COMPLETIONS, {**body, "prompt": prompt}
 
 
+def generation(answer: Any) -> Generation:
+    """A whole answer's body as a Generation. Raises LookupError, TypeError, AttributeError or
+    ValueError for anything else."""
+    choice, usage = answer["choices"][0], answer["usage"]
+    message = choice.get("message", {})
+    text = choice["text"] if "text" in choice else message["content"] or ""
+    return Generation(
+        text,
+        choice["finish_reason"],
+        usage["prompt_tokens"],
+        usage["completion_tokens"],
+        tuple(map(ToolCall.model_validate, message.get("tool_calls") or ())),
+    )
+
+
 async def retrying(call: Callable[[], Awaitable[R]], max_attempts: int) -> R:
     """`call`, again as long as that may mend its failure, with growing pauses. Raises GraftError,
     the last one."""

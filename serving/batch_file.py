@@ -109,7 +109,7 @@ async def run_batch(
 
     async def worker(file: TextIO, advance: Advance) -> None:
         for row in waiting:
-            model = models[row].as_py() if models is not None else adapter
+            model = adapter if models is None else models[row]
             result = await _answer(client, row, prompts[row], model, options)
             done[row] = result
             file.write(json.dumps(asdict(result)) + "\n")
@@ -193,9 +193,11 @@ async def _answer(
     """One row's result; whatever is wrong with it becomes its error."""
     try:
         prompt: Any = cell.as_py()
+        model = model.as_py() if isinstance(model, pa.Scalar) else model
         check_row(row, prompt, model)
         answer = await client.generate_one(prompt, adapter=model, **options)  # type: ignore[arg-type]
-    except (GraftError, UnicodeDecodeError) as error:
+    # What Arrow holds and Python cannot: text that is not UTF-8, times beyond its years.
+    except (GraftError, pa.ArrowException, ValueError, OverflowError) as error:
         return RowResult(row, error=str(error))
     return RowResult(
         row, answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens

@@ -40,10 +40,18 @@ from cluster.errors import (
     SpecError,
     UnavailableError,
 )
-from serving.asking import Generation, Options, Prompt, error_of, request_body, retrying
+from serving.asking import (
+    Generation,
+    Options,
+    Prompt,
+    error_of,
+    generation,
+    request_body,
+    retrying,
+)
 from serving.batch_file import BatchReport, run_batch
 from serving.pace import Pace
-from serving.protocol import DONE, ModelCard, ToolCall
+from serving.protocol import DONE, ModelCard
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -171,16 +179,13 @@ class AsyncClient:
         """Continue one prompt. Raises GraftError."""
         path, body = await self._request(prompt, adapter, options)
         answer = await self._retrying(lambda: self._json("POST", path, body))
-        choice, usage = answer["choices"][0], answer["usage"]
-        message = choice.get("message", {})
-        text = choice["text"] if "text" in choice else message["content"] or ""
-        return Generation(
-            text,
-            choice["finish_reason"],
-            usage["prompt_tokens"],
-            usage["completion_tokens"],
-            tuple(map(ToolCall.model_validate, message.get("tool_calls") or ())),
-        )
+        try:
+            return generation(answer)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise OperationError(
+                f"{self.base_url}{path}: the answer is not one of OpenAI's form "
+                f"({type(error).__name__}: {error}); is this the service's address?"
+            ) from error
 
     async def chat(
         self,
@@ -221,7 +226,7 @@ class AsyncClient:
                     piece = choice.get("text") or choice.get("delta", {}).get("content")
                     if piece:
                         yield piece
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise self._unreachable(error) from error
         finally:
             await response.aclose()
@@ -282,9 +287,10 @@ class AsyncClient:
         return [task.result() for task in tasks]
 
     async def _json(self, method: str, path: str, body: Any = None) -> Any:
+        request = self._http_request(method, path, body)
         try:
-            response = await self._http.request(method, path, json=body)
-        except httpx2.TransportError as error:
+            response = await self._http.send(request)
+        except httpx2.RequestError as error:
             raise self._unreachable(error) from error
         if response.status_code >= 400:
             raise error_of(response.status_code, response.text, response.headers.get("retry-after"))
@@ -293,14 +299,24 @@ class AsyncClient:
         except ValueError as error:
             raise OperationError(f"{self.base_url}{path}: the answer is cut short") from error
 
+    def _http_request(self, method: str, path: str, body: Any) -> httpx2.Request:
+        """Raises RequestError for a body that JSON has no form for."""
+        try:
+            return self._http.build_request(method, path, json=body)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(
+                f"the request cannot be written as JSON ({error}); give text, finite numbers, "
+                "lists and objects of these"
+            ) from error
+
     async def _begun(self, path: str, body: Any) -> httpx2.Response:
         """A response whose body is still to be read, and closed."""
-        request = self._http.build_request("POST", path, json=body)
+        request = self._http_request("POST", path, body)
         try:
             response = await self._http.send(request, stream=True)
             if response.status_code >= 400:
                 await response.aread()
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise self._unreachable(error) from error
         if response.status_code >= 400:
             raise error_of(response.status_code, response.text, response.headers.get("retry-after"))

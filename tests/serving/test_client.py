@@ -1,6 +1,7 @@
 """The client against a real service, and against servers that fail in every way."""
 
 import asyncio
+import datetime
 import fcntl
 import json
 import signal
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from service import BASE_NAME, Running, publish, running
 
@@ -172,6 +174,33 @@ def test_bad_rows_carry_their_error_and_the_rest_is_done(client: Client, tmp_pat
     assert [row["error"] is None for row in found] == [True, False, False, False, False, True]
     assert "context" in found[3]["error"]
     assert "nobody" in found[4]["error"]
+
+
+def test_what_json_cannot_hold_is_the_error_of_its_row(client: Client, tmp_path: Path) -> None:
+    """A chat with a time or bytes in it, token ids that are no numbers, times beyond Python's."""
+    now = datetime.datetime(2026, 1, 1)
+    chats = [
+        [{"role": "user", "content": "hi", "sent": None, "raw": None}],
+        [{"role": "user", "content": "hi", "sent": now, "raw": None}],
+        [{"role": "user", "content": "hi", "sent": None, "raw": b"\xff"}],
+    ]
+    ids = [[104.0, 105.0], [float("nan")], [float("inf")]]
+    text = pa.Array.from_buffers(pa.string(), 3, pa.array([b"lora", b"\xff", b"lora"]).buffers())
+    years = pa.array([None, 2**62, None], pa.timestamp("ms"))
+    for name, table, bad in (
+        ("chats", pa.table({"messages": chats, "adapter": ["lora"] * 3}), [1, 2]),
+        ("ids", pa.table({"prompt": ids, "adapter": ["lora"] * 3}), [0, 1, 2]),
+        ("names", pa.table({"prompt": ["x"] * 3, "adapter": text}), [1]),
+        ("years", pa.table({"prompt": ["x"] * 3, "adapter": years}), [1]),
+    ):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        target = tmp_path / f"{name}-out.parquet"
+        report = client.generate_file(
+            tmp_path / f"{name}.parquet", target, adapter_column="adapter", progress=False, **GREEDY
+        )
+        errors = pq.read_table(target)["error"].to_pylist()
+        assert [i for i, error in enumerate(errors) if error is not None] == bad, errors
+        assert report.failed == len(bad)
 
 
 def test_files_that_cannot_be_used_are_refused_before_anything_is_sent(
@@ -391,6 +420,21 @@ def test_what_cannot_mend_is_not(
     with Client(url) as client, pytest.raises(kind, match=f"HTTP {status}: no JSON"):
         client.generate(["x"], adapter="a")
     assert handler.seen == 1
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"null", b'{"choices": []}', b'{"data": 5}'])
+def test_an_answer_of_another_kind_fails_its_row_alone(
+    faulty: tuple[str, type[Faulty]], tmp_path: Path, body: bytes
+) -> None:
+    url, handler = faulty
+    handler.answers = [lambda h: h.send(200, body), lambda h: h.send(200, GOOD)]
+    write_table(pa.table({"prompt": ["x"] * 2}), tmp_path / "in.jsonl")
+    with Client(url, concurrency=1) as client:
+        report = client.generate_file(
+            tmp_path / "in.jsonl", tmp_path / "out.jsonl", adapter="a", progress=False
+        )
+    assert (report.rows, report.failed) == (2, 1)
+    assert "not one of OpenAI's form" in open_table(tmp_path / "out.jsonl")["error"][0].as_py()
 
 
 def test_a_stream_that_just_ends_is_no_success(faulty: tuple[str, type[Faulty]]) -> None:

@@ -194,10 +194,28 @@ def test_bitfit_targets_by_suffix_and_by_expression(bases: Bases) -> None:
     assert set(trainable_parameters(by_list)) == set(trainable_parameters(by_regex)) == expected
 
 
-@pytest.mark.parametrize("kind", ["lora", "bitfit"])
-def test_a_target_that_matches_nothing_lists_what_there_is(bases: Bases, kind: str) -> None:
-    with pytest.raises(SpecError, match=r"'qproj'.* matches no module .*q_proj"):
-        attach(bases("llama"), kind=kind, target_modules=["qproj"])
+@pytest.mark.parametrize(
+    ("kind", "good", "options"),
+    [
+        ("lora", "q_proj", {}),
+        ("adalora", "q_proj", {"r": 2, "init_r": 3}),
+        ("dylora", "q_proj", {}),
+        ("ia3", "down_proj", {"feedforward_modules": ["down_proj"]}),
+        ("bitfit", "q_proj", {}),
+        ("layernorm", "norm", {}),
+        ("fishmask", "q_proj", {}),
+        ("child_tuning", "q_proj", {}),
+    ],
+)
+def test_a_target_that_matches_nothing_lists_what_there_is(
+    bases: Bases, kind: str, good: str, options: dict[str, Any]
+) -> None:
+    """Beside one that matches, too: what is left would be trained without it."""
+    model, _ = attach(bases("llama"), kind=kind, target_modules=[good], **options)
+    assert trainable_parameters(model)
+    for targets in (["vproj"], [good, "vproj"]):
+        with pytest.raises(SpecError, match=rf"target_modules: 'vproj' matches no .*; .*{good}"):
+            attach(bases("llama"), kind=kind, target_modules=targets, **options)
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
@@ -211,6 +229,9 @@ def test_ia3_asks_for_targets_where_peft_knows_none(bases: Bases) -> None:
         attach(bases("qwen2_moe"), kind="ia3")
     with pytest.raises(SpecError, match="both, or neither"):
         attach(bases("llama"), kind="ia3", target_modules=["k_proj"])
+    wrong = {"target_modules": ["down_proj"], "feedforward_modules": ["down_proj", "fc1"]}
+    with pytest.raises(SpecError, match="feedforward_modules: 'fc1' matches no module"):
+        attach(bases("llama"), kind="ia3", **wrong)
 
 
 def test_init_text_starts_from_the_texts_embeddings(bases: Bases) -> None:

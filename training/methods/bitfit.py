@@ -23,7 +23,7 @@ from cluster.tasks import peft_task_type
 from training.method_spec import BitFitSpec
 from training.methods.head import head_tensors, is_of_head, load_head, train_head
 from training.methods.layernorm import norm_modules
-from training.methods.targets import is_targeted
+from training.methods.targets import check_targets, is_targeted
 
 PEFT_TYPE = "BITFIT"
 SCHEMA = 1
@@ -51,19 +51,14 @@ def attach(model: Any, spec: BitFitSpec, base_path: str) -> torch.nn.Module:
     """Freeze `model` but the targeted biases, adding zeros where a linear module has none.
 
     Raises:
-        SpecError: `subset` or `target_modules` matches nothing.
+        SpecError: `subset`, or a part of `target_modules`, matches nothing.
     """
     model.requires_grad_(False)
     candidates = _subset(model, spec, base_path)
-    chosen = {n: m for n, m in candidates.items() if is_targeted(n, spec.target_modules)}
-    if not chosen:
-        names = sorted({name.rsplit(".", 1)[-1] for name in candidates})
-        raise SpecError(
-            f"method.target_modules: {spec.target_modules!r} matches no module of {base_path}; "
-            f"it has {', '.join(names)}"
-        )
-    for module in chosen.values():
-        _trainable_bias(module)
+    check_targets(spec.target_modules, candidates, candidates, base_path)
+    for name, module in candidates.items():
+        if is_targeted(name, spec.target_modules):
+            _trainable_bias(module)
     train_head(model)
     model.config._name_or_path = base_path
     return model

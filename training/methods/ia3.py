@@ -10,18 +10,24 @@ from cluster.errors import SpecError
 from cluster.tasks import head_modules, peft_task_type
 from training.method_spec import IA3Spec
 from training.methods.placement import in_float32, linear_names
+from training.methods.targets import check_targets
 
 
 def attach(model: Any, spec: IA3Spec, base_path: str) -> torch.nn.Module:
     """Put a factor on each output, or feed-forward input, of the targeted modules.
 
     Raises:
-        SpecError: the targets match nothing, or are needed since PEFT has none for this family.
+        SpecError: one of the targets matches nothing, or they are needed since PEFT has none for
+            this family.
     """
     from peft import IA3Config, get_peft_model
 
     if (spec.target_modules is None) != (spec.feedforward_modules is None):
         raise SpecError("method: give target_modules and feedforward_modules both, or neither")
+    names, linear = [name for name, _ in model.named_modules()], linear_names(model)
+    for field in ("target_modules", "feedforward_modules"):
+        if (targets := getattr(spec, field)) is not None:
+            check_targets(targets, names, linear, base_path, field)
     config = IA3Config(
         task_type=peft_task_type(model),
         target_modules=list(spec.target_modules) if spec.target_modules else None,
@@ -34,5 +40,5 @@ def attach(model: Any, spec: IA3Spec, base_path: str) -> torch.nn.Module:
     except ValueError as error:
         raise SpecError(
             f"method: PEFT refuses IA3 on {base_path} ({error}); name method.target_modules and "
-            f"method.feedforward_modules among {', '.join(linear_names(model))}"
+            f"method.feedforward_modules among {', '.join(linear)}"
         ) from error

@@ -11,13 +11,14 @@ from cluster.tasks import head_modules, peft_task_type
 from training.method_spec import LayerNormSpec
 from training.methods.head import is_of_head
 from training.methods.placement import in_float32
+from training.methods.targets import check_targets
 
 
 def attach(model: Any, spec: LayerNormSpec, base_path: str) -> torch.nn.Module:
     """Train copies of the targeted norms, in float32 whatever the base's dtype.
 
     Raises:
-        SpecError: `target_modules` matches nothing, or something that is no norm.
+        SpecError: a part of `target_modules` matches nothing, or something that is no norm.
     """
     from peft import LNTuningConfig, get_peft_model
 
@@ -32,13 +33,8 @@ def attach(model: Any, spec: LayerNormSpec, base_path: str) -> torch.nn.Module:
         base_model_name_or_path=base_path,
         modules_to_save=list(head_modules(model)) or None,
     )
-    try:
-        adapted: Any = get_peft_model(model, config)
-    except ValueError as error:
-        raise SpecError(
-            f"method.target_modules: {targets!r} matches no module of {base_path}; "
-            f"its norms are {', '.join(last_names)}"
-        ) from error
+    check_targets(targets, (name for name, _ in model.named_modules()), norms, base_path)
+    adapted: Any = get_peft_model(model, config)
     wrong = [name for name in adapted.base_model.targeted_module_names if name not in norms]
     if wrong:
         raise SpecError(

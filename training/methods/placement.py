@@ -15,6 +15,7 @@ from cluster.errors import SpecError
 from cluster.tasks import head_modules, peft_task_type
 from training.method_spec import LowRankSpec
 from training.methods.head import is_of_head
+from training.methods.targets import check_targets
 
 # Of torch, of GPT-2, and of bitsandbytes.
 _LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
@@ -35,6 +36,8 @@ def peft_placement(model: Any, spec: LowRankSpec, base_path: str) -> dict[str, A
             )
         targets = tuple(linear_names(model))
     names = [name for name, _ in model.named_modules() if name]
+    if not isinstance(targets, str):
+        check_targets(targets, names, linear_names(model), base_path)
     patterns = (excluded,) if isinstance(excluded, str) else excluded
     _check_names("exclude_modules", patterns, names, is_regex=isinstance(excluded, str))
     _check_names("modules_to_save", spec.modules_to_save, names)

@@ -28,11 +28,11 @@ from safetensors.torch import load_file, save_file
 
 from cluster.adapter_folder import CONFIG, WEIGHTS, open_adapter_folder
 from cluster.base_model import load_base
-from cluster.errors import AdapterError, SpecError
+from cluster.errors import AdapterError
 from cluster.tasks import head_modules, peft_task_type, task_of
 from training.method_spec import ChildTuningSpec, FishMaskSpec, FullSpec
 from training.methods.head import head_tensors, is_of_head, load_head, train_head
-from training.methods.targets import is_targeted
+from training.methods.targets import check_targets, is_targeted
 
 PEFT_TYPE = "SPARSE_DELTA"
 SCHEMA = 1
@@ -87,24 +87,22 @@ def maskable(
     of a classifier's head, which are trained whole.
 
     Raises:
-        SpecError: there are none.
+        SpecError: there are none, or a name of a list has none.
     """
     users: dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]] = defaultdict(list)
     names: dict[torch.nn.Parameter, str] = {}
-    for module_name, module in model.named_modules():
-        if is_of_head(model, module_name):
-            continue
+    weighted: dict[str, torch.nn.Module] = {
+        name: module
+        for name, module in model.named_modules()
+        if not is_of_head(model, name) and [*module.named_parameters(recurse=False)]
+    }
+    check_targets(targets, weighted, weighted, base_path)
+    for module_name, module in weighted.items():
         for name, parameter in module.named_parameters(recurse=False):
             if not name.endswith(VALUES):
                 users[parameter].append((module, name))
                 if is_targeted(module_name, targets):
                     names.setdefault(parameter, f"{module_name}.{name}")
-    if not names:
-        last = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules()})
-        raise SpecError(
-            f"method.target_modules: {targets!r} matches no module of {base_path} that has "
-            f"weights; it has {', '.join(last)}"
-        )
     return {name: (parameter, users[parameter]) for parameter, name in names.items()}
 
 

@@ -26,8 +26,9 @@ CONTENT = (CONFIG, WEIGHTS)  # what makes two adapters the same
 # In the weights' metadata, where PEFT reads nothing: the lowest rank at which a LoRA is good.
 MIN_RANK = "graft_min_rank"
 MAX_CONFIG_BYTES = 2**20
-MAX_HEADER_BYTES = 100 * 2**20
 MAX_TENSORS = 50_000
+# Parsed whole before its tensors can be counted: as many of 300 bytes each, names as long as any.
+MAX_HEADER_BYTES = 16 * 2**20
 _CHECK_CHUNK_BYTES = 64 * 2**20
 
 # safetensors dtype -> bytes per element, and for floats the unsigned view and exponent mask by
@@ -80,16 +81,18 @@ def open_adapter_folder(path: str | Path) -> AdapterFolder:
         AdapterError: naming the folder, the file at fault, the reason and the remedy.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise AdapterError(f"adapter folder {path}: is not a folder; check the path")
-    config = _read_config(path)
-    tensors, metadata = _read_header(path)
+    with readable(path, CONFIG):
+        if not path.is_dir():
+            raise AdapterError(f"adapter folder {path}: is not a folder; check the path")
+        config = _read_config(path)
+    with readable(path, WEIGHTS):
+        tensors, metadata = _read_header(path)
     return AdapterFolder(path, config, tensors, metadata)
 
 
 def check_finite(folder: AdapterFolder) -> None:
     """Read every weight once and raise AdapterError for the first tensor with a NaN or Inf."""
-    with (folder.path / WEIGHTS).open("rb") as file:
+    with readable(folder.path, WEIGHTS), (folder.path / WEIGHTS).open("rb") as file:
         for name, entry in folder.tensors.items():
             if entry.dtype not in _EXPONENT:
                 continue
@@ -146,6 +149,17 @@ def unchanged(path: Path, files: Sequence[str]) -> Generator[None]:
     check()
 
 
+@contextmanager
+def readable(path: Path, file: str) -> Generator[None]:
+    """The scope in which a file of the folder is looked at. Raises AdapterError for what the
+    system refuses."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror}); its reader needs the right to"
+        raise fault(path, file, reason) from error
+
+
 def fault(path: Path, file: str, reason: str) -> AdapterError:
     """The AdapterError for one file of the folder."""
     return AdapterError(f"adapter folder {path}: {file} {reason}")
@@ -172,8 +186,6 @@ def _read_config(path: Path) -> Mapping[str, Any]:
         config: Any = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise fault(path, CONFIG, f"is not valid JSON ({error})") from error
-    except OSError as error:
-        raise fault(path, CONFIG, f"cannot be read ({error.strerror})") from error
     if not isinstance(config, dict):
         raise fault(path, CONFIG, f"holds a JSON {type(config).__name__}, not an object")
     config = cast("dict[str, Any]", config)
@@ -197,15 +209,20 @@ def _read_header(path: Path) -> tuple[Mapping[str, TensorEntry], Mapping[str, st
         size = file.stat().st_size
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            if size < 8 or length > size - 8:
                 raise fault(
                     path, WEIGHTS, f"is not a safetensors file ({size} bytes); copy it anew"
+                )
+            if length > MAX_HEADER_BYTES:
+                raise fault(
+                    path,
+                    WEIGHTS,
+                    f"has a header of {length:,} bytes; {MAX_HEADER_BYTES:,} are read at most, "
+                    "train fewer modules",
                 )
             header: Any = json.loads(handle.read(length))
     except (ValueError, RecursionError) as error:
         raise fault(path, WEIGHTS, f"has a header that is not JSON ({error})") from error
-    except OSError as error:
-        raise fault(path, WEIGHTS, f"cannot be read ({error.strerror})") from error
     if not isinstance(header, dict):
         raise fault(path, WEIGHTS, "has a header that is not an object")
     header = cast("dict[str, Any]", header)

@@ -32,6 +32,7 @@ from cluster.adapter_folder import (
     check_finite,
     marks,
     open_adapter_folder,
+    readable,
     unchanged,
 )
 from cluster.catalog import LATEST, REFERENCE, Catalog
@@ -127,7 +128,10 @@ class Registry:
                 check_finite(opened)
                 paths = [folder / file for file in PUBLISHED_FILES]
                 present = [p.name for p in paths if p.is_file() and not p.is_symlink()]
-                files = {file: _file_entry(folder / file) for file in present}
+                files = dict[str, FileEntry]()
+                for file in present:
+                    with readable(folder, file):
+                        files[file] = _file_entry(folder / file)
                 number = claim() if claim else self.claim(name)
                 undo.callback(self._try_discard, name, number)
                 for file in files:

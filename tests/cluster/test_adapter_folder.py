@@ -3,7 +3,11 @@
 import json
 import os
 import pickle
+import shutil
 import struct
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +57,13 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty file": (lambda p: (p / WEIGHTS).write_bytes(b""), WEIGHTS),
     "header of 2^63": (lambda p: header(p, 2**63, b"{}"), "not a safetensors file"),
     "header beyond the file": (lambda p: header(p, 100, b"{}"), "not a safetensors file"),
+    "header of 101 MB": (
+        lambda p: (
+            header(p, 101 * 2**20, b""),
+            os.truncate(p / WEIGHTS, 101 * 2**20 + 8),  # sparse
+        ),
+        "105,906,176 bytes; 16,777,216 are read",
+    ),
     "header not JSON": (lambda p: header(p, 4, b"nope"), "not JSON"),
     "header a list": (lambda p: tensors(p, []), "not an object"),
     "no tensors": (lambda p: tensors(p, {}), "0 tensors"),
@@ -80,6 +91,20 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: ((p / CONFIG).unlink(), (p / CONFIG).symlink_to("/etc/passwd")),
         CONFIG,
     ),
+    "link to other weights": (
+        lambda p: (
+            (p / WEIGHTS).rename(p / "elsewhere"),
+            (p / WEIGHTS).symlink_to(p / "elsewhere"),
+        ),
+        f"{WEIGHTS} is a link",
+    ),
+    "weights out of the folder": (
+        lambda p: (
+            (p / WEIGHTS).rename(p.parent / WEIGHTS),
+            (p / WEIGHTS).symlink_to(f"../{WEIGHTS}"),
+        ),
+        f"{WEIGHTS} is a link",
+    ),
     "weights a folder": (lambda p: ((p / WEIGHTS).unlink(), (p / WEIGHTS).mkdir()), WEIGHTS),
 }
 
@@ -101,11 +126,49 @@ def test_no_folder_and_an_empty_one(tmp_path: Path) -> None:
         open_adapter_folder(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+PUBLISHED_BY_NOBODY = """
+import os, sys
+from pathlib import Path
+from cluster.errors import AdapterError
+from cluster.registry import Registry
+if os.geteuid() == 0:  # who may read anything
+    os.setgid(65534)
+    os.setuid(65534)
+store, *folders = sys.argv[1:]
+for folder in folders:
+    try:
+        print(Registry(store).publish("a", Path(folder)).ref)
+    except AdapterError as error:
+        print(error.message)
+"""
+
+
 def test_permission_denied(folder: Path) -> None:
-    (folder / WEIGHTS).chmod(0)
-    with pytest.raises(AdapterError, match="cannot be read"):
-        open_adapter_folder(folder)
+    """Of a file, of the folder, and of the one around it."""
+    (folder / WEIGHTS).chmod(0o644)
+    (folder / "README.md").write_text("of an adapter")
+    # Where others may go: pytest's own folders are its user's alone.
+    with tempfile.TemporaryDirectory(dir="/tmp") as top:
+        Path(top).chmod(0o777)
+        names = ("whole", CONFIG, WEIGHTS, "README.md", "folder", "outer")
+        copies = {name: shutil.copytree(folder, Path(top, name, "adapter")) for name in names}
+        closed = [copies[name] / name for name in (CONFIG, WEIGHTS, "README.md")]
+        closed += [copies["folder"], copies["outer"].parent]
+        for path in closed:
+            path.chmod(0)
+        child = subprocess.run(
+            [sys.executable, "-c", PUBLISHED_BY_NOBODY, f"{top}/store", *copies.values()],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        for path in closed:
+            path.chmod(0o755)
+    assert child.returncode == 0, child.stderr
+    whole, *refused = child.stdout.splitlines()
+    assert whole == "a@1"
+    files = (CONFIG, WEIGHTS, "README.md", CONFIG, CONFIG)
+    for name, file, said in zip(names[1:], files, refused, strict=True):
+        expected = f"adapter folder {copies[name]}: {file} cannot be read (Permission denied)"
+        assert said.startswith(expected)
 
 
 def test_a_pickle_is_named_and_never_opened(folder: Path, tmp_path: Path) -> None:

@@ -76,11 +76,14 @@ class EngineThread:
         self._numbers = itertools.count()
         self._compiling = background("grammar", _GRAMMARS)
         self._stopping = threading.Event()
+        self._ending = threading.Lock()  # of the next one, and of who puts commands
+        self._has_ended = False  # no command is run any more
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     async def call(self, function: Callable[[], R]) -> R:
-        """Run `function` on the engine's thread, between two steps."""
+        """Run `function` on the engine's thread, between two steps. Raises UnavailableError if the
+        engine has stopped."""
         future: Future[R] = Future()
 
         def run() -> None:
@@ -92,14 +95,13 @@ class EngineThread:
                 except BaseException as error:
                     future.set_exception(error)
 
-        self._commands.put(run)
-        if not self._thread.is_alive():
-            self._run_commands(block=False)  # nobody else will; `run` refuses
+        if not self._command(run):
+            raise _stopped()
         return await asyncio.wrap_future(future)
 
     def post(self, function: Callable[[], None]) -> None:
         """Have `function` run on the engine's thread between two steps, for who cannot wait for it;
-        what it raises is logged alone."""
+        what it raises is logged alone. Nothing happens if the engine has stopped."""
 
         def run() -> None:
             try:
@@ -107,7 +109,7 @@ class EngineThread:
             except Exception as error:
                 _log.exception("a posted command failed", error=type(error).__name__)
 
-        self._commands.put(run)
+        self._command(run)
 
     @asynccontextmanager
     async def submitted(
@@ -151,6 +153,13 @@ class EngineThread:
         self._commands.put(lambda: None)
         self._thread.join()
 
+    def _command(self, run: Callable[[], None]) -> bool:
+        """Have `run` called by the thread; False if that will never be."""
+        with self._ending:
+            if not self._has_ended:
+                self._commands.put(run)
+            return not self._has_ended
+
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
@@ -162,7 +171,9 @@ class EngineThread:
             raise
         finally:
             self._stopping.set()
-            self._run_commands(block=False)
+            with self._ending:
+                self._run_commands(block=False)
+                self._has_ended = True
             _send([(outputs, None) for outputs in self._listeners.values()])
             self._listeners.clear()
 

@@ -12,9 +12,10 @@ from rewriting import rewritten
 from safetensors.torch import load_file, save_file
 
 from cluster.adapter_folder import WEIGHTS
-from cluster.errors import CopyChangedError, RequestError
+from cluster.errors import CopyChangedError, RequestError, UnavailableError
 from serving.engine import ResponseFormat, TokenOutput
 from serving.engine.grammar import Grammars
+from serving.engine_thread import Outputs
 from serving.replica import Replica
 
 
@@ -82,6 +83,29 @@ def test_a_copy_that_is_replaced_while_it_is_loaded(
             assert run(ask(replica, other)).token_ids == right, "it is another's file"
     assert all("was changed while it was read" in message for message in refused)
     assert run(ask(replica, version)).token_ids == right
+
+
+def test_whoever_calls_while_the_engine_ends_is_refused(make: Callable[..., Replica]) -> None:
+    """Also when its last commands are done and its thread is not."""
+    replica, ending, end = make(), threading.Event(), threading.Event()
+
+    class Held(dict[str, Outputs]):
+        def clear(self) -> None:
+            ending.set()
+            assert end.wait(60)
+
+    replica._thread._listeners = Held()
+    stopping = threading.Thread(target=replica.stop)
+    stopping.start()
+    try:
+        assert ending.wait(60)
+        for ask_of in (replica.check_health, replica.stats, lambda: ask(replica, None)):
+            with pytest.raises(UnavailableError, match="has stopped"):
+                run(ask_of())
+        assert stopping.is_alive()
+    finally:
+        end.set()
+        stopping.join()
 
 
 def test_grammars_are_compiled_beside_the_engine(

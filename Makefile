@@ -6,6 +6,8 @@
 #   make conformance  other people's clients against a service: openai, litellm, langchain-openai,
 #                  llm, lm-eval, schemathesis, guidellm, from the package index into
 #                  .venv-conformance and .venv-guidellm
+#   make extras    trackers and traces against the real MLflow, W&B, TensorBoard and OpenTelemetry,
+#                  from the package index into .venv-extras
 #   make check     ruff, format and pyright (strict)
 #   make format    let ruff write the format
 #   make bench     measure; asserts nothing
@@ -33,7 +35,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.lock
 TORCH_cpu     := torch==$(TORCH_VERSION)
 TORCH_cuda    := torch===$(TORCH_VERSION)
 
-.PHONY: install demo test conformance check format bench docs lock
+.PHONY: install demo test conformance extras check format bench docs lock
 
 install: $(STAMP)
 
@@ -78,6 +80,19 @@ conformance: install $(CLIENTS) $(GUIDELLM)
 	GRAFT_CONFORMANCE=$(CURDIR)/.venv-conformance/bin/python \
 	GRAFT_GUIDELLM=$(CURDIR)/.venv-guidellm/bin/python \
 	  $(BIN)/python -m pytest tests/conformance
+
+# Over the packages of .venv, which those that need another version of one hide.
+EXTRAS := .venv-extras/installed
+$(EXTRAS): $(STAMP)
+	$(PYTHON) -m venv --clear .venv-extras
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(.venv-extras/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	.venv-extras/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[mlflow,wandb,otel]' tensorboard
+	touch $@
+
+extras: $(EXTRAS)
+	.venv-extras/bin/python -m pytest -rs tests/training/test_tracking.py tests/serving/test_tracing.py
 
 check: install
 	$(BIN)/ruff check

@@ -87,7 +87,7 @@ class AdapterLoader:
                 lowered = await self._fresh(adapter)
             except CopyChangedError:  # by another replica of this node, say, that fetched it anew
                 lowered = await self._fresh(adapter)
-            await loop.run_in_executor(self._fetching, tier.put, content, lowered)
+            await loop.run_in_executor(self._fetching, tier.put, content, lowered, adapter.ref)
         return lowered
 
     async def _fresh(self, adapter: AdapterVersion) -> LoweredAdapter:

@@ -84,7 +84,11 @@ class EngineReplica:
         if time.monotonic() - self._told_s >= _FIGURES_PERIOD_S:
             self._figures = asdict(await self._replica.stats())
             self._told_s = time.monotonic()
-        return {"adapters": self._replica.adapters, "figures": self._figures}
+        return {
+            "adapters": self._replica.adapters,
+            "host_adapters": self._replica.host_adapters,
+            "figures": self._figures,
+        }
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Read by Ray Serve several times within the look-back, for `autoscaling`."""

@@ -39,6 +39,11 @@ class Replica:
         """References of the adapters that are loaded now."""
         return self._thread.engine.adapters
 
+    @property
+    def host_adapters(self) -> list[str]:
+        """References of the adapters that come back from host memory."""
+        return self._thread.engine.host_tier.refs
+
     async def stats(self) -> EngineStats:
         """The engine's counts, between two steps."""
         return await self._thread.call(lambda: self._thread.engine.stats)

@@ -1,4 +1,5 @@
-"""Which replica a request goes to: one that holds its adapter, unless it is much busier.
+"""Which replica a request goes to: one that holds its adapter, on its device or behind it in host
+memory, unless it is much busier.
 
 The choice is a pure function, tested alone; around it is what Ray Serve asks of a request router.
 """
@@ -32,14 +33,20 @@ _REMEMBERED = 10_000
 
 
 def rank(
-    loads: Mapping[str, int], holders: Set[str], adapter: str, *, slack: int = HOLDER_SLACK
+    loads: Mapping[str, int],
+    holders: Set[str],
+    adapter: str,
+    *,
+    on_host: Set[str] = frozenset(),
+    slack: int = HOLDER_SLACK,
 ) -> list[str]:
     """The replicas of `loads` (requests in progress by id) in order of preference.
 
-    First those that hold the adapter, the least busy in front. Then, for an adapter that is cold or
-    whose holders are too busy, its own order of the others (rendezvous hashing): every gateway
-    sends it to the same replica, and a hot one spreads over as many as its load needs. Whoever is
-    `slack` requests above the least busy one comes last; without an adapter only load counts.
+    First those that hold the adapter, the least busy in front; then those that have it `on_host`,
+    in host memory, alike. Then, for an adapter that is cold or whose holders are too busy, its own
+    order of the others (rendezvous hashing): every gateway sends it to the same replica, and a hot
+    one spreads over as many as its load needs. Whoever is `slack` requests above the least busy one
+    comes last; without an adapter only load counts.
     """
     if not loads:
         return []
@@ -47,10 +54,12 @@ def rank(
 
     def cost(replica: str) -> tuple[int, int, str]:
         if not adapter or loads[replica] > least + slack:
-            return (2, loads[replica], replica)
+            return (3, loads[replica], replica)
         if replica in holders:
             return (0, loads[replica], replica)
-        return (1, _hash(adapter, replica), replica)
+        if replica in on_host:
+            return (1, loads[replica], replica)
+        return (2, _hash(adapter, replica), replica)
 
     return sorted(loads, key=cost)
 
@@ -59,6 +68,20 @@ def holds(held: Sequence[str], adapter: str) -> bool:
     """Whether a replica that holds these adapters need fetch nothing for `adapter`: a mix is made
     of members that are there."""
     return adapter in held or all(member in held for member in members_of(adapter))
+
+
+def places(told: Mapping[str, Mapping[str, Any] | None], adapter: str) -> tuple[set[str], set[str]]:
+    """Which replicas hold the adapter, and which others have it in host memory, by what each last
+    told (`EngineReplica.record_routing_stats`; None: nothing yet)."""
+    holders, on_host = set[str](), set[str]()
+    for replica, stats in told.items():
+        if stats:
+            held: Sequence[str] = stats["adapters"]
+            if holds(held, adapter):
+                holders.add(replica)
+            elif holds([*held, *stats["host_adapters"]], adapter):
+                on_host.add(replica)
+    return holders, on_host
 
 
 class Sent:
@@ -106,11 +129,12 @@ class AdapterRouter(FIFOMixin, RequestRouter):
         queue_lengths = self.replica_queue_len_cache
         loads = {i: queue_lengths.get(r.replica_id) or 0 for i, r in by_id.items()}
         adapter = _adapter_of(pending_request)
-        holders = {i for i, r in by_id.items() if holds(_held(r), adapter)}
+        holders, on_host = places({i: r.routing_stats for i, r in by_id.items()}, adapter)
         loading = self._sent.place(adapter, time.monotonic())
         if loading is not None:
             holders.add(loading)
-        return [[by_id[replica]] for replica in rank(loads, holders, adapter)]
+        order = rank(loads, holders, adapter, on_host=on_host)
+        return [[by_id[replica]] for replica in order]
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
@@ -127,8 +151,3 @@ def _hash(adapter: str, replica: str) -> int:
 
 def _adapter_of(pending: PendingRequest | None) -> str:
     return pending.metadata.multiplexed_model_id if pending is not None else ""
-
-
-def _held(replica: RunningReplica) -> Sequence[str]:
-    stats: Mapping[str, Any] = replica.routing_stats or {}
-    return stats.get("adapters", ())

@@ -38,14 +38,20 @@ class Loras:
         (self._path / "adapter_config.json").write_text(config)
         return self.registry.publish(name, self._path)
 
+    def spec(self, room: float = 100.0, host_room: float = 0.0) -> ServingSpec:
+        """With room for so many adapters, and so many behind them."""
+        gib = getattr(self, "adapter_bytes", GIB) / GIB
+        engine = EngineSpec(
+            base_model=str(self.base), adapters_gib=room * gib, host_adapters_gib=host_room * gib
+        )
+        return ServingSpec(
+            name="base", store=self.registry.store.uri, cache=str(self.folder / "cache"),
+            engine=engine,
+        )  # fmt: skip
+
     def replica(self, room: float = 100.0) -> Replica:
         """With room for so many adapters."""
-        gib = room * getattr(self, "adapter_bytes", GIB) / GIB
-        engine = EngineSpec(base_model=str(self.base), adapters_gib=gib)
-        return Replica(
-            ServingSpec(name="base", store=self.registry.store.uri,
-                        cache=str(self.folder / "cache"), engine=engine)
-        )  # fmt: skip
+        return Replica(self.spec(room))
 
 
 async def ask(replica: Replica, adapter: NamedAdapter | None, **options: Any) -> TokenOutput:

@@ -24,15 +24,23 @@ class HostTier:
     def __init__(self, max_bytes: int, device: torch.device) -> None:
         self._max_bytes, self._device = max_bytes, device
         self._lock = threading.Lock()
-        self._held: dict[str, tuple[LoweredAdapter, int]] = {}  # least recently used first
+        # By content, least recently used first: the adapter, its bytes, its reference.
+        self._held: dict[str, tuple[LoweredAdapter, int, str]] = {}
         self.num_bytes = self.hits = self.evictions = 0
 
-    def get(self, name: str) -> LoweredAdapter | None:
-        """The adapter of that name on the device, its bytes already there; None if unknown."""
+    @property
+    def refs(self) -> list[str]:
+        """What each adapter was called when it was put here. Whoever asks for the same content by
+        another name finds it too."""
         with self._lock:
-            if name not in self._held:
+            return [ref for _, _, ref in self._held.values()]
+
+    def get(self, content: str) -> LoweredAdapter | None:
+        """The adapter of that content on the device, its bytes already there; None if unknown."""
+        with self._lock:
+            if content not in self._held:
                 return None
-            entry = self._held[name] = self._held.pop(name)
+            entry = self._held[content] = self._held.pop(content)
             self.hits += 1
         lowered = moved(entry[0], self._device)
         if self._device.type == "cuda":
@@ -40,18 +48,18 @@ class HostTier:
             torch.cuda.current_stream(self._device).synchronize()
         return lowered
 
-    def put(self, name: str, lowered: LoweredAdapter) -> None:
+    def put(self, content: str, lowered: LoweredAdapter, ref: str) -> None:
         """Keep a copy of what was lowered, if it is not larger than the whole tier."""
-        if not self._max_bytes or name in self._held:
+        if not self._max_bytes or content in self._held:
             return
         size = num_bytes(lowered)
         if size > self._max_bytes:
             return
         kept = pinned(lowered) if self._device.type == "cuda" else lowered
         with self._lock:
-            if name in self._held:
+            if content in self._held:
                 return
-            self._held[name] = kept, size
+            self._held[content] = kept, size, ref
             self.num_bytes += size
             while self.num_bytes > self._max_bytes:
                 oldest = next(iter(self._held))

@@ -76,17 +76,18 @@ def test_what_two_tensors_share_counts_once_and_sparse_ones_by_their_parts() -> 
 def test_host_memory_keeps_the_most_recently_used_within_its_bytes() -> None:
     tier = HostTier(1000, CPU)
     for name in "abc":
-        tier.put(name, adapter_of(400))  # "a" leaves for "c"
+        tier.put(name, adapter_of(400), f"{name}@1")  # "a" leaves for "c"
     assert tier.get("a") is None
     assert tier.get("b") is not None
-    tier.put("d", adapter_of(400))  # "c" leaves: "b" was used since
+    tier.put("d", adapter_of(400), "d@1")  # "c" leaves: "b" was used since
     assert tier.get("c") is None
     assert tier.get("b") is not None
-    tier.put("e", adapter_of(1200))  # larger than the tier
+    tier.put("e", adapter_of(1200), "e@1")  # larger than the tier
     assert tier.get("e") is None
     assert (tier.num_bytes, tier.hits, tier.evictions) == (800, 2, 2)
+    assert tier.refs == ["d@1", "b@1"]
     nothing = HostTier(0, CPU)
-    nothing.put("a", adapter_of(400))
+    nothing.put("a", adapter_of(400), "a@1")
     assert (nothing.get("a"), nothing.num_bytes) == (None, 0)
 
 

@@ -69,6 +69,8 @@ def test_more_adapters_than_the_engine_holds(bases: Bases, tmp_path: Path, host_
         assert (figures.host_adapter_hits > 0) == (host_gib > 0)
         if host_gib:
             assert figures.host_adapter_bytes == pytest.approx(len(names) * size, rel=0.05)
+        kept = {f"{name}@1" for name in names} if host_gib else set[str]()
+        assert set(small.replica.host_adapters) == kept
 
 
 def test_over_the_queue_limit_is_429(bases: Bases, tmp_path: Path) -> None:

@@ -165,9 +165,15 @@ def create_key(
     adapters: Annotated[
         list[str] | None, typer.Option(help="Pattern of models that it may ask. Repeatable.")
     ] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(help="None: no limit.")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(help="Of prompts and answers.")] = None,
-    max_concurrent: Annotated[int | None, typer.Option(help="Answers at once.")] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="At each gateway. None: no limit.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help="Of prompts and answers, at each gateway.")
+    ] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(help="Answers at once, at each gateway.")
+    ] = None,
 ) -> None:
     """Make a key and print it, once: the store keeps only its hash."""
     from serving.keys import KeyStore

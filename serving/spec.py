@@ -10,6 +10,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -40,6 +41,11 @@ class EngineSpec(Spec):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="`auto` takes a GPU if the replica has one."
+    )
+    tensor_parallel: PositiveInt = Field(
+        1,
+        description="GPUs that share each weight of the base. Only 1 runs: an engine is one "
+        "process with the whole base, which has to fit one GPU, if need be in 4 or 8 bits.",
     )
     packed_weights: bool = Field(
         True,
@@ -84,6 +90,17 @@ class EngineSpec(Spec):
         "and lowered again; pinned. If not given: 4 on a GPU and 0 on CPU, where it is the same "
         "memory and `adapters_gib` is the one to raise.",
     )
+
+    @field_validator("tensor_parallel")
+    @classmethod
+    def _whole(cls, value: int) -> int:
+        if value > 1:
+            raise ValueError(
+                f"is {value}, and an engine keeps its base whole, on one GPU; leave it out, and "
+                "take a base that fits: `quantization` keeps its weights in 4 or 8 bits, "
+                "`dtype: bfloat16` in 16. For more throughput raise replicas.max"
+            )
+        return value
 
 
 class ReplicasSpec(Spec):
@@ -142,7 +159,11 @@ class GatewaySpec(Spec):
 
     host: str = Field("127.0.0.1", description="Address to listen on; loopback by default.")
     port: NonNegativeInt = Field(8000, le=65535, description="Port; 0 takes a free one.")
-    replicas: PositiveInt = Field(1, description="Gateway processes.")
+    replicas: PositiveInt = Field(
+        1,
+        description="Gateway processes. Each counts for itself what the limits of keys allow, and "
+        "max_waiting_requests: with two, a key may have up to twice its limits in all.",
+    )
     cpus: PositiveFloat = Field(0.5, description="CPU cores reserved for each.")
     max_body_bytes: PositiveInt = Field(
         8 * 2**20, description="Longest request body; longer ones get 413."

@@ -57,6 +57,15 @@ def test_rules_between_fields() -> None:
     assert "set zero.offload_optimizer" in message(on_gpu)
 
 
+def test_a_base_over_several_gpus_is_refused_with_what_fits_one() -> None:
+    engine = {"base_model": "base", "tensor_parallel": 1}
+    assert parse_spec(ServingSpec, {"name": "a", "engine": engine}).engine.tensor_parallel == 1
+    with pytest.raises(SpecError) as caught:
+        parse_spec(ServingSpec, {"name": "a", "engine": engine | {"tensor_parallel": 2}})
+    for part in ("engine.tensor_parallel: is 2", "on one GPU", "`quantization`", "replicas.max"):
+        assert part in caught.value.message
+
+
 def test_overrides_are_yaml_and_reach_nested_keys(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(GOOD))

@@ -27,6 +27,7 @@ from serving.engine.request import GenerationRequest, TokenOutput
 from serving.spec import ServingSpec
 
 _FIGURES_PERIOD_S = 5.0
+_READY_TIMEOUT_S = 5.0
 _BASES = "GRAFT_BASES"  # read by nobody but `running_bases`
 # How Serve moves requests and tokens, read by its processes when they start. Of its own accord each
 # piece of a stream is an object of Ray's, which takes ten times as long as a message over gRPC, and
@@ -144,7 +145,8 @@ class RayBackend:
         if not self._min_replicas:
             return
         try:
-            await self._plain.answers.remote()
+            async with asyncio.timeout(_READY_TIMEOUT_S):  # Serve waits for a replica for ever
+                await self._plain.answers.remote()
         except Exception as error:
             raise UnavailableError("no replica answers yet; try again soon") from error
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -79,3 +81,15 @@ def finish_killed(
     assert found is not None, said
     os.kill(int(found[1]), signal.SIGKILL)
     return finish(job, said)
+
+
+def processes(actor: str, deployment: str = "") -> list[int]:
+    """The processes of one kind of actor."""
+    found: list[int] = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if actor in process.name() and deployment in " ".join(process.cmdline()):
+                found.append(process.pid)
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(found)

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import psutil
 import pytest
 from adapters import make_adapter
-from commands import finish, overrides, start
+from commands import finish, overrides, processes, start
 from conftest import RayCluster, served_at
 
 from cluster.registry import Registry
@@ -89,18 +88,6 @@ def service(
         process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 0, output
-
-
-def processes(actor: str, deployment: str = "") -> list[int]:
-    """The processes of one kind of actor."""
-    found: list[int] = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if actor in process.name() and deployment in " ".join(process.cmdline()):
-                found.append(process.pid)
-        except psutil.NoSuchProcess:
-            continue
-    return sorted(found)
 
 
 def replicas() -> list[int]:
@@ -267,6 +254,28 @@ def test_a_changed_spec_is_rolled_out_and_nobody_notices(
     for change in (f"engine.base_model={other}", f"engine.small_bases=[{other}]"):
         refused = finish(start(*service.command, *overrides(change), "--update"))
         assert (refused.code, "no update changes them" in refused.output) == (4, True)
+
+
+def test_a_service_whose_engines_do_not_come_up_is_not_ready(service: Service) -> None:
+    """It says so, and does not wait for them; it is ready again once there is one."""
+    one = overrides("replicas.min=1")
+    ended = finish(start(*service.command, *one, "--update"))
+    assert ended.code == 0, ended.output
+    assert httpx2.get(f"{service.url}/ready", timeout=10).status_code == 200
+    weights = service.base / "model.safetensors"
+    hidden = weights.rename(weights.with_suffix(".hidden"))
+    for pid in replicas():
+        os.kill(pid, signal.SIGKILL)
+    for _ in range(2):  # lost at first, and then not there
+        response = httpx2.get(f"{service.url}/ready", timeout=10)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+        time.sleep(1)
+    hidden.rename(weights)
+
+    def is_ready() -> bool:
+        return httpx2.get(f"{service.url}/ready", timeout=10).status_code == 200
+
+    until(is_ready, timeout_s=60, what="the service did not become ready again")
 
 
 def test_the_path_to_the_engines_heals(service: Service) -> None:

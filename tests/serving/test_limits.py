@@ -1,33 +1,28 @@
-"""What is too much, too late, or not for everyone: keys, limits, times, a dead engine."""
+"""What is too much, too late, or does not end well: limits, times, a dead engine."""
 
 import asyncio
 import json
 import re
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import pyarrow as pa
 import pytest
-import typer
 from adapters import make_adapter
 from safetensors.torch import load_file
-from service import ASK, BASE_NAME, CATALOGUE_TTL_S, error, publish, running
-from typer.testing import CliRunner
+from service import ASK, BASE_NAME, error, publish, running
 
-from cluster.errors import JobFailedError, NotFoundError, SpecError
+from cluster.errors import SpecError
 from cluster.spec import parse_spec
-from cluster.tables import write_table
-from serving.command import generate
-from serving.command import keys as commands
 from serving.gateway.access import Bucket, Door
 from serving.gateway.guard import Guard
 from serving.gateway.metrics import Metrics
-from serving.keys import KeyStore, find
+from serving.keys import KeyStore
 from serving.spec import GatewaySpec
 
 Bases = Callable[[str], Path]
@@ -118,159 +113,51 @@ def test_an_engine_that_dies_ends_its_streams_with_an_error(bases: Bases, tmp_pa
         error(httpx2.get(f"{doomed.url}/ready"), 503)
 
 
-class Guarded:
-    """A service that asks for keys."""
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_pass_that_raises_is_a_500_and_the_next_one_is_not(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    with running(bases("llama"), tmp_path) as service:
+        body = {"model": BASE_NAME, **ASK, "ignore_eos": True, "n": 3, "seed": 1, "temperature": 1}
 
-    def __init__(self, url: str, keys: KeyStore) -> None:
-        self.url, self.keys = url, keys
+        def ask(**more: Any) -> httpx2.Response:
+            return httpx2.post(f"{service.url}/v1/completions", json={**body, **more}, timeout=60)
 
-    def client(self, **rights: Any) -> httpx2.Client:
-        """A connection with a new key of those rights."""
-        _, text = self.keys.create("someone", **rights)
-        time.sleep(1.5 * CATALOGUE_TTL_S)
-        return self.connect(f"Bearer {text}")
+        def texts() -> list[str]:
+            return [choice["text"] for choice in ask().json()["choices"]]
 
-    def connect(self, authorization: str) -> httpx2.Client:
-        headers = {"Authorization": authorization}
-        return httpx2.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+        def fail(batch: Any) -> Any:
+            raise RuntimeError("device error")
 
-
-@pytest.fixture(scope="module")
-def guarded(bases: Bases, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    folder = tmp_path_factory.mktemp("guarded")
-    keys = KeyStore(str(folder / "keys"))
-    with running(bases("llama"), folder, gateway={"keys": str(folder / "keys")}) as service:
-        publish(service.registry, bases("llama"), folder, "lora", "bitfit")
-        yield Guarded(service.url, keys)
-
-
-def test_nobody_without_a_key(guarded: Guarded) -> None:
-    with guarded.client() as http:
-        assert http.get("/v1/models").status_code == 200
-        text = http.headers["authorization"].partition(" ")[2]
-    with guarded.connect(f"bearer {text}") as http:
-        assert http.get("/v1/models").status_code == 200
-    for wrong in ("", "Bearer", f"Basic {text}", "Bearer graft-x-y", f"Bearer {text}x", "Bearer é"):
-        response = httpx2.get(
-            f"{guarded.url}/v1/models", headers={b"Authorization": wrong.encode()}
-        )
-        assert error(response, 401)["code"] == "invalid_api_key"
-        assert response.headers["www-authenticate"] == "Bearer"
-    forged = {"Host": "x/health?"}
-    for path in ("/v1/models", "/v1/models/", "/metrics", "/v1/nothing", "/health/../v1/models"):
-        for headers in ({}, forged):
-            error(httpx2.get(f"{guarded.url}{path}", headers=headers), 401)
-    error(httpx2.post(f"{guarded.url}/v1/completions", content=b"{"), 401)
-    assert httpx2.get(f"{guarded.url}/health/").status_code == 200
-    assert httpx2.get(f"{guarded.url}/ready").status_code == 200
+        expected = texts()
+        with monkeypatch.context() as patch:
+            patch.setattr(service.replica._thread.engine.runner, "forward", fail)
+            detail = error(ask(stream=stream), 500)
+        assert (detail["type"], detail["code"]) == ("server_error", "engine_error")
+        assert "device error" in detail["message"]
+        assert texts() == expected
+        assert httpx2.get(f"{service.url}/ready").status_code == 200
+        stats = service.stats
+        assert (stats.running, stats.waiting) == (0, 0)
 
 
-def test_a_forbidden_adapter_is_as_unknown_as_none(guarded: Guarded) -> None:
-    with guarded.client(adapters=["bit*"]) as http:
-        assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["bitfit"]
-        assert http.post("/v1/completions", json={"model": "bitfit@1", **ASK}).status_code == 200
-        refused = [
-            error(http.post("/v1/completions", json={"model": model, **ASK}), 404)
-            for model in ("lora", "loro", BASE_NAME, "lora@1", "bitfit:1+lora:1")
-        ]
-        assert len({d["message"].split("'", 2)[2] for d in refused}) == 1
-        assert {detail["code"] for detail in refused} == {"model_not_found"}
-        error(http.get("/v1/models/lora"), 404)
-        error(http.get("/metrics"), 404)
-    with guarded.client() as http:
-        assert "graft_requests_total" in http.get("/metrics").text
-
-
-def test_a_revoked_key_is_out(guarded: Guarded) -> None:
-    with guarded.client() as http:
-        assert http.get("/v1/models").status_code == 200
-        key_id = http.headers["authorization"].split("-")[1]
-        guarded.keys.revoke(key_id)
-        time.sleep(1.5 * CATALOGUE_TTL_S)
-        error(http.get("/v1/models"), 401)
-    with pytest.raises(NotFoundError, match="graft keys list"):
-        guarded.keys.revoke(key_id)
-
-
-def test_a_file_is_answered_with_a_key(guarded: Guarded, tmp_path: Path) -> None:
-    """`graft generate` is serving.command.generate."""
-    write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "in.arrow")
-    with guarded.client() as http:
-        key = http.headers["authorization"].partition(" ")[2]
-    app, out = typer.Typer(), tmp_path / "out.arrow"
-    app.command()(generate)
-    call = [str(tmp_path / "in.arrow"), str(out), "--adapter", "lora", "--url", guarded.url, "-q"]
-    for option, environment in ((["--api-key", key], {}), ([], {"GRAFT_API_KEY": key})):
-        result = CliRunner().invoke(app, [*call, *option], env=environment)
-        assert result.exit_code == 0, result.output
-        out.unlink()
-    assert isinstance(CliRunner().invoke(app, call).exception, JobFailedError)
-
-
-def test_requests_tokens_and_concurrency_of_a_key(guarded: Guarded) -> None:
-    ask = {"model": "lora", **ASK, "ignore_eos": True}
-    with guarded.client(requests_per_minute=2) as http:
-        codes = [http.post("/v1/completions", json=ask).status_code for _ in range(3)]
-        assert codes == [200, 200, 429]
-    with guarded.client(requests_per_minute=4) as http:
-        codes = [http.post("/v1/completions", json={**ask, "n": n}).status_code for n in (5, 3, 2)]
-        assert codes == [400, 200, 429]
-        codes = [http.post("/tokenize", json={"prompt": "x"}).status_code for _ in range(2)]
-        assert codes == [200, 429]
-        error(http.post("/detokenize", json={"tokens": [1]}), 429)
-    with guarded.client(tokens_per_minute=20) as http:
-        codes = [http.post("/v1/completions", json=ask).status_code for _ in range(3)]
-        assert codes == [200, 200, 429]
-        response = http.post("/v1/completions", json=ask)
-        assert error(response, 429)["code"] == "rate_limit_exceeded"
-        assert 1 <= int(response.headers["retry-after"]) <= 60
-    with guarded.client(max_concurrent=1) as http, ThreadPoolExecutor(4) as pool:
-        long = {**ask, "max_tokens": 100}
-        codes = list(
-            pool.map(lambda _: http.post("/v1/completions", json=long).status_code, range(4))
-        )
-        assert 200 in codes
-        assert 429 in codes
-        error(http.post("/v1/completions", json={**ask, "n": 2}), 400)
-        assert http.post("/v1/completions", json=ask).status_code == 200
-
-
-def test_a_key_is_never_stored(tmp_path: Path) -> None:
-    keys = KeyStore(str(tmp_path))
-    key, text = keys.create("team", adapters=["a*"], tokens_per_minute=5)
-    stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert text.split("-", 2)[2].encode() not in stored
-    (tmp_path / "keys" / "broken.json").write_text("{")
-    (tmp_path / "keys" / "other.json").write_text("[]")
-    assert keys.keys() == {key.id: key}
-    (tmp_path / "keys" / f"{key.id}.json").write_text("known already")
-    assert keys.keys({key.id: key}) == {key.id: key}
-    assert keys.keys() == {}
-    assert find({key.id: key}, text) == key
-    assert find({key.id: key}, text[:-1]) is None
-    for bad in ({"adapters": []}, {"max_concurrent": 0}):
-        with pytest.raises(SpecError):
-            keys.create("team", **bad)
-
-
-def test_keys_by_the_command(tmp_path: Path) -> None:
-    """`graft keys` is serving.command.keys."""
-    store = ["--store", str(tmp_path)]
-
-    def graft(*arguments: str) -> str:
-        result = CliRunner().invoke(commands, [*arguments, *store], env={"COLUMNS": "200"})
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    text = graft("create", "team", "--adapters", "a*", "--adapters", "b", "--max-concurrent", "2")
-    key = find(KeyStore(str(tmp_path)).keys(), text.strip())
-    assert key is not None
-    assert (list(key.adapters), key.max_concurrent, key.allows("abc")) == (["a*", "b"], 2, True)
-    listed = graft("list")
-    assert key.id in listed
-    assert text.strip() not in listed
-    graft("revoke", key.id)
-    assert key.id not in graft("list")
+def test_adapters_are_a_label_of_a_bounded_number_of_values() -> None:
+    metrics = Metrics()
+    for _ in range(2):
+        for number in range(150):
+            metrics.begun(f"a{number}", 2, 5)
+            metrics.queued(f"a{number}", 0.1)
+            metrics.first_token(f"a{number}", 0.1)
+            metrics.ended(f"a{number}", 2, 3, 0.1)
+    text = metrics.text({}).decode()
+    found = defaultdict[str, set[str]](set)
+    for family, label in re.findall(r'^(\w+)\{.*?adapter="([^"]+)"', text, re.MULTILINE):
+        found[family].add(label)
+    assert "graft_time_to_first_token_seconds_bucket" in found
+    for labels in found.values():
+        assert labels == {*(f"a{number}" for number in range(100)), "others"}
+    assert re.search(r'graft_requests_total\{adapter="a99",.*\} 4.0', text)
+    assert re.search(r'graft_requests_total\{adapter="others",.*\} 200.0', text)
 
 
 def test_a_bucket_refills_and_pays_its_debts() -> None:

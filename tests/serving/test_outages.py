@@ -133,6 +133,26 @@ def test_a_client_that_leaves_before_its_first_token(service: Running, stream: b
     assert service.stats.free_pages >= before.free_pages - 2
 
 
+def test_a_client_that_leaves_is_forgotten_within_a_step(service: Running) -> None:
+    """And a tenth of a second, at the best of some tries: this machine does other things too."""
+
+    def left() -> float:
+        """Seconds by which it took longer than a step."""
+        with asked(service, model="lora", stream=True):
+            until(lambda: service.stats.running == 32)
+            steps, began = service.stats.steps, time.monotonic()
+            until(lambda: service.stats.steps >= steps + 5)
+            step_s = (time.monotonic() - began) / (service.stats.steps - steps)
+            assert service.stats.running == 32
+        began = time.monotonic()
+        until(lambda: not service.stats.running)
+        return time.monotonic() - began - step_s
+
+    free = service.stats.free_pages
+    assert min(left() for _ in range(5)) < 0.1
+    assert service.stats.free_pages >= free - 2
+
+
 def test_a_stream_that_nobody_waits_for_leaves_the_queue(bases: Bases, tmp_path: Path) -> None:
     """Long before its first token would have been there, with one request running at a time."""
     with running(bases("llama"), tmp_path, max_running_requests=1) as service:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ import transformers
 from conftest import make_base
 from service import BASE_NAME, running
 
+from serving.engine import GenerationRequest
+from serving.gateway.access import Tenant
+from serving.gateway.answers import ChatForm
+from serving.gateway.logprobs import TokenText
+from serving.gateway.service import Job, Piece
 from serving.gateway.tools import ToolParser
 from serving.protocol import ChatRequest
 
@@ -68,6 +74,60 @@ def test_calls_are_found_wherever_the_answer_is_cut(answer: str, said: str, coun
         before, one = parse(pieces, only_one=True)
         assert one == calls[:1]
         assert text.startswith(before)
+
+
+def deltas(answers: dict[int, list[Piece]], *, only_one: bool) -> dict[int, list[Any]]:
+    """The choices of each answer's chunks, of answers whose pieces come in turn."""
+    said = [{"role": "user", "content": "?"}]
+    asked = {"model": "m", "messages": said, "tools": [WEATHER], "tool_choice": "auto"}
+    body = ChatRequest.model_validate(asked | ({"parallel_tool_calls": False} if only_one else {}))
+    request = GenerationRequest(prompt_token_ids=[1])
+    job = Job("x", "m", None, Tenant(None), [[1]], [request] * len(answers), 0.0)
+    form, found = ChatForm(job, body, TokenText(None)), {index: list[Any]() for index in answers}
+    for pieces in zip_longest(*answers.values()):
+        for piece in filter(None, pieces):
+            for chunk in form.chunks(piece, None):
+                (choice,) = chunk.model_dump()["choices"]
+                found[choice["index"]].append(choice)
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("only_one", [False, True])
+def test_calls_that_a_model_makes_of_itself_are_streamed(size: int, only_one: bool) -> None:
+    """Several answers at once, which the model ends, or which end for their length."""
+    oslo = CALL.replace("Rome", "Oslo")
+    written = {
+        0: (f"Let me see. {CALL}\n{oslo}", "stop"),
+        1: ("No call.", "stop"),
+        2: (f"{oslo} and", "length"),
+    }
+    answers: dict[int, list[Piece]] = {}
+    for index, (text, reason) in written.items():
+        parts = [text[i : i + size] for i in range(0, len(text), size)]
+        answers[index] = [Piece(index, part, 1, None) for part in parts[:-1]]
+        answers[index].append(Piece(index, parts[-1], 1, reason))
+    found = deltas(answers, only_one=only_one)
+    said, calls = dict[int, str](), dict[int, list[tuple[int, str, str]]]()
+    for index, chunks in found.items():
+        assert chunks[0]["delta"]["role"] == "assistant"
+        assert [chunk["finish_reason"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+        said[index] = "".join(chunk["delta"]["content"] or "" for chunk in chunks)
+        every = [call for chunk in chunks for call in chunk["delta"]["tool_calls"] or []]
+        assert {call["type"] for call in every} <= {"function"}
+        assert len({call["id"] for call in every}) == len(every)
+        calls[index] = [
+            (call["index"], call["function"]["name"], json.loads(call["function"]["arguments"]))
+            for call in every
+        ]
+    rome = [(0, "weather", {"city": "Rome"})]
+    both = [*rome, (1, "weather", {"city": "Oslo"})]
+    assert calls == {
+        0: rome if only_one else both, 1: [], 2: [(0, "weather", {"city": "Oslo"})]
+    }  # fmt: skip
+    assert said == {0: "Let me see.", 1: "No call.", 2: "" if only_one else "and"}
+    ends = [chunks[-1]["finish_reason"] for chunks in found.values()]
+    assert ends == ["tool_calls", "stop", "length"]
 
 
 def test_each_tool_keeps_its_own_meaning_of_a_name() -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from cluster.spec import parse_spec
 from training.assembly import Assembly, assemble
-from training.checkpoint import write_checkpoint
+from training.checkpoint import read_checkpoint, write_checkpoint
 from training.loop import LogLine, Place, as_work, run
 from training.methods import METHODS
 from training.rows import TokenRows, split
@@ -217,9 +217,9 @@ def run_cases(world_size: int, cases: Sequence[Case | Together], tokens: Path) -
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
-    """The last checkpoint's parameters and moments."""
+    """The last checkpoint's parameters and moments, and the best ones of an evaluated run."""
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    return load_file(last / "state.safetensors")
+    return read_checkpoint(last)[0]
 
 
 def difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:

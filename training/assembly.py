@@ -16,7 +16,7 @@ import torch
 from cluster.base_model import context_tokens, load_base, load_tokenizer
 from cluster.errors import BaseModelError
 from training.backend import PARTS, Backend, PlainBackend
-from training.checkpoint import COURSE, Progress, read_checkpoint, run_state
+from training.checkpoint import BEST, COURSE, Progress, read_checkpoint, run_state
 from training.evaluation import Evaluator
 from training.loop import Place
 from training.methods import METHODS, trainable_parameters
@@ -28,7 +28,6 @@ from training.spec import TrainingSpec
 from training.step import DTYPES, Batch, LossModel
 from training.tasks import TASK_PARTS
 
-_BEST = "best/"
 _LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -46,7 +45,7 @@ class Assembly:
         """What a checkpoint holds; nothing on a worker that does not keep it. Collective."""
         state = run_state(self.backend, self.course, keep=keep)
         best = self.evaluator.best if self.evaluator and keep else {}
-        return state | {_BEST + name: best[name] for name in best}
+        return state | {BEST + name: best[name] for name in best}
 
     def take_best(self, step: int) -> None:
         """Put the best weights in the place of the last ones, of `step`, to be saved. Collective;
@@ -108,7 +107,7 @@ def assemble(
         backend.load_full_state(state, start.step)
     evaluator = None
     if validation is not None:
-        evaluator = _evaluator(spec, place, loss_model, validation, start, _within(state, _BEST))
+        evaluator = _evaluator(spec, place, loss_model, validation, start, _within(state, BEST))
     return Assembly(loss_model, backend, course, start, evaluator)
 
 

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from training.methods.course import Course
 
 STATE = "state.safetensors"
+# The best weights, apart: checkpoints in a row have the same ones, and the store keeps them once.
+BEST_STATE = "best.safetensors"
 PROGRESS = "progress.json"  # written last
+BEST = "best/"  # before their names in a run's state
 COURSE = "course/"  # before the names of what a method's course must remember
 
 
@@ -59,9 +62,12 @@ def run_state(
 
 
 def write_checkpoint(folder: Path, state: Mapping[str, torch.Tensor], progress: Progress) -> None:
-    """Write both files into `folder`."""
+    """Write its files into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(state), folder / STATE)
+    best = {name: value for name, value in state.items() if name.startswith(BEST)}
+    save_file({name: state[name] for name in state.keys() - best.keys()}, folder / STATE)
+    if best:
+        save_file(best, folder / BEST_STATE)
     (folder / PROGRESS).write_text(json.dumps(asdict(progress)))
 
 
@@ -71,6 +77,9 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], Progress]:
         raw = json.loads((folder / PROGRESS).read_text())
         curve = tuple((int(step), float(loss)) for step, loss in raw.pop("curve"))
         evaluations = tuple(Evaluation(**found) for found in raw.pop("evaluations"))
-        return load_file(folder / STATE), Progress(curve=curve, evaluations=evaluations, **raw)
+        state = load_file(folder / STATE)
+        if (folder / BEST_STATE).exists():
+            state |= load_file(folder / BEST_STATE)
+        return state, Progress(curve=curve, evaluations=evaluations, **raw)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StoreError(f"checkpoint {folder}: cannot be read ({error}); delete it") from error

@@ -2,18 +2,21 @@
 
     runs/JOB/job.json              the resolved spec, and the job that this one continues
     runs/JOB/step-00000020-1f3a/   a checkpoint; its progress.json comes last and makes it whole
+    runs/JOB/best/DIGEST.safetensors   best weights, as long as a checkpoint names them
     runs/JOB/tensorboard/          event files of its figures so far, or a folder for each adapter
     runs/JOB/adapter-1f3a/         a trained adapter, until it is published
     runs/JOB/failure.json          why no restart can mend it, where one worker alone knows
     runs/JOB/outcome.json          the version it published, or the job that continued it
 
-A checkpoint of several adapters has a folder for each of those that saved a state. Every write is
-create-only, so of two that would continue a job one is refused. (Ray Train keeps records of its own
-beside these.) Knows files; no Ray.
+A checkpoint's best weights are stored once, since those behind it have mostly the same; its
+best.json names them. A checkpoint of several adapters has a folder for each of those that saved a
+state. Every write is create-only, so of two that would continue a job one is refused. (Ray Train
+keeps records of its own beside these.) Knows files; no Ray.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -27,12 +30,13 @@ from cluster.errors import AdapterError, ConflictError, NotFoundError
 from cluster.registry import Registry
 from cluster.spec import parse_spec
 from cluster.store import Store
-from training.checkpoint import PROGRESS
+from training.checkpoint import BEST_STATE, PROGRESS
 from training.spec import TrainingSpec
 
 # What a worker hands to the job: FAILURE, why no restart can mend it, or RESULTS, by adapter its
 # metrics with ADAPTER, the key of its folder in the store, or a FAILURE of its own.
 RESULTS, ADAPTER, FAILURE = "results", "adapter", "failure"
+_BEST_KEY = "best.json"
 _CHECKPOINT = re.compile(rf"(runs/[^/]+/step-\d{{8}}-[0-9a-f]+)/{PROGRESS}")
 
 
@@ -102,8 +106,18 @@ def last_checkpoint(store: Store, run: Run) -> str | None:
 
 def own_checkpoint(store: Store, job_id: str) -> str | None:
     """The key of the newest whole checkpoint of this job alone."""
+    return max(own_checkpoints(store, job_id), default=None)
+
+
+def own_checkpoints(store: Store, job_id: str) -> list[str]:
+    """The keys of all whole checkpoints of this job alone."""
     found = map(_CHECKPOINT.fullmatch, store.list(f"runs/{job_id}"))
-    return max((match[1] for match in found if match), default=None)
+    return [match[1] for match in found if match]
+
+
+def own_bests(store: Store, job_id: str) -> list[str]:
+    """The keys of the best weights that this job's checkpoints name, or named."""
+    return store.list(f"runs/{job_id}/best")
 
 
 def lineage(store: Store, run: Run) -> Iterator[Run]:
@@ -121,6 +135,49 @@ def upload_folder(store: Store, key: str, folder: Path) -> None:
     for name in sorted(files, key=lambda name: (name == Path(PROGRESS), name)):
         with suppress(ConflictError):  # it is there, and files are there whole or not at all
             store.create_file(f"{key}/{name.as_posix()}", folder / name)
+
+
+def upload_checkpoint(store: Store, key: str, folder: Path) -> set[str]:
+    """Copy a checkpoint under `key`, runs/JOB/NAME; returns the keys of its best weights, which are
+    copied first unless they are there."""
+    bests: set[str] = set()
+    for file in sorted(folder.rglob(BEST_STATE)):
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        best = f"{key.rsplit('/', 1)[0]}/best/{digest}.safetensors"
+        if not store.exists(best):
+            with suppress(ConflictError):
+                store.create_file(best, file)
+        (file.parent / _BEST_KEY).write_text(json.dumps(best))
+        file.unlink()
+        bests.add(best)
+    upload_folder(store, key, folder)
+    return bests
+
+
+def fetch_checkpoint(store: Store, key: str, to: Path) -> None:
+    """Copy what `upload_checkpoint` copied into the folder `to`."""
+    fetch_folder(store, key, to)
+    for file in to.rglob(_BEST_KEY):
+        store.download(json.loads(file.read_text()), file.parent / BEST_STATE)
+
+
+def delete_folder(store: Store, key: str) -> None:
+    """Delete what is under `key`, what makes a checkpoint whole first."""
+    for file in sorted(store.list(key), key=lambda file: not file.endswith(f"/{PROGRESS}")):
+        store.delete(file)
+
+
+def delete_unused(store: Store, job_id: str, bests: set[str]) -> set[str]:
+    """Delete those best weights that no checkpoint of the job names; returns the others."""
+    named: set[str] = set()
+    for key in store.list(f"runs/{job_id}"):
+        if key.endswith(f"/{_BEST_KEY}"):
+            with suppress(NotFoundError):  # Ray Train deleted that checkpoint meanwhile
+                named.add(json.loads(store.read(key)))
+    for key in bests - named:
+        store.delete(key)
+    return bests & named
 
 
 def fetch_folder(store: Store, key: str, to: Path) -> None:

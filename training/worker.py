@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
-from cluster.errors import CallerError, JobFailedError, SpecError, StoreError
+from cluster.errors import CallerError, JobFailedError, SpecError
 from cluster.memory import keep_freed_memory, peak_memory_mib
 from cluster.spec import parse_spec
 from cluster.store import Store, open_store
@@ -30,14 +27,12 @@ from training.checkpoint import Progress, write_checkpoint
 from training.evaluation import Answer, Evaluation
 from training.loop import LogLine, Place, RunOptions, as_work, count_steps, run
 from training.methods import METHODS, count_parameters
+from training.reporter import Reporter
 from training.rows import TokenRows, split
 from training.runs import ADAPTER, FAILURE, RESULTS
 from training.several import Rows, Runner, Saved, assemble_several, run_several
 from training.spec import TrainingSpec
 from training.tracking import Tracking, figures_of
-
-if TYPE_CHECKING:
-    import ray.train
 
 # What allocators say that raise a plain RuntimeError.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -97,7 +92,7 @@ def _train_one(
     tracking = _tracking(spec, store, config, made, place)
     adapter = _Adapter(spec, made, rows, place, tracking)
     adapter.announce()
-    reporter = _Reporter(store, config["job_id"], place)
+    reporter = Reporter(store, config["job_id"], place)
 
     def on_checkpoint(progress: Progress) -> None:
         state = made.full_state(keep=place.rank == 0)  # collective; the first worker writes it
@@ -144,7 +139,7 @@ def _train_several(
         work = as_work(specs[name], adapter.made.backend, rows[name].training, **options)
         runners[name] = Runner(work, several.draws[name])
     saved.is_new = False
-    reporter = _Reporter(store, config["job_id"], place)
+    reporter = Reporter(store, config["job_id"], place)
 
     def after_round() -> None:
         if saved.is_new:
@@ -317,65 +312,8 @@ def _checkpoint(store: Store, config: Mapping[str, Any]) -> Generator[Path | Non
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="graft-checkpoint-") as name:
-        runs.fetch_folder(store, key, Path(name))
+        runs.fetch_checkpoint(store, key, Path(name))
         yield Path(name)
-
-
-class _Reporter:
-    """Hands checkpoints to Ray Train, which uploads them beside the training.
-
-    The upload is ours, by create-only writes with the file that makes it whole at the end; Ray
-    Train's own is a plain copy, of which a half looks like a whole.
-    """
-
-    def __init__(self, store: Store, job_id: str, place: Place) -> None:
-        self._store, self._job_id, self._place = store, job_id, place
-        self._uploaded = threading.Event()
-        self._uploaded.set()
-
-    def report(self, step: int, metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """Collective; the first worker writes. Waits for the last checkpoint's upload, not for
-        this one's."""
-        import ray.train
-
-        if self._place.rank != 0:
-            ray.train.report(metrics, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
-            return
-        self._uploaded.wait()
-        self._uploaded.clear()
-        # Ray Train deletes the folder when its upload has ended well.
-        folder = Path(tempfile.mkdtemp(prefix="graft-checkpoint-"))
-        try:
-            write(folder)
-        except (OSError, SafetensorError) as error:  # the second is what tensors' files raise
-            shutil.rmtree(folder, ignore_errors=True)
-            raise StoreError(
-                f"checkpoint {folder}: cannot be written ({error}); free room there, or set TMPDIR "
-                "to a folder with more"
-            ) from error
-        ray.train.report(
-            metrics,
-            ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=runs.checkpoint_name(step),
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=self._upload,
-        )
-
-    def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        """Called by Ray Train in a thread of its own."""
-        import ray.train
-
-        try:
-            runs.upload_folder(self._store, f"runs/{self._job_id}/{name}", Path(checkpoint.path))
-        except BaseException:
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
-            raise
-        finally:
-            self._uploaded.set()
-        storage: Any = ray.train.get_context().get_storage()
-        return ray.train.Checkpoint(
-            f"{storage.experiment_fs_path}/{name}", filesystem=storage.storage_filesystem
-        )
 
 
 def _metrics(made: Assembly, progress: Progress) -> dict[str, Any]:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from adapters import VARIANTS, randomize, variants_of
-from safetensors.torch import load_file
 from workers import Case, run_case, run_cases, weights_of
 
 from cluster.errors import SpecError
 from cluster.spec import parse_spec
 from training.assembly import assemble
+from training.checkpoint import read_checkpoint
 from training.data_spec import EvaluationSpec
 from training.evaluation import Evaluation, best_of, is_over, question_of, rouge_l
 from training.loop import Place, run
@@ -236,7 +236,7 @@ def test_a_run_that_gets_worse_ends_early_with_its_best_weights(runs: Path, stag
     assert best is not None
     assert len(found) - 1 - found.index(best) == 2  # patience
     assert found[-1].step < WILD_STEPS
-    state = load_file(run / f"checkpoint-{found[-1].step}" / "state.safetensors")
+    state, _ = read_checkpoint(run / f"checkpoint-{found[-1].step}")
     saved = {k: v for k, v in state.items() if k.startswith("best/param/")}
     trained = [torch.equal(v, state[k.removeprefix("best/")]) for k, v in saved.items()]
     assert not all(trained)

@@ -19,8 +19,10 @@ from cluster.errors import StoreError
 from cluster.spec import parse_spec
 from cluster.store import open_store
 from training import job, worker
+from training import reporter as reporter_module
 from training.checkpoint import Progress, write_checkpoint
 from training.loop import Place
+from training.reporter import Reporter
 from training.runs import FAILURE, Run, checkpoint_name, record_run, upload_folder
 from training.spec import TrainingSpec
 
@@ -120,18 +122,16 @@ def test_another_error_is_no_lack_of_memory(
 
 
 @pytest.fixture
-def reporter(
-    spec: TrainingSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> worker._Reporter:
+def reporter(spec: TrainingSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reporter:
     """Of a first worker, whose folders of checkpoints are in tmp_path / "local"."""
     (tmp_path / "local").mkdir()
-    monkeypatch.setattr(worker.tempfile, "tempdir", str(tmp_path / "local"))
+    monkeypatch.setattr(reporter_module.tempfile, "tempdir", str(tmp_path / "local"))
     place = Place(0, 1, torch.device("cpu"))
-    return worker._Reporter(open_store(spec.output.store), "job", place)
+    return Reporter(open_store(spec.output.store), "job", place)
 
 
 def test_a_full_disk_at_a_checkpoint_is_told_with_the_folder(
-    reporter: worker._Reporter, tmp_path: Path
+    reporter: Reporter, tmp_path: Path
 ) -> None:
     state = {"param/a": torch.zeros(2**16)}
     resource.prlimit(0, resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
@@ -145,7 +145,7 @@ def test_a_full_disk_at_a_checkpoint_is_told_with_the_folder(
     assert not list((tmp_path / "local").iterdir())
 
 
-def test_a_failed_upload_leaves_no_local_folder(reporter: worker._Reporter, tmp_path: Path) -> None:
+def test_a_failed_upload_leaves_no_local_folder(reporter: Reporter, tmp_path: Path) -> None:
     folder = tmp_path / "local" / "graft-checkpoint-1"
     write_checkpoint(folder, {}, Progress())
     (tmp_path / "store" / "runs").write_text("a file where the folder should be")

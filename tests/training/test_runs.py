@@ -23,13 +23,18 @@ from training.rows import micro_batches
 from training.runs import (
     Run,
     checkpoint_name,
+    delete_folder,
+    delete_unused,
+    fetch_checkpoint,
     fetch_folder,
     finish,
     last_checkpoint,
+    own_bests,
     published_adapters,
     read_failure,
     record_failure,
     record_run,
+    upload_checkpoint,
     upload_folder,
 )
 from training.spec import TrainingSpec
@@ -59,42 +64,110 @@ def save(store: Store, job_id: str, step: int, folder: Path) -> str:
     return key
 
 
-# A process that ends, as by SIGKILL, in front of its write number `sys.argv[3]`.
-SAVE_AND_DIE = """
+# For each number up to `sys.argv[3]` a process that ends, as by SIGKILL, in front of its write of
+# that number, from 0: into the store of that number, of the folder of that number. Prints how each
+# ended. Forked before anything is open, since most of the time goes by on imports.
+DO_AND_DIE = """
 import os, sys, obstore
 from pathlib import Path
+from cluster.registry import Registry
 from cluster.store import open_store
-from training.runs import upload_folder
-left, put = iter(range(int(sys.argv[3]))), obstore.put
-def counted(*arguments, **options):
-    if next(left, None) is None:
-        os._exit(9)
-    return put(*arguments, **options)
-obstore.put = counted
-upload_folder(open_store(sys.argv[1]), "runs/job/step-00000020-beef", Path(sys.argv[2]))
+from training.runs import upload_checkpoint
+put = obstore.put
+for number in range(int(sys.argv[3])):
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        continue
+    left = iter(range(number))
+    def counted(*arguments, **options):
+        if next(left, None) is None:
+            os._exit(9)
+        return put(*arguments, **options)
+    obstore.put = counted
+    store, folder = open_store(f"{sys.argv[1]}-{number}"), Path(f"{sys.argv[2]}-{number}")
+    %s
+    os._exit(0)
 """
+SAVE = 'upload_checkpoint(store, "runs/job/step-00000020-beef", folder)'
+PUBLISH = 'Registry(store).publish("mine", folder, card={"job": {"id": "job"}})'
+WRITES = 4  # of either
 
 
-@pytest.mark.parametrize("writes", [0, 1, 2])
+def do_and_die(what: str, stores: Path, folders: Path) -> None:
+    """Do it, dying in front of each write, and once without."""
+    arguments = (str(stores), str(folders), str(WRITES + 1))
+    command = [sys.executable, "-c", DO_AND_DIE % what, *arguments]
+    done = subprocess.run(command, timeout=120, check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split() == ["9"] * WRITES + ["0"]
+
+
 def test_a_crash_at_any_point_of_a_save_leaves_the_checkpoint_before(
-    spec: TrainingSpec, tmp_path: Path, writes: int
+    spec: TrainingSpec, tmp_path: Path
 ) -> None:
-    store = open_store(spec.output.store)
-    run = Run("job", spec)
-    record_run(store, run)
-    before = save(store, "job", 10, tmp_path / "first")
-    write_checkpoint(tmp_path / "second", STATE, Progress(step=20))
-    command = [sys.executable, "-c", SAVE_AND_DIE, store.uri, str(tmp_path / "second"), str(writes)]
-    process = subprocess.run(command, timeout=60, check=False)
-    found = last_checkpoint(store, run)
-    assert found is not None
-    whole = writes == 2  # both files were written before the end came
-    assert (process.returncode, found == before) == ((0, False) if whole else (9, True))
-    (tmp_path / "fetched").mkdir()
-    fetch_folder(store, found, tmp_path / "fetched")
-    state, progress = read_checkpoint(tmp_path / "fetched")
-    assert progress.step == (20 if whole else 10)
-    assert torch.equal(state["param/a"], STATE["param/a"])
+    run, best = Run("job", spec), {"best/param/a": torch.ones(4)}
+    before: dict[int, str] = {}
+    for writes in range(WRITES + 1):
+        store = open_store(str(tmp_path / f"store-{writes}"))
+        record_run(store, run)
+        before[writes] = save(store, "job", 10, tmp_path / f"first-{writes}")
+        write_checkpoint(tmp_path / f"second-{writes}", STATE | best, Progress(step=20))
+    do_and_die(SAVE, tmp_path / "store", tmp_path / "second")
+    for writes, key in before.items():
+        store = open_store(str(tmp_path / f"store-{writes}"))
+        found = last_checkpoint(store, run)
+        assert found is not None
+        is_whole = writes == WRITES
+        assert (found == key) is not is_whole
+        fetch_checkpoint(store, found, tmp_path / f"fetched-{writes}")
+        state, progress = read_checkpoint(tmp_path / f"fetched-{writes}")
+        assert progress.step == (20 if is_whole else 10)
+        assert torch.equal(state["param/a"], STATE["param/a"])
+        assert ("best/param/a" in state) is is_whole
+
+
+def test_a_crash_at_any_point_of_publishing_can_be_gone_on_from(
+    spec: TrainingSpec, tmp_path: Path
+) -> None:
+    """To one version, whole: nobody sees what the crash left."""
+    for writes in range(WRITES + 1):
+        store = open_store(str(tmp_path / f"store-{writes}"))
+        record_run(store, Run("job", spec))
+        save(store, "job", 10, tmp_path / "one")
+        make_adapter(tmp_path / f"adapter-{writes}")
+    do_and_die(PUBLISH, tmp_path / "store", tmp_path / "adapter")
+    for writes in range(WRITES + 1):
+        store = open_store(str(tmp_path / f"store-{writes}"))
+        registry = Registry(store)
+        if writes == WRITES:
+            with pytest.raises(ConflictError, match="has published mine@1"):
+                continued_spec(store, "job", ())
+            continue
+        assert registry.names() == []
+        record_run(store, Run("next", continued_spec(store, "job", ()), "job"))
+        publish(store, "next", "mine", tmp_path / f"adapter-{writes}")
+        assert len(registry.numbers("mine")) == 1
+        assert registry.verify("mine").card == {"job": {"id": "next"}}
+
+
+def test_best_weights_are_kept_while_a_checkpoint_names_them(
+    spec: TrainingSpec, tmp_path: Path
+) -> None:
+    store, known = open_store(spec.output.store), set[str]()
+    keys: list[str] = []
+    for step, best in ((10, 1.0), (20, 1.0), (30, 2.0)):
+        folder = tmp_path / str(step) / "mine"  # as of one of several adapters
+        write_checkpoint(folder, STATE | {"best/param/a": torch.full((4,), best)}, Progress(step))
+        keys.append(f"runs/job/{checkpoint_name(step)}")
+        known |= upload_checkpoint(store, keys[-1], folder.parent)
+    assert len(known) == len(own_bests(store, "job")) == 2
+    delete_folder(store, keys[0])
+    assert delete_unused(store, "job", known) == known
+    delete_folder(store, keys[1])
+    (left,) = delete_unused(store, "job", known)
+    assert own_bests(store, "job") == [left]
+    fetch_checkpoint(store, keys[2], tmp_path / "fetched")
+    state, _ = read_checkpoint(tmp_path / "fetched" / "mine")
+    assert float(state["best/param/a"][0]) == 2.0
 
 
 def test_one_job_goes_on_from_another_and_the_last_cleans_up(
@@ -145,11 +218,15 @@ def test_what_cannot_be_continued_is_refused_by_name(spec: TrainingSpec, tmp_pat
             continued_spec(store, "job", [override])
 
 
-def publish(store: Store, job_id: str, name: str, folder: Path) -> None:
-    """A small adapter, as that job would."""
+def make_adapter(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
     save_file(STATE, folder / "adapter_model.safetensors")
+
+
+def publish(store: Store, job_id: str, name: str, folder: Path) -> None:
+    """A small adapter, as that job would."""
+    make_adapter(folder)
     Registry(store).publish(name, folder, card={"job": {"id": job_id}})
 
 

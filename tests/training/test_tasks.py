@@ -585,7 +585,10 @@ def test_a_run_is_the_same_however_it_is_cut_and_where_it_goes_on(
 ) -> None:
     alone, cut = runs / f"{run}-alone", runs / f"{run}-{how}"
     resumed = Path(f"{cut}-resumed")
-    for name in (f"checkpoint-{STEPS}/state.safetensors", "adapter/adapter_model.safetensors"):
+    last = f"checkpoint-{STEPS}"
+    for name in (
+        f"{last}/state.safetensors", f"{last}/best.safetensors", "adapter/adapter_model.safetensors"
+    ):  # fmt: skip
         assert (resumed / name).read_bytes() == (cut / name).read_bytes(), name
     one, other = state_of(alone), state_of(cut)
     assert one.keys() == other.keys()

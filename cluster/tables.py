@@ -165,6 +165,8 @@ def _stream(path: Path) -> RowStream:
         return _stream_parquet(path, [path])
     if shards := _shards(path):
         return _stream_parquet(path, shards)
+    if suffix in IPC and path.is_file():
+        return _stream_ipc(path)
     table = _read(path)  # memory-mapped, all of them
     check_schema(table.schema, path)
 
@@ -204,6 +206,29 @@ def _stream_parquet(path: Path, shards: Sequence[Path]) -> RowStream:
 
     num_rows = sum(file.metadata.num_rows for file in files)
     return RowStream(path, tuple(first.names), num_rows, parts)
+
+
+def _stream_ipc(path: Path) -> RowStream:
+    """Batch by batch: of a compressed file, one is in memory at a time."""
+    schema = _open_ipc(path).schema
+    check_schema(schema, path)
+
+    def parts(columns: Sequence[str]) -> Iterator[_Chunk]:
+        fields = [schema.get_field_index(name) for name in columns]
+        for batch in _ipc_batches(path, fields):
+            for start in range(0, batch.num_rows, _CHUNK_ROWS):
+                yield batch.slice(start, _CHUNK_ROWS).to_pylist()
+
+    num_rows = sum(batch.num_rows for batch in _ipc_batches(path, range(len(schema))[:1]))
+    return RowStream(path, tuple(schema.names), num_rows, parts)
+
+
+def _ipc_batches(path: Path, fields: Sequence[int]) -> Iterator[pa.RecordBatch]:
+    reader = _open_ipc(path, fields)
+    if isinstance(reader, pyarrow.ipc.RecordBatchFileReader):
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        yield from reader
 
 
 def _columns(schema: pa.Schema) -> str:
@@ -251,12 +276,18 @@ def _read(path: Path) -> pa.Table:
 
 
 def _read_ipc(path: Path) -> pa.Table:
+    return _open_ipc(path).read_all()
+
+
+def _open_ipc(path: Path, fields: Sequence[int] = ()) -> Any:
+    """A reader of either kind, of some of the columns or all; memory-mapped."""
     source = pa.memory_map(str(path))
-    if source.read(4) == _STREAM_MAGIC:
-        source.seek(0)
-        return pyarrow.ipc.open_stream(source).read_all()
+    is_stream = source.read(4) == _STREAM_MAGIC
     source.seek(0)
-    return pyarrow.ipc.open_file(source).read_all()
+    options = pyarrow.ipc.IpcReadOptions(included_fields=list(fields) or None)
+    return (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(
+        source, options=options
+    )
 
 
 def _read_saved_dataset(path: Path) -> pa.Table:

@@ -17,6 +17,7 @@ from cluster.errors import OUTCOMES
 from cluster.spec import Spec
 from serving.spec import ServingSpec
 from training.spec import TrainingSpec
+from training.task_spec import UNDEFINED
 
 PAGE = Path(__file__).parent / "reference.md"
 HEAD = """# Reference
@@ -109,11 +110,24 @@ def error_section() -> str:
     return "\n".join(lines) + "\n"
 
 
+def undefined_section() -> str:
+    """The methods that a task has not, and why."""
+    lines = [
+        "## Methods that a task has not",
+        "",
+        "| task | method | because it |",
+        "|---|---|---|",
+    ]
+    lines += [f"| `{task}` | `{kind}` | {why} |" for (task, kind), why in UNDEFINED.items()]
+    return "\n".join(lines) + "\n"
+
+
 def page() -> str:
     """The whole page."""
     sections = [
         HEAD,
         spec_section("Training: `graft train SPEC.yaml`", TrainingSpec),
+        undefined_section(),
         spec_section("Serving: `graft serve SPEC.yaml`", ServingSpec),
         error_section(),
     ]

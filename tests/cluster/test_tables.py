@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
@@ -140,13 +141,22 @@ def test_an_arrow_extension_runs_no_code(tmp_path: Path, reader: str) -> None:
         assert not canary.exists()
 
 
-@pytest.mark.parametrize("kind", ["arrow", "parquet", "jsonl", "saved"])
+@pytest.mark.parametrize(
+    "kind", ["arrow", "parquet", "jsonl", "saved", "feather", "zstd.arrow", "zstd.stream.arrow"]
+)
 def test_a_stream_takes_no_more_memory_than_a_part_of_its_rows(tmp_path: Path, kind: str) -> None:
     """100 MB of rows, read by a process that may take 64 MB beyond its imports."""
     texts = [f"{i} " + chr(97 + i % 26) * 16_384 for i in range(6_000)]
     path, table = tmp_path / f"rows.{kind}", pa.table({"text": texts, "other": texts})
     if kind == "saved":
         datasets.Dataset(table).save_to_disk(str(path))
+    elif kind == "feather":
+        pyarrow.feather.write_feather(table, path, compression="lz4", chunksize=500)
+    elif kind.startswith("zstd"):
+        new = pyarrow.ipc.new_stream if "stream" in kind else pyarrow.ipc.new_file
+        options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+        with new(str(path), table.schema, options=options) as writer:
+            writer.write_table(table, max_chunksize=500)
     else:
         write_table(table, path)
     code = (

@@ -14,7 +14,10 @@ import pytest
 from conftest import byte_tokenizer
 
 from cluster.errors import DataError, StoreError
+from cluster.spec import parse_spec
+from cluster.store import open_store
 from cluster.tables import stream_rows, write_table
+from training import job
 from training.data import fingerprint, tokenize
 from training.data_spec import DataSpec, LintSpec
 from training.encoding import render_alpaca
@@ -29,6 +32,7 @@ from training.rows import (
     split,
     write_rows,
 )
+from training.spec import TrainingSpec
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -99,6 +103,31 @@ def test_keys_that_arrow_gives_every_turn_do_not_reach_the_template(tmp_path: Pa
     calling = [CHAT[0], {**CHAT[1], "tool_calls": "f()"}, *CHAT[2:]]
     _, tokens = run(tmp_path, [{"messages": calling}], tokenizer)
     assert tokenizer.decode(tokens.row(0)[0]).count("[calls]") == 1
+
+
+def test_a_second_job_takes_the_tokens_of_the_first(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the store, until a row changes."""
+
+    def prepare(*texts: str) -> tuple[str, DataReport]:
+        write_table(pa.table({"text": texts}), tmp_path / "rows.arrow")
+        document = {
+            "base_model": str(bases("llama")), "method": {"kind": "lora"},
+            "data": {"train": str(tmp_path / "rows.arrow")},
+            "output": {"name": "mine", "store": str(tmp_path / "store")},
+        }  # fmt: skip
+        spec = parse_spec(TrainingSpec, document)
+        return job._prepare_tokens(spec, spec.data, open_store(spec.output.store))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("tokenised again")
+
+    first = prepare("one", "two")
+    monkeypatch.setattr(job, "tokenize", refuse)
+    assert prepare("one", "two") == first
+    with pytest.raises(AssertionError, match="tokenised again"):
+        prepare("one", "three")
 
 
 def test_of_several_chat_templates_the_default_is_taken(tmp_path: Path) -> None:

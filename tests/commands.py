@@ -68,11 +68,9 @@ def read_until(process: subprocess.Popen[str], part: str) -> str:
     return "".join(lines)
 
 
-def finish_killed(
-    job: subprocess.Popen[str], at: str, has_checkpoint: Callable[[str], bool]
-) -> Ended:
-    """Wait for the end of a training job whose first worker gets SIGKILL behind a line, as soon as
-    the job of that name has something to go on from: checkpoints are uploaded beside training."""
+def kill_worker(job: subprocess.Popen[str], at: str, has_checkpoint: Callable[[str], bool]) -> str:
+    """Wait for a line of a training job and SIGKILL its first worker, as soon as the job of that
+    name has something to go on from: checkpoints are uploaded beside training. What it said."""
     said = read_until(job, at)
     name = Ended(said, 0).job
     while not has_checkpoint(name) and job.poll() is None:
@@ -80,7 +78,7 @@ def finish_killed(
     found = re.search(r"training: .* process (\d+)", said)
     assert found is not None, said
     os.kill(int(found[1]), signal.SIGKILL)
-    return finish(job, said)
+    return said
 
 
 def processes(actor: str, deployment: str = "") -> list[int]:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-from commands import Ended, finish, finish_killed, graft, overrides, read_until, start
+from commands import Ended, finish, graft, kill_worker, overrides, read_until, start
 
 from cluster.registry import Registry
 from cluster.tables import write_table
@@ -27,6 +27,14 @@ EVALUATED = ("data.validation=0.2", "evaluation.every_steps=100", "evaluation.ge
 SWEEP = ("adapters.wild.optimizer={learning_rate: 1.0e+30, warmup_ratio: 0.3}",
          "adapters.category-ia3.max_steps=20", "adapters.category-lora-4.batch_size=8")  # fmt: skip
 TAME = ("adapters.wild.optimizer.learning_rate=0.001", "max_steps=20")
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A job whose worker was killed; `kept` is what it had in the store long after that."""
+
+    ended: Ended
+    kept: list[str]
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Jobs:
     """Of `several`, a worker was killed and one adapter diverged; `tamed` is what went on."""
 
     lora: Future[Ended]
-    killed: Future[Ended]
+    killed: Future[Killed]
     several: Future[Ended]
     tamed: Future[Ended]
     failed: Future[Ended]
@@ -80,17 +88,27 @@ def started(dashboard: str, base: Path, folder: Path) -> Iterator[Jobs]:
         do = threads.submit
         lora = do(lambda: finish(train("lora", "lora", "workers.cpus=4")))
         failed = do(lambda: finish(train("lora", "failed", *bad)))
-        killed = do(lambda: finish_killed(
-            train("prompt_tuning", "killed", *small, *EVALUATED, "max_steps=200"),
-            "step 15/200", _has_checkpoint))  # fmt: skip
-        several = do(lambda: finish_killed(
-            train("sweep", "sweep", *small, *SWEEP), middle, _has_checkpoint))  # fmt: skip
+        killed = do(lambda: _kill_and_look(
+            train("prompt_tuning", "killed", *small, *EVALUATED, "max_steps=200")))  # fmt: skip
+        several = do(lambda: _kill(train("sweep", "sweep", *small, *SWEEP), middle))
         stopped = do(lambda: _stop_and_go_on(dashboard, train(*goes_on)))
         tamed = do(lambda: _go_on(dashboard, several.result().job, *TAME))
         yield Jobs(lora, killed, several, tamed, failed, stopped)
         threads.shutdown(wait=False, cancel_futures=True)
         for process in running:  # only after a test that failed
             process.kill()
+
+
+def _kill(job: subprocess.Popen[str], at: str) -> Ended:
+    return finish(job, kill_worker(job, at, _has_checkpoint))
+
+
+def _kill_and_look(job: subprocess.Popen[str]) -> Killed:
+    """The store is looked at when most of what the job saves was saved."""
+    said = kill_worker(job, "step 15/200", _has_checkpoint)
+    said += read_until(job, "step 180/200")
+    kept = Registry(STORE).store.list(f"runs/{Ended(said, 0).job}")
+    return Killed(finish(job, said), kept)
 
 
 def _has_checkpoint(job: str) -> bool:

@@ -92,15 +92,36 @@ def errors(client: openai.OpenAI, base: str) -> None:
 
 
 async def asynchronous(url: str, adapters: list[str]) -> None:
-    """Many at once through the asynchronous client."""
+    """Many at once through the asynchronous client, whole and as streams."""
+
+    async def streamed(client: openai.AsyncOpenAI, model: str, number: int) -> str:
+        stream = await client.completions.create(
+            model=model, prompt=f"hello {number}", max_tokens=8, temperature=0, stream=True
+        )
+        return "".join([c.text async for chunk in stream for c in chunk.choices])
+
+    async def chatted(client: openai.AsyncOpenAI, model: str, stream: bool) -> str:
+        said = [{"role": "user", "content": "hello"}]
+        answer = await client.chat.completions.create(
+            model=model, messages=said, max_tokens=8, temperature=0, stream=stream
+        )
+        if not stream:
+            return answer.choices[0].message.content
+        return "".join([c.delta.content or "" async for part in answer for c in part.choices])
+
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
         asked = [
             client.completions.create(model=model, prompt=f"hello {i}", max_tokens=8, temperature=0)
             for i in range(4)
             for model in adapters
         ]
-        answers = await asyncio.gather(*asked)
+        streams = [streamed(client, model, i) for i in range(4) for model in adapters]
+        answers, texts = await asyncio.gather(asyncio.gather(*asked), asyncio.gather(*streams))
+        chats = [chatted(client, m, stream) for stream in (False, True) for m in adapters]
+        said = await asyncio.gather(*chats)
     assert [answer.model for answer in answers] == adapters * 4
+    assert [answer.choices[0].text for answer in answers] == texts
+    assert said[: len(adapters)] == said[len(adapters) :]
 
 
 if __name__ == "__main__":

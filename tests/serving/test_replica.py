@@ -3,9 +3,11 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from replicas import COUNT, Loras, ask, run
 from rewriting import rewritten
@@ -13,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from cluster.adapter_folder import WEIGHTS
 from cluster.errors import CopyChangedError, RequestError, UnavailableError
-from serving.engine import ResponseFormat, TokenOutput
+from cluster.registry import AdapterVersion
+from serving.engine import EngineStats, ResponseFormat, TokenOutput
 from serving.engine.grammar import Grammars
 from serving.engine_thread import Outputs
 from serving.replica import Replica
@@ -34,6 +37,41 @@ def test_more_adapters_than_room_take_turns(loras: Loras, make: Callable[..., Re
     assert stats.adapters == 2
     assert stats.adapter_evictions >= COUNT - 2
     assert stats.adapter_bytes == 2 * loras.adapter_bytes
+
+
+def test_five_hundred_adapters_over_room_for_two(
+    loras: Loras, make: Callable[..., Replica]
+) -> None:
+    """The least recently used leaves for another; nothing grows with the number of names."""
+    replica = make(room=2.5)
+    a0, a1, a2 = loras.versions[:3]
+    many = [replace(loras.versions[n % COUNT], name=f"many-{n}") for n in range(500)]
+
+    async def all_of(versions: list[AdapterVersion]) -> tuple[EngineStats, set[tuple[int, ...]]]:
+        asked = [ask(replica, version, max_tokens=1) for version in versions]
+        answers = await asyncio.gather(*asked)
+        return await replica.stats(), {answer.token_ids for answer in answers}
+
+    async def course() -> None:
+        for version in (*loras.versions, a0, a1, a0, a2):
+            await ask(replica, version)
+        assert replica.adapters == [a0.ref, a2.ref]
+        before, right = await all_of(many[:20])
+        memory = psutil.Process().memory_info().rss
+        after, answers = await all_of(many[20:])
+        assert answers == right
+        assert psutil.Process().memory_info().rss - memory < 30 * 2**20
+        assert len(replica.adapters) == after.adapters == 2
+        assert after.adapter_bytes == 2 * loras.adapter_bytes
+        assert after.adapter_loads - before.adapter_loads == 480
+        assert after.adapter_evictions - before.adapter_evictions == 480
+        assert after.adapter_hits == before.adapter_hits
+        held = [each for each in many if each.ref in replica.adapters]
+        again, _ = await all_of(held * 3)
+        assert again.adapter_hits - after.adapter_hits == 6
+        assert again.adapter_loads == after.adapter_loads
+
+    run(course())
 
 
 def test_adapters_that_are_never_idle_make_room_for_one_that_waits(

@@ -1,0 +1,56 @@
+"""Adapter folders that are sound as containers and yet no adapters of the base."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def edit_config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def apply(path: Path) -> None:
+        config = json.loads((path / "adapter_config.json").read_text())
+        change(config)
+        (path / "adapter_config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    def apply(path: Path) -> None:
+        tensors = load_file(path / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "adapter_model.safetensors")
+
+    return apply
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+# A variant of tests/adapters.py, what is wrong with it, how it gets so, and what is told of it.
+BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
+    ("lora", "DoRA", edit_config(lambda c: c.update(use_dora=True)), "magnitude"),
+    ("lora", "token indices", edit_config(lambda c: c.update(trainable_token_indices=[1])),
+     "trainable_token_indices"),
+    ("lora", "parameters", edit_config(lambda c: c.update(target_parameters=["x"])),
+     "target_parameters"),
+    ("lora", "field of the future", edit_config(lambda c: c.update(new_trick=3)), "new_trick"),
+    ("lora", "alpha a text", edit_config(lambda c: c.update(lora_alpha="16")), "lora_alpha"),
+    ("lora", "alpha infinite", edit_config(lambda c: c.update(lora_alpha=float("inf"))),
+     "lora_alpha"),
+    ("lora", "alpha huge", edit_config(lambda c: c.update(lora_alpha=1e30)), "lora_alpha"),
+    ("lora", "rank of another", edit_config(lambda c: c.update(r=5)), "shapes"),
+    ("lora", "half a pair", edit_tensors(lambda t: t.pop(A)), "where lora_A, lora_B"),
+    ("lora", "unknown module", edit_tensors(lambda t: t.update({A.replace("q_", "x_"): t[A] + 1})),
+     "no module"),
+    ("lora", "unknown tensor", edit_tensors(lambda t: t.update({"other": torch.ones(2)})), "other"),
+    ("lora", "integers", edit_tensors(lambda t: t.update({A: t[A].int()})), "floating point"),
+    ("lora", "not finite", edit_tensors(lambda t: t[A].fill_(float("nan"))), "NaN"),
+    ("lora", "unknown kind", edit_config(lambda c: c.update(peft_type="XLORA")), "XLORA"),
+    ("prompt_tuning", "length", edit_config(lambda c: c.update(num_virtual_tokens=6)), "shape"),
+    ("prompt_tuning", "extra", edit_tensors(lambda t: t.update({"x": torch.ones(1)})), "alone"),
+    ("prefix_tuning", "encoder", edit_config(lambda c: c.update(num_transformer_submodules=2)),
+     "num_transformer_submodules = 2, where the base"),
+    ("bitfit", "a weight", edit_tensors(lambda t: t.update({A: torch.ones(2)})), "no bias"),
+]  # fmt: skip

@@ -1,0 +1,119 @@
+"""Adapters of the store under requests over HTTP: bad ones, those that go away or are replaced."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from adapters import make_adapter
+from bad_adapters import BAD
+from service import ASK, Running, error
+
+from cluster.errors import AdapterError
+
+Bases = Callable[[str], Path]
+
+
+def text(http: httpx2.Client, model: str, **options: Any) -> str:
+    body = {"model": model, **ASK, "ignore_eos": True, **options}
+    return http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+
+
+def streamed(http: httpx2.Client, model: str, meanwhile: Callable[[], None]) -> str:
+    """A long answer, whose stream is in progress while something else is done."""
+    body = {"model": model, **ASK, "max_tokens": 110, "ignore_eos": True, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()
+        first = next(lines)
+        meanwhile()
+        *rest, end = [line for line in lines if line]
+    assert end == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in (first, *rest)]
+    return "".join(event["choices"][0]["text"] for event in events)
+
+
+@pytest.fixture(scope="module")
+def sound(bases: Bases, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each variant that is spoilt below."""
+    folder = tmp_path_factory.mktemp("sound")
+    variants = {variant for variant, *_ in BAD}
+    return {v: make_adapter(v, bases("llama"), folder / v) for v in sorted(variants)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(service: Running) -> str:
+    """The long answer of an adapter that is sound."""
+    with httpx2.Client(base_url=service.url, timeout=60, trust_env=False) as http:
+        return text(http, "lora", max_tokens=110)
+
+
+@pytest.mark.parametrize(("variant", "case", "spoil", "reason"), BAD, ids=lambda v: str(v)[:20])
+def test_a_bad_adapter_is_refused_by_its_reason_and_disturbs_nobody(
+    service: Running, http: httpx2.Client, sound: dict[str, Path], undisturbed: str,
+    tmp_path: Path, variant: str, case: str, spoil: Callable[[Path], object], reason: str,
+) -> None:  # fmt: skip
+    name = f"bad-{case.lower().replace(' ', '-')}"
+    bad = Path(shutil.copytree(sound[variant], tmp_path / "bad"))
+    spoil(bad)
+    if case == "not finite":
+        with pytest.raises(AdapterError, match=reason):
+            service.registry.publish(name, bad)
+        return
+    service.registry.publish(name, bad)
+    service.service.catalogue.refresh()
+
+    def refused() -> None:
+        for _ in range(2):
+            detail = error(http.post("/v1/completions", json={"model": name, **ASK}), 400)
+            assert detail["code"] == "invalid_adapter"
+            assert reason in detail["message"]
+
+    assert streamed(http, "lora", refused) == undisturbed
+    assert f"{name}@1" not in service.replica.adapters
+
+
+def test_an_adapter_that_is_deleted_under_a_stream(
+    service: Running, http: httpx2.Client, sound: dict[str, Path]
+) -> None:
+    """The stream ends whole; whoever asks later is told that there is none."""
+    store = service.registry.store.local_path()
+    assert store is not None
+    service.registry.publish("doomed", sound["lora"])
+    service.service.catalogue.refresh()
+    whole = text(http, "doomed", max_tokens=110)
+
+    def delete() -> None:
+        shutil.rmtree(store / "adapters" / "doomed")
+        service.service.catalogue.refresh()
+        for model in ("doomed", "doomed@1"):
+            detail = error(http.post("/v1/completions", json={"model": model, **ASK}), 404)
+            assert detail["code"] == "model_not_found"
+        assert service.stats.running == 1, "the stream had ended when it was deleted"
+
+    assert streamed(http, "doomed", delete) == whole
+    assert "doomed" not in [card["id"] for card in http.get("/v1/models").json()["data"]]
+
+
+def test_a_stream_ends_on_the_version_that_it_began_with(
+    service: Running, http: httpx2.Client, bases: Bases, tmp_path: Path
+) -> None:
+    for seed in (1, 2):
+        folder = make_adapter("lora", bases("llama"), tmp_path / str(seed), seed=seed)
+        service.registry.publish("turning", folder)
+    service.registry.set_alias("turning", "live", 1)
+    service.service.catalogue.refresh()
+    first, second = (text(http, f"turning@{n}", max_tokens=110) for n in (1, 2))
+
+    def move() -> None:
+        service.registry.set_alias("turning", "live", 2)
+        service.service.catalogue.refresh()
+        short = text(http, "turning:live")
+        assert service.stats.running == 1, "the stream had ended when the alias was moved"
+        assert second.startswith(short)
+        assert not first.startswith(short)
+
+    assert streamed(http, "turning:live", move) == first

@@ -19,6 +19,13 @@ class Catalog:
     versions: Mapping[str, list[int]]
     aliases: Mapping[tuple[str, str], int]
 
+    def aliases_by_name(self) -> dict[str, dict[str, int]]:
+        """The aliases of each adapter that has some, and the versions that they mean."""
+        found: dict[str, dict[str, int]] = {}
+        for (name, alias), number in self.aliases.items():
+            found.setdefault(name, {})[alias] = number
+        return found
+
     def find(self, ref: str) -> tuple[str, int] | None:
         """The (name, version) that a reference means, or None; as `Registry.resolve`."""
         match = REFERENCE.fullmatch(ref)

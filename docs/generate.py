@@ -1,4 +1,4 @@
-"""Write docs/reference.md from the code: every spec field, every error.
+"""Write docs/reference.md from the code: every spec field, what requests can ask, every error.
 
 `make docs` runs it; a contract test runs it with `--check`, so the page cannot go stale.
 """
@@ -15,6 +15,14 @@ from pydantic_core import PydanticUndefined
 
 from cluster.errors import OUTCOMES
 from cluster.spec import Spec
+from serving.protocol.sampling import (
+    MAX_BIASES,
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_STOPS,
+    MAX_TEMPERATURE,
+)
+from serving.protocol.texts import MAX_BEST_OF, MAX_COMPLETION_LOGPROBS
 from serving.spec import ServingSpec
 from training.spec import TrainingSpec
 from training.task_spec import UNDEFINED
@@ -92,6 +100,26 @@ def spec_section(title: str, root: type[Spec]) -> str:
     return f"## {title}\n\n" + "\n".join(spec_table(cls) for cls in done)
 
 
+def request_section() -> str:
+    """The limits of a request's parameters beside OpenAI's."""
+    return f"""## Requests: `POST /v1/completions`, `POST /v1/chat/completions`
+
+The limits are those of OpenAI's schema: `temperature` 0 to {MAX_TEMPERATURE}, `n` 1 to \
+{MAX_CHOICES}, `best_of` up to {MAX_BEST_OF}, `logprobs` of a completion 0 to \
+{MAX_COMPLETION_LOGPROBS}, `top_logprobs` 0 to {MAX_LOGPROBS}, `presence_penalty` and \
+`frequency_penalty` -2 to 2, `logit_bias` -100 to 100. These differ:
+
+| parameter | OpenAI's | here | why |
+|---|---|---|---|
+| `stop` | 4 texts | {MAX_STOPS} texts | lm-eval's local-completions sends all of a task's: \
+HumanEval has eight |
+| `top_p` | 0 to 1 | above 0, to 1 | 0 leaves no token to draw; `temperature` 0 is greedy |
+| `logit_bias` | any number | {MAX_BIASES:,} tokens | each is looked at in every step |
+| `max_tokens` of a completion | from 0 | from 1, or 0 with `echo` and `logprobs` | 0 alone asks \
+for nothing |
+"""
+
+
 def error_section() -> str:
     """The error table, as users meet it."""
     lines = [
@@ -129,6 +157,7 @@ def page() -> str:
         spec_section("Training: `graft train SPEC.yaml`", TrainingSpec),
         undefined_section(),
         spec_section("Serving: `graft serve SPEC.yaml`", ServingSpec),
+        request_section(),
         error_section(),
     ]
     return "\n".join(sections)

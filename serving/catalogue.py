@@ -100,7 +100,7 @@ class Catalogue:
     def _resolve_one(self, model: str, allows: Callable[[str], bool]) -> AdapterVersion | None:
         if model == self.base_name and allows(model):
             return None
-        catalog = self._catalog()
+        catalog = self.catalog()
         found = catalog.find(model)
         if found is None or not allows(found[0]):
             hint = nearest(model[:120], filter(allows, [self.base_name, *catalog.versions]))
@@ -115,26 +115,9 @@ class Catalogue:
             )
         return version
 
-    def adapters(self) -> Mapping[str, AdapterVersion]:
-        """The newest version of each adapter that fits the base, by name."""
-        fitting: dict[str, AdapterVersion] = {}
-        for name, numbers in self._catalog().versions.items():
-            try:
-                version = self._manifest(name, numbers[-1])
-            except GraftError as error:
-                _log.warning("adapter left out", adapter=name, error=error.message)
-                continue  # whoever asks for it by name is told why
-            if self._fits(version):
-                fitting[name] = version
-        return fitting
-
-    def refresh(self) -> None:
-        """Look again at the next question, however young the snapshot is."""
-        snapshot = self._snapshot
-        if snapshot is not None:
-            self._snapshot = _Snapshot(-math.inf, snapshot.catalog)
-
-    def _catalog(self) -> Catalog:
+    def catalog(self) -> Catalog:
+        """What is in the store now, or was when it last answered. Raises StoreError if it never
+        did."""
         snapshot = self._snapshot
         if snapshot is not None and self._is_fresh(snapshot):
             return snapshot.catalog
@@ -156,6 +139,25 @@ class Catalogue:
             return catalog
         finally:
             self._lock.release()
+
+    def adapters(self, catalog: Catalog) -> Mapping[str, AdapterVersion]:
+        """The newest version of each adapter of a catalog that fits the base, by name."""
+        fitting: dict[str, AdapterVersion] = {}
+        for name, numbers in catalog.versions.items():
+            try:
+                version = self._manifest(name, numbers[-1])
+            except GraftError as error:
+                _log.warning("adapter left out", adapter=name, error=error.message)
+                continue  # whoever asks for it by name is told why
+            if self._fits(version):
+                fitting[name] = version
+        return fitting
+
+    def refresh(self) -> None:
+        """Look again at the next question, however young the snapshot is."""
+        snapshot = self._snapshot
+        if snapshot is not None:
+            self._snapshot = _Snapshot(-math.inf, snapshot.catalog)
 
     def _is_fresh(self, snapshot: _Snapshot, share: float = 1.0) -> bool:
         return time.monotonic() - snapshot.at <= share * self._ttl_s

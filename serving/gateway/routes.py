@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from functools import partial
@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from cluster.base_model import encode_text
+from cluster.catalog import Catalog
 from cluster.errors import ClientGoneError, GraftError, RequestError
 from cluster.mixes import AdapterMix, NamedAdapter
 from serving.engine.ranges import check_token_ids
@@ -115,18 +116,28 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def list_models(request: Request) -> ModelList:
         allows = _tenant(request).allows
-        adapters = await asyncio.to_thread(catalogue.adapters)
-        base = [_card(catalogue.base_name, catalogue.base_name, None)]
-        cards = base if allows(catalogue.base_name) else []
-        for name, version in adapters.items():
-            if allows(name):
-                cards.append(_card(name, catalogue.base_name, version))
-        return ModelList(data=cards)
+
+        def cards() -> list[ModelCard]:
+            seen = catalogue.catalog()
+            aliases = seen.aliases_by_name()
+            named = [(catalogue.base_name, None), *catalogue.adapters(seen).items()]
+            return [
+                _card(name, catalogue.base_name, version, seen, aliases)
+                for name, version in named
+                if allows(name)
+            ]
+
+        return ModelList(data=await asyncio.to_thread(cards))
 
     @app.get("/v1/models/{model:path}")
     async def show_model(request: Request, model: str) -> ModelCard:
-        version = await asyncio.to_thread(catalogue.resolve, model, _tenant(request).allows)
-        return _card(model, catalogue.base_name, version)
+        allows = _tenant(request).allows
+
+        def card() -> ModelCard:
+            version, seen = catalogue.resolve(model, allows), catalogue.catalog()
+            return _card(model, catalogue.base_name, version, seen, seen.aliases_by_name())
+
+        return await asyncio.to_thread(card)
 
 
 def _add_tokens(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
@@ -273,11 +284,22 @@ def _tenant(request: Request) -> Tenant:
     return request.state.tenant
 
 
-def _card(name: str, base: str, adapter: NamedAdapter | None) -> ModelCard:
+def _card(
+    name: str,
+    base: str,
+    adapter: NamedAdapter | None,
+    seen: Catalog,
+    aliases: Mapping[str, dict[str, int]],
+) -> ModelCard:
     if adapter is None:
         return ModelCard(id=name, created=0, root=name)
-    is_mix = isinstance(adapter, AdapterMix)
-    versions = [version for version, _ in adapter.parts] if is_mix else [adapter]
-    created = max(int(datetime.fromisoformat(v.created_at).timestamp()) for v in versions)
-    method = "mix" if is_mix else adapter.method.lower()
-    return ModelCard(id=name, created=created, root=adapter.ref, parent=base, method=method)
+    parts = [v for v, _ in adapter.parts] if isinstance(adapter, AdapterMix) else [adapter]
+    created = max(int(datetime.fromisoformat(part.created_at).timestamp()) for part in parts)
+    card = ModelCard(id=name, created=created, root=adapter.ref, parent=base)
+    if isinstance(adapter, AdapterMix):
+        card.method = "mix"
+    else:
+        card.method = adapter.method.lower()
+        card.versions = seen.versions.get(adapter.name, [])
+        card.aliases = aliases.get(adapter.name, {})
+    return card

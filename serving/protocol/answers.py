@@ -172,7 +172,8 @@ class EmbeddingList(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One model that requests can name."""
+    """One model that requests can name. An adapter has its versions, oldest first, and the versions
+    that its aliases mean now; `latest`, which always means the newest, is not among them."""
 
     id: str
     object: Literal["model"] = "model"
@@ -181,6 +182,8 @@ class ModelCard(BaseModel):
     root: str
     parent: str | None = None
     method: str | None = None
+    versions: list[int] | None = None
+    aliases: dict[str, int] | None = None
 
 
 class ModelList(BaseModel):

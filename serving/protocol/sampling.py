@@ -11,8 +11,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+# OpenAI's limits, and two of ours.
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_TEMPERATURE = 2
+# OpenAI has 4; lm-eval's local-completions sends all that a task has, and HumanEval has eight.
+MAX_STOPS = 16
+# OpenAI's schema has no limit, and each is looked at in every step.
+MAX_BIASES = 1024
 
 
 class Body(BaseModel):
@@ -86,7 +92,7 @@ class Sampling(Body):
 
     model: str = Field(min_length=1)
     max_tokens: int | None = None
-    temperature: float | None = None
+    temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
@@ -94,9 +100,9 @@ class Sampling(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[_TokenKey, float] | None = None
+    logit_bias: dict[_TokenKey, float] | None = Field(None, max_length=MAX_BIASES)
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[int] | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None

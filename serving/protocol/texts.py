@@ -8,9 +8,12 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from serving.protocol.chat import ChatMessage
-from serving.protocol.sampling import MAX_CHOICES, MAX_LOGPROBS, Body, Sampling, neutral
+from serving.protocol.sampling import Body, Sampling, neutral
 
+# OpenAI's limits, of inputs to embed and of a completion.
 MAX_INPUTS = 2048
+MAX_BEST_OF = 20
+MAX_COMPLETION_LOGPROBS = 5
 # One or several texts, or their token ids.
 _Texts = str | list[str] | list[int] | list[list[int]]
 
@@ -19,9 +22,9 @@ class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
     prompt: _Texts
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    best_of: int | None = Field(None, ge=1, le=MAX_BEST_OF)
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: int | None = Field(None, ge=0, le=MAX_COMPLETION_LOGPROBS)
     suffix: Annotated[str | None, neutral("")] = None
 
     @model_validator(mode="after")

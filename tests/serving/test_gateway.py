@@ -36,7 +36,12 @@ def test_models_are_the_base_and_the_adapters(http: httpx2.Client) -> None:
     assert [card["id"] for card in cards] == [BASE_NAME, *sorted(NAMES)]
     assert cards[1]["parent"] == BASE_NAME
     assert (cards[1]["root"], cards[1]["method"]) == ("bitfit@1", "bitfit")
-    assert http.get("/v1/models/lora:stable").json()["root"] == "lora@1"
+    assert [(card["versions"], card["aliases"]) for card in cards] == [
+        (None, None), ([1], {}), ([1], {"stable": 1}), ([1], {}), ([1], {})
+    ]  # fmt: skip
+    named = http.get("/v1/models/lora:stable").json()
+    assert named == {**cards[2], "id": "lora:stable"}
+    assert named["root"] == "lora@1"
     error(http.get("/v1/models/nobody"), 404)
     assert http.get("/health").json() == {"status": "ok"}
     assert http.get("/health/").status_code == 200
@@ -83,6 +88,7 @@ def test_a_mix_is_named_by_references_and_weights(service: Running, http: httpx2
     assert held == ["bitfit@1:0.0+lora@1:1.0", "bitfit@1:0.0+lora@1:0.0"]
     card = http.get("/v1/models/lora:0.5+bitfit:1").json()
     assert (card["root"], card["method"]) == ("bitfit@1:1.0+lora@1:0.5", "mix")
+    assert (card["versions"], card["aliases"]) == (None, None)
     assert all("+" not in card["id"] for card in http.get("/v1/models").json()["data"])
     assert 'adapter="(mix)"' in http.get("/metrics").text
 
@@ -184,9 +190,13 @@ def test_a_new_version_and_a_moved_alias_are_seen(
     new = text("moving")
     assert new != old
     assert (text("moving@1"), text("moving:live")) == (old, old)
+    card = http.get("/v1/models/moving").json()
+    assert (card["root"], card["versions"], card["aliases"]) == ("moving@2", [1, 2], {"live": 1})
     service.registry.set_alias("moving", "live", 2)
     time.sleep(2 * CATALOGUE_TTL_S)
     assert text("moving:live") == new
+    cards = {card["id"]: card for card in http.get("/v1/models").json()["data"]}
+    assert cards["moving"]["aliases"] == {"live": 2}
 
 
 def test_adapters_of_another_base(

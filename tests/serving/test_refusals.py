@@ -1,14 +1,22 @@
 """What the HTTP side refuses: each bad input by its status, its field and a reason."""
 
+import builtins
+import io
+import json
+import os
 import socket
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import psutil
 import pytest
 from service import ASK, Running, error
+
+from cluster.store import Store
 
 BODIES: list[tuple[bytes, int, str]] = [
     (b"", 400, "empty"),
@@ -52,6 +60,7 @@ PARAMETERS: list[tuple[dict[str, Any], str | None]] = [
     ({"adapter_rank": 0}, "adapter_rank"),
     ({"adapter_rank": 2}, "adapter_rank"),
     ({"temperature": -1}, "temperature"),
+    ({"temperature": 2.1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"seed": 1.5}, "seed"),
     ({"seed": 2**70}, "seed"),
@@ -86,10 +95,10 @@ PARAMETERS: list[tuple[dict[str, Any], str | None]] = [
     ({"structured_outputs": {"choice": []}}, "response_format"),
     ({"structured_outputs": {}}, "structured_outputs"),
     ({"stop_token_ids": [999]}, "stop_token_ids"),
-    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": 6}, "logprobs"),
     ({"logprobs": -1}, "logprobs"),
     ({"max_tokens": 0, "echo": True}, "max_tokens"),
-    ({"best_of": 129}, "best_of"),
+    ({"best_of": 21}, "best_of"),
     ({"best_of": 2, "n": 3}, None),
     ({"best_of": 2, "stream": True}, None),
     ({"suffix": "x"}, "suffix"),
@@ -111,6 +120,26 @@ def test_impossible_parameters_name_the_field(
     detail = error(http.post("/v1/completions", json={"model": "lora", **ASK, **change}), 400)
     assert detail["param"] == param
     assert detail["type"] == "invalid_request_error"
+
+
+LIMITS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 2},
+    {"top_p": 1},
+    {"stop": [f"no{i}" for i in range(16)]},
+    {"n": 128},
+    {"best_of": 20},
+    {"logprobs": 5},
+    {"presence_penalty": -2, "frequency_penalty": 2},
+    {"logit_bias": {"5": -100, "6": 100}},
+    {"seed": 2**63 - 1},
+]
+
+
+@pytest.mark.parametrize("change", LIMITS, ids=str)
+def test_whatever_openai_takes_is_taken(http: httpx2.Client, change: dict[str, Any]) -> None:
+    body = {"model": "lora", "prompt": "x", "max_tokens": 1, **change}
+    assert http.post("/v1/completions", json=body).status_code == 200
 
 
 def test_parameters_that_nobody_knows_are_taken(http: httpx2.Client) -> None:
@@ -173,21 +202,76 @@ MODELS = ["nobody", "../x", "%2e%2e", "a\x00b", "x" * 10_000, "l\u043era", "lora
           "lora@", "lora@1:stable", "LORA", " lora"]  # fmt: skip
 
 
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Whatever is asked of a store, and every file and folder that this process opens."""
+    found: list[tuple[Any, ...]] = []
+
+    def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Store, *arguments: Any) -> Any:
+            found.append((name, *arguments))
+            return method(self, *arguments)
+
+        return call
+
+    for name, method in list(vars(Store).items()):
+        if name[0] != "_" and callable(method):
+            monkeypatch.setattr(Store, name, noted(name, method))
+    files = ("stat", "lstat", "open", "listdir", "scandir")
+    for module, names in ((os, files), (io, ("open",)), (builtins, ("open",))):
+        for name in names:
+            inner = getattr(module, name)
+
+            def outer(*arguments: Any, name: str = name, inner: Any = inner, **more: Any) -> Any:
+                found.append((name, *arguments))
+                return inner(*arguments, **more)
+
+            monkeypatch.setattr(module, name, outer)
+    return found
+
+
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: ascii(model)[:20])
-def test_unknown_models(http: httpx2.Client, model: str) -> None:
-    detail = error(http.post("/v1/completions", json={"model": model, **ASK}), 404)
-    assert (detail["code"], detail["param"]) == ("model_not_found", "model")
-    assert len(detail["message"]) < 400
+def test_unknown_models(
+    service: Running, http: httpx2.Client, looked_at: list[tuple[Any, ...]], model: str
+) -> None:
+    """The store is listed and its one alias read, as for every name; nothing else is looked at."""
+    for ask in (
+        lambda: http.post("/v1/completions", json={"model": model, **ASK}),
+        lambda: http.get(f"/v1/models/{quote(model, safe='')}"),
+    ):
+        ask()  # what a first request imports is not of its name
+        service.service.catalogue.refresh()
+        looked_at.clear()
+        detail = error(ask(), 404)
+        alias = "aliases/lora/stable/00000001.json"
+        assert looked_at == [("list", "aliases"), ("read", alias), ("list", "adapters")]
+        assert (detail["code"], detail["param"]) == ("model_not_found", "model")
+        assert len(detail["message"]) < 400
 
 
 def test_a_thousand_unknown_models_cost_nothing(service: Running, http: httpx2.Client) -> None:
-    began = time.monotonic()
-    for number in range(300):
+    def good() -> str:
+        answer = http.post("/v1/completions", json={"model": "lora", **ASK})
+        assert answer.status_code == 200
+        return answer.json()["choices"][0]["text"]
+
+    def sizes() -> list[int]:
+        """Of what a name could be kept in."""
+        catalogue = service.service.catalogue
+        labels = service.service.metrics.text({}).splitlines()
+        return [len(catalogue._manifests), len(catalogue.catalog().versions), len(labels)]
+
+    def bad(number: int) -> None:
         error(http.post("/v1/completions", json={"model": f"nobody-{number}", **ASK}), 404)
+
+    bad(-1)
+    expected, adapters, before = good(), service.replica.adapters, sizes()
+    for number in range(1000):
+        bad(number)
         if not number % 100:
-            assert http.post("/v1/completions", json={"model": "lora", **ASK}).status_code == 200
-    assert time.monotonic() - began < 30
-    assert service.replica.adapters == [r for r in service.replica.adapters if "nobody" not in r]
+            assert good() == expected
+    assert sizes() == before
+    assert service.replica.adapters == adapters
 
 
 def test_paths_and_methods_that_do_not_exist(http: httpx2.Client) -> None:
@@ -197,16 +281,40 @@ def test_paths_and_methods_that_do_not_exist(http: httpx2.Client) -> None:
     assert response.headers["allow"] == "POST"
 
 
+def nested(levels: int) -> Any:
+    schema: Any = {}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
+FORMATS: list[dict[str, Any]] = [
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    for schema in ({"$ref": "#/nowhere"}, {"$ref": "#"}, nested(65), {"enum": ["x" * 2**16]})
+] + [{"structured_outputs": {"regex": regex}} for regex in ("(?=a)b", "[", "a{5,2}")]
+
+
 def test_refusals_are_quick_and_take_no_memory(http: httpx2.Client) -> None:
     """The best of some tries: this machine does other things too."""
+
+    def took(path: str, body: dict[str, Any]) -> float:
+        raw = json.dumps(body).encode()
+        began = time.monotonic()
+        response = http.post(path, content=raw)
+        seconds = time.monotonic() - began
+        error(response, 400)
+        return seconds
+
+    asked = [
+        ("/v1/completions", {"model": "lora", **ASK, **change})
+        for change in [*(change for change, _ in PARAMETERS), *FORMATS]
+    ]
+    said = {"model": "lora", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    asked += [("/v1/chat/completions", {**said, **change}) for change, _ in CHAT]
     before = psutil.Process().memory_info().rss
-    for change in ({"n": 10**9}, {"max_tokens": 10**12}, {"logit_bias": {"999": 1}}):
-        took: list[float] = []
-        for _ in range(5):
-            began = time.monotonic()
-            error(http.post("/v1/completions", json={"model": "lora", **ASK, **change}), 400)
-            took.append(time.monotonic() - began)
-        assert min(took) < 0.05, change
+    for path, body in asked:
+        tries = (took(path, body) for _ in range(5))
+        assert any(seconds < 0.05 for seconds in tries), body
     assert psutil.Process().memory_info().rss - before < 50 * 2**20
 
 

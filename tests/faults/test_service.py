@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 from adapters import make_adapter
 from commands import finish, overrides, processes, start

@@ -10,36 +10,39 @@ who reads a part later finds the very files that were looked at, or is told.
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.arrow_parts import IpcReader, read_batches
 from cluster.errors import DataError, NotFoundError
-from cluster.names import absolute_uri
+from cluster.names import absolute_uri, local_folder
 from cluster.store import Store
-from cluster.tables import IPC, JSONL, PARQUET, check_schema, faults, open_table
+from cluster.table_rows import Rows, row_of
+from cluster.tables import (
+    IPC,
+    JSON,
+    JSONL,
+    PARQUET,
+    check_schema,
+    column_types,
+    faults,
+    ipc_slices,
+    open_table,
+)
 
-
-@dataclass(frozen=True)
-class BadRow:
-    """Stands for a row that cannot be read, or cannot be taken; `reason` says why."""
-
-    reason: str
-
-
-Row = dict[str, Any] | BadRow
-Rows = pa.Table | list[Row]  # a list of JSONL, whose keys and types may differ by line
+_KNOWN = (*IPC, *PARQUET, *JSONL)
 _SAVED = "state.json"  # of a save_to_disk folder, which is one table
 # A row group is read from its beginning up to a part's end, and a record batch in object storage as
 # a whole: cut it into no more parts than this.
 _PARTS_OF_GROUP = 16
+_LOOKED_AT = 256  # lines of JSONL, for its columns
+_COUNTED = 2**16
+_BUFFER_BYTES = 2**20  # of each column of Parquet, whose row groups may be large
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,17 @@ class TableSource:
 
     def __init__(self, uri: str) -> None:
         whole = absolute_uri(uri)
-        is_file = Path(whole).suffix.lower() in (*IPC, *PARQUET, *JSONL)
+        local = local_folder(whole)
+        if local is not None and not local.exists():
+            raise DataError(f"data {whole}: does not exist; check the path")
+        suffix, is_folder = Path(whole).suffix.lower(), local is not None and local.is_dir()
+        is_file = suffix in (*_KNOWN, *JSON) and not is_folder
+        if local is not None and not is_file and not is_folder:
+            raise DataError(
+                f"data {whole}: unknown kind {suffix!r}; use .arrow, .parquet, .jsonl or a folder"
+            )
         folder, _, name = whole.rpartition("/") if is_file else (whole, "", "")
         self.uri = whole
-        local = Path(folder)
-        if "://" not in folder and not (local / name).exists():
-            raise DataError(f"data {whole}: does not exist; check the path")
         self._store = Store(folder or "/")
         self._local = self._store.local_path()
         self.files = self._find(name)
@@ -78,8 +86,7 @@ class TableSource:
         """Content identities by file: a key below the folder, or "" for a saved dataset."""
         if not name and self._local is not None and (self._local / _SAVED).is_file():
             return {"": self._identity("")}
-        known = (*IPC, *PARQUET, *JSONL)
-        names = [name] if name else [k for k in self._store.list() if k.lower().endswith(known)]
+        names = [name] if name else [k for k in self._store.list() if k.lower().endswith(_KNOWN)]
         # Hidden by the habit of all who read such folders: what begins with "_" or ".".
         names = [k for k in names if not any(part[0] in "_." for part in k.split("/"))] or names[:1]
         if not names:
@@ -97,7 +104,7 @@ class TableSource:
         return " ".join(self._store.identity(key) for key in keys)
 
     def columns(self) -> list[str]:
-        """What every file has; of JSONL, its first line that is an object tells.
+        """What every file has; of JSONL, its first lines tell.
 
         Raises:
             DataError: a file is damaged, or none has a row that can be read.
@@ -106,6 +113,50 @@ class TableSource:
         if not found:
             raise DataError(f"data {self.uri}: has no rows that can be read")
         return [name for name in found[0] if all(name in names for names in found)]
+
+    def schema(self) -> pa.Schema | None:
+        """The columns with their types; None of JSONL.
+
+        Raises:
+            DataError: a file is damaged, its columns are not those of the others, or only some of
+                the files are JSONL.
+        """
+        are_lines = {_kind(file) == "jsonl" for file in self.files}
+        if are_lines == {True}:
+            return None
+        if len(are_lines) > 1:
+            raise DataError(f"data {self.uri}: only some of its files are JSONL; part them")
+        found: dict[str, pa.Schema] = {}
+        for file in self.files:
+            with faults(self._where(file)):
+                schema = self._schema(file)
+            if schema is None:
+                continue
+            found[file] = schema
+            first, expected = next(iter(found.items()))
+            if not schema.equals(expected):
+                raise DataError(
+                    f"data {self._where(file)}: has columns ({column_types(schema)}), {first} has "
+                    f"({column_types(expected)}); write them alike"
+                )
+        return next(iter(found.values()), None)
+
+    def num_rows(self) -> int:
+        """Of all files; raises as `parts`."""
+        return sum(part.num_rows for part in self.parts(_COUNTED))
+
+    def rows(self, num_rows: int) -> Iterator[Rows]:
+        """All rows in order, at most so many at once, in one pass over each file; what `read` would
+        give, and raises as it does."""
+        for file in self.files:
+            self._check_unchanged(file)
+            chunks = self._chunks(file, num_rows)
+            while True:
+                with faults(self._where(file)):
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    break
+                yield chunk
 
     def parts(self, num_rows: int) -> list[Part]:
         """All rows in order, in parts of about so many.
@@ -131,21 +182,11 @@ class TableSource:
         Raises:
             DataError: the file is damaged, or has gone or changed since it was looked at.
         """
-        try:
-            has_changed = self._identity(part.file) != self.files[part.file]
-        except (KeyError, NotFoundError) as error:
-            raise DataError(
-                f"data {self._where(part.file)}: is gone; begin anew with what is there"
-            ) from error
-        if has_changed:
-            raise DataError(
-                f"data {self._where(part.file)}: has changed since it was looked at; begin anew "
-                "with another output"
-            )
+        self._check_unchanged(part.file)
         with faults(self._where(part.file)):
             if _kind(part.file) == "jsonl":
                 raw = self._store.read_range(part.file, part.start, part.num_bytes)
-                return [_row(line) for line in raw.split(b"\n") if line.strip()]
+                return [row_of(line) for line in raw.split(b"\n") if line.strip()]
             if _kind(part.file) == "parquet":
                 return self._read_parquet(part)
             if self._local is None:
@@ -153,6 +194,46 @@ class TableSource:
                 data = self._store.read_range(part.file, part.group, part.num_bytes)
                 return read_batches(head, data).slice(part.start, part.num_rows)
             return open_table(self._local / part.file).slice(part.start, part.num_rows)
+
+    def _check_unchanged(self, file: str) -> None:
+        try:
+            has_changed = self._identity(file) != self.files[file]
+        except (KeyError, NotFoundError) as error:
+            raise DataError(
+                f"data {self._where(file)}: is gone; begin anew with what is there"
+            ) from error
+        if has_changed:
+            raise DataError(
+                f"data {self._where(file)}: has changed since it was looked at; begin anew "
+                "with another output"
+            )
+
+    def _chunks(self, file: str, num_rows: int) -> Iterator[Rows]:
+        kind = _kind(file)
+        if kind == "jsonl":
+            lines = (line for line in _lines(self._store.stream(file)) if line.strip())
+            while chunk := list(islice(lines, num_rows)):
+                yield [row_of(line) for line in chunk]
+        elif kind == "parquet":
+            with self._parquet(file) as opened:
+                for batch in opened.iter_batches(num_rows):
+                    yield pa.Table.from_batches([batch], opened.schema_arrow)
+        elif self._local is None:
+            for part in self._cut(file, 0, num_rows):
+                yield self.read(part)
+        else:
+            yield from self._slices(self._local, file, num_rows)
+
+    def _slices(self, folder: Path, file: str, num_rows: int) -> Iterator[pa.Table]:
+        """Of a local Arrow file, or of a saved dataset."""
+        if file:
+            for rows in ipc_slices(folder / file, num_rows):
+                check_schema(rows.schema, self._where(file))
+                yield rows
+            return
+        table = open_table(folder, may_be_empty=True)
+        for start in range(0, table.num_rows, num_rows):
+            yield table.slice(start, num_rows)
 
     def _cut(self, file: str, first_row: int, num_rows: int) -> Iterator[Part]:
         kind = _kind(file)
@@ -168,7 +249,8 @@ class TableSource:
         elif self._local is None:
             groups = _batches(self._ipc(file), num_rows)
         else:
-            groups = [(0, open_table(self._local / file, may_be_empty=True).num_rows, 0)]
+            slices = self._slices(self._local, file, _COUNTED)
+            groups = [(0, sum(rows.num_rows for rows in slices), 0)]
         is_mapped = kind == "arrow" and self._local is not None
         for group, rows, num_bytes in groups:
             most = num_rows if is_mapped else max(num_rows, -(-rows // _PARTS_OF_GROUP))
@@ -182,20 +264,30 @@ class TableSource:
         with faults(self._where(file)):
             if _kind(file) == "jsonl":
                 lines = (line for line in _lines(self._store.stream(file)) if line.strip())
-                return next((list(row) for row in map(_row, lines) if isinstance(row, dict)), None)
-            if _kind(file) == "parquet":
-                with self._parquet(file) as opened:
-                    return list(opened.schema_arrow.names) if opened.metadata.num_rows else None
-            if self._local is None:
-                opened = self._ipc(file)
-                has_rows = any(batch.num_rows for batch in opened.batches())
-                return list(opened.schema.names) if has_rows else None
-            table = open_table(self._local / file, may_be_empty=True)
-            return table.column_names if table.num_rows else None
+                rows = [
+                    row for row in map(row_of, islice(lines, _LOOKED_AT)) if isinstance(row, dict)
+                ]
+                rows = rows or islice(
+                    (row for row in map(row_of, lines) if isinstance(row, dict)), 1
+                )
+                return list(dict.fromkeys(name for row in rows for name in row)) or None
+            schema = self._schema(file)
+            return None if schema is None else list(schema.names)
+
+    def _schema(self, file: str) -> pa.Schema | None:
+        """Of a file that is not JSONL; None for one without rows."""
+        if _kind(file) == "parquet":
+            with self._parquet(file) as opened:
+                return opened.schema_arrow if opened.metadata.num_rows else None
+        if self._local is None:
+            opened = self._ipc(file)
+            return opened.schema if any(batch.num_rows for batch in opened.batches()) else None
+        first = next(self._slices(self._local, file, 1), None)
+        return None if first is None else first.schema
 
     def _parquet(self, file: str) -> pq.ParquetFile:
         """Closed by whoever takes it."""
-        opened = pq.ParquetFile(self._store.open(file))
+        opened = pq.ParquetFile(self._store.open(file), buffer_size=_BUFFER_BYTES)
         check_schema(opened.schema_arrow, self._where(file))
         return opened
 
@@ -222,41 +314,9 @@ class TableSource:
         return f"{self._store.uri}/{file}" if file else self.uri
 
 
-def values_of(rows: Rows, columns: Sequence[str]) -> list[Row]:
-    """Each row's values of those `columns` that a table has; a row whose text there is not UTF-8 is
-    a BadRow. Rows of JSONL are given as they are."""
-    if isinstance(rows, list):
-        return rows
-    chosen = rows.select([name for name in columns if name in rows.column_names])
-    try:
-        return chosen.to_pylist()
-    except UnicodeDecodeError:  # in some row: which, only reading them apart tells
-        return [_decoded(chosen.slice(i, 1)) for i in range(chosen.num_rows)]
-
-
-def encoded(rows: Rows, added: Sequence[tuple[pa.Field, list[Any]]]) -> tuple[str, bytes]:
-    """A file of `rows` with columns added, in place of those of the same name: the suffix of its
-    name and its bytes. JSONL stays JSONL, everything else becomes Parquet. Of a BadRow only what is
-    added is written."""
-    if not isinstance(rows, list):
-        table: Any = rows
-        taken = [field.name for field, _ in added if field.name in table.column_names]
-        table = table.drop_columns(taken)
-        for field, values in added:
-            table = table.append_column(field, pa.array(values, field.type))
-        sink = io.BytesIO()
-        pq.write_table(table, sink)
-        return ".parquet", sink.getvalue()
-    lines: list[bytes] = []
-    for i, row in enumerate(rows):
-        answer = {field.name: values[i] for field, values in added}
-        lines.append(_line(answer if isinstance(row, BadRow) else {**row, **answer}))
-    return ".jsonl", b"".join(lines)
-
-
 def _kind(file: str) -> str:
     suffix = Path(file).suffix.lower()
-    return "parquet" if suffix in PARQUET else "jsonl" if suffix in JSONL else "arrow"
+    return "parquet" if suffix in PARQUET else "jsonl" if suffix in (*JSONL, *JSON) else "arrow"
 
 
 def _batches(opened: IpcReader, num_rows: int) -> Iterator[tuple[int, int, int]]:
@@ -300,29 +360,3 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
             rest.append(last)
     if rest:
         yield b"".join(rest)
-
-
-def _row(line: bytes) -> Row:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        return BadRow(f"its text is not UTF-8 ({error}); write it anew")
-    except RecursionError:
-        return BadRow("its JSON is nested too deeply")
-    except ValueError as error:
-        return BadRow(f"is not JSON: {error}")
-    return row if isinstance(row, dict) else BadRow("is not a JSON object")
-
-
-def _decoded(row: pa.Table) -> Row:
-    try:
-        return row.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return BadRow(f"its text is not UTF-8 ({error}); write it anew")
-
-
-def _line(values: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(values, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
-        return json.dumps(values).encode() + b"\n"

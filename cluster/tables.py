@@ -8,10 +8,12 @@ Arrow extension types whose loading runs code.
 
 from __future__ import annotations
 
+import io
 import json
+import mmap
 import os
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -29,10 +31,13 @@ _STREAM_MAGIC = b"\xff\xff\xff\xff"
 IPC = (".arrow", ".ipc", ".feather")
 PARQUET = (".parquet", ".pq")
 JSONL = (".jsonl", ".ndjson")
+JSON = (".json",)  # of a file with JSONL in it
 _CHUNK_ROWS = 256  # a row may be a whole document
+_GROUP_BYTES = 8 * 2**20  # of a row group that is written from parts
 # Of a shard's name, where it tells one.
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=\W|_|$)", re.IGNORECASE)
 _Chunk = list[dict[str, Any]]
+AddRows = Callable[[pa.Table | Sequence[Mapping[str, Any]]], Any]
 
 
 def open_table(path: str | Path, *, may_be_empty: bool = False) -> pa.Table:
@@ -102,8 +107,34 @@ def check_writable(path: str | Path) -> None:
         raise DataError(f"output {path}: folder {path.parent} cannot be written to")
 
 
+def check_holds(path: str | Path, schema: pa.Schema) -> None:
+    """Raise DataError unless a file of the kind of `path` can hold such columns."""
+    if Path(path).suffix.lower() not in PARQUET:
+        return
+    try:
+        with pq.ParquetWriter(io.BytesIO(), schema) as out:
+            out.write_table(schema.empty_table())
+    except pa.ArrowException as error:
+        raise DataError(f"output {path}: {error}; use .arrow or .jsonl") from error
+
+
 def write_table(table: pa.Table, path: str | Path) -> None:
     """Write `table` to `path`, in the format of its suffix; whole or not at all.
+
+    Raises:
+        DataError: the folder cannot be written to, or the disk is full.
+    """
+    with table_file(path, table.schema) as add:
+        add(table)
+
+
+@contextmanager
+def table_file(path: str | Path, schema: pa.Schema | None) -> Generator[AddRows]:
+    """What is added, part by part, becomes the file `path` in the format of its suffix: at the end
+    of the scope and whole, or not at all. Rows of any keys go into JSONL alone.
+
+    Args:
+        schema: Of the tables that are added; JSONL needs none.
 
     Raises:
         DataError: the folder cannot be written to, or the disk is full.
@@ -112,21 +143,52 @@ def write_table(table: pa.Table, path: str | Path) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if path.suffix.lower() in PARQUET:
-            pq.write_table(table, partial)
-        elif path.suffix.lower() in JSONL:
-            with partial.open("w", encoding="utf-8") as lines:
-                for batch in table.to_batches(max_chunksize=_CHUNK_ROWS):
-                    for row in batch.to_pylist():
-                        lines.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        else:
-            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
-                out.write_table(table)
+        with _opened(partial, path.suffix.lower(), schema) as add:
+            yield add
         partial.replace(path)
     except OSError as error:
         raise DataError(f"output {path}: cannot be written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(partial: Path, suffix: str, schema: pa.Schema | None) -> Generator[AddRows]:
+    if suffix in JSONL:
+        with partial.open("wb") as lines:
+
+            def add(rows: pa.Table | Sequence[Mapping[str, Any]]) -> None:
+                if isinstance(rows, Sequence):
+                    lines.writelines(map(json_line, rows))
+                    return
+                for batch in rows.to_batches(max_chunksize=_CHUNK_ROWS):
+                    lines.writelines(map(json_line, batch.to_pylist()))
+
+            yield add
+    elif suffix in PARQUET:
+        with pq.ParquetWriter(partial, schema) as out:
+            held: list[pa.Table] = []
+
+            def gather(rows: Any) -> None:
+                held.append(rows)
+                if sum(table.nbytes for table in held) >= _GROUP_BYTES:
+                    out.write_table(pa.concat_tables(held))
+                    held.clear()
+
+            yield gather
+            if held:
+                out.write_table(pa.concat_tables(held))
+    else:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as out:
+            yield out.write_table
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """`row` as a line of JSONL; what JSON has no form for, as text."""
+    try:
+        return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
+        return json.dumps(row, default=str).encode() + b"\n"
 
 
 @contextmanager
@@ -159,7 +221,7 @@ def check_schema(schema: pa.Schema, path: object) -> None:
 
 def _stream(path: Path) -> RowStream:
     suffix = path.suffix.lower()
-    if suffix in (*JSONL, ".json") and path.is_file():
+    if suffix in (*JSONL, *JSON) and path.is_file():
         return _stream_json(path)
     if suffix in PARQUET and path.is_file():
         return _stream_parquet(path, [path])
@@ -195,8 +257,8 @@ def _stream_parquet(path: Path, shards: Sequence[Path]) -> RowStream:
         check_schema(file.schema_arrow, shard)
         if not file.schema_arrow.equals(first):
             raise ValueError(
-                f"{shard.name} has columns ({_columns(file.schema_arrow)}), {shards[0].name} has "
-                f"({_columns(first)}); write them alike"
+                f"{shard.name} has columns ({column_types(file.schema_arrow)}), {shards[0].name} "
+                f"has ({column_types(first)}); write them alike"
             )
 
     def parts(columns: Sequence[str]) -> Iterator[_Chunk]:
@@ -215,23 +277,17 @@ def _stream_ipc(path: Path) -> RowStream:
 
     def parts(columns: Sequence[str]) -> Iterator[_Chunk]:
         fields = [schema.get_field_index(name) for name in columns]
-        for batch in _ipc_batches(path, fields):
+        for batch in _batches(_open_ipc(path, fields)):
             for start in range(0, batch.num_rows, _CHUNK_ROWS):
                 yield batch.slice(start, _CHUNK_ROWS).to_pylist()
 
-    num_rows = sum(batch.num_rows for batch in _ipc_batches(path, range(len(schema))[:1]))
+    first = _open_ipc(path, range(len(schema))[:1])
+    num_rows = sum(batch.num_rows for batch in _batches(first))
     return RowStream(path, tuple(schema.names), num_rows, parts)
 
 
-def _ipc_batches(path: Path, fields: Sequence[int]) -> Iterator[pa.RecordBatch]:
-    reader = _open_ipc(path, fields)
-    if isinstance(reader, pyarrow.ipc.RecordBatchFileReader):
-        yield from map(reader.get_batch, range(reader.num_record_batches))
-    else:
-        yield from reader
-
-
-def _columns(schema: pa.Schema) -> str:
+def column_types(schema: pa.Schema) -> str:
+    """For messages."""
     return ", ".join(f"{field.name} {field.type}" for field in schema)
 
 
@@ -270,7 +326,7 @@ def _read(path: Path) -> pa.Table:
         return _read_ipc(path)
     if suffix in PARQUET:
         return pq.read_table(path, memory_map=True)
-    if suffix in (*JSONL, ".json"):
+    if suffix in (*JSONL, *JSON):
         return pyarrow.json.read_json(path)
     raise ValueError(f"unknown kind {suffix!r}; use .arrow, .parquet, .jsonl or a dataset folder")
 
@@ -279,15 +335,37 @@ def _read_ipc(path: Path) -> pa.Table:
     return _open_ipc(path).read_all()
 
 
+def ipc_slices(path: Path, num_rows: int) -> Iterator[pa.Table]:
+    """The rows of an Arrow file or stream in order, at most `num_rows` at once; of a compressed one
+    a record batch is in memory, and of another one what is read."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for batch in _batches(_ipc_reader(pa.BufferReader(pa.py_buffer(mapped)))):
+        for start in range(0, batch.num_rows, num_rows):
+            yield pa.Table.from_batches([batch.slice(start, num_rows)])
+            # What was read of a mapping counts as this process's memory until it ends.
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def _open_ipc(path: Path, fields: Sequence[int] = ()) -> Any:
     """A reader of either kind, of some of the columns or all; memory-mapped."""
-    source = pa.memory_map(str(path))
+    return _ipc_reader(pa.memory_map(str(path)), fields)
+
+
+def _ipc_reader(source: Any, fields: Sequence[int] = ()) -> Any:
     is_stream = source.read(4) == _STREAM_MAGIC
     source.seek(0)
     options = pyarrow.ipc.IpcReadOptions(included_fields=list(fields) or None)
     return (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(
         source, options=options
     )
+
+
+def _batches(reader: Any) -> Iterator[pa.RecordBatch]:
+    if isinstance(reader, pyarrow.ipc.RecordBatchFileReader):
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        yield from reader
 
 
 def _read_saved_dataset(path: Path) -> pa.Table:

@@ -1,6 +1,7 @@
 """A file of prompts to a file of answers, that loses nothing on the way.
 
-The input has a column `prompt` (text) or `messages` (a chat), in any format of cluster.tables.
+The input has a column `prompt` (text) or `messages` (a chat), in any format of
+cluster.table_parts, and is read and written a few hundred rows at a time, so it may have any size.
 The output has its rows, in their order, with `completion`, `finish_reason`, `prompt_tokens`,
 `completion_tokens` and `error` added; a row that cannot be answered has its reason there and
 disturbs no other. Answers are kept in OUT.partial as they come, so that the same call after an
@@ -10,15 +11,16 @@ interruption asks only for what is missing; OUT itself appears whole, at the end
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from rich.console import Console
@@ -31,11 +33,16 @@ from rich.progress import (
 )
 
 from cluster.errors import ConflictError, DataError, GraftError
-from cluster.tables import check_writable, open_table, write_table
+from cluster.table_parts import TableSource
+from cluster.table_rows import BadRow, as_table, json_schema, plain, values_of, with_columns
+from cluster.tables import JSONL, check_holds, check_writable, table_file
+from serving.journal import Journal, RowResult, journal
 
 if TYPE_CHECKING:
     from serving.client import AsyncClient
 
+_ROWS_AT_ONCE = 256  # a row may be a whole document
+Values = Mapping[str, Any] | BadRow
 PROMPT_COLUMNS = ("messages", "prompt")
 ADDED = {
     "completion": pa.string(),
@@ -68,15 +75,13 @@ class BatchReport:
 
 
 @dataclass(frozen=True)
-class RowResult:
-    """What is added to one row, by its number."""
+class _Asked:
+    """What is asked of every row, by the columns of the input."""
 
-    row: int
-    completion: str | None = None
-    finish_reason: str | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    error: str | None = None
+    column: str
+    adapter: str | None
+    adapter_column: str | None
+    options: Mapping[str, Any]
 
 
 async def run_batch(
@@ -96,61 +101,83 @@ async def run_batch(
         adapter_column: A column that names each row's model: an adapter or the base.
 
     Raises:
-        CallerError: the input or the output cannot be used; nothing was sent.
+        CallerError: the input or the output cannot be used; nothing was sent. Or the input changed
+            meanwhile; what was answered is kept.
     """
-    table, column = _checked(source, target, adapter, adapter_column, overwrite)
-    asked = {"adapter": adapter, "adapter_column": adapter_column, "options": dict(options)}
-    journal = target.with_name(f"{target.name}.partial")
-    file, done = _open_journal(journal, _fingerprint(source, asked))
-    resumed = len(done)
     began = time.monotonic()
-    prompts, models = table[column], table[adapter_column] if adapter_column else None
-    waiting = iter([row for row in range(table.num_rows) if row not in done])
+    table = TableSource(str(source))
+    column = prompt_column(source, table.columns(), adapter, adapter_column, ADDED)
+    schema, num_rows = _checked(table, target, overwrite), table.num_rows()
+    asked = _Asked(column, adapter, adapter_column, options)
+    counts = Counter[str]()
 
-    async def worker(file: TextIO, advance: Advance) -> None:
-        for row in waiting:
-            model = adapter if models is None else models[row]
-            result = await _answer(client, row, prompts[row], model, options)
-            done[row] = result
-            file.write(json.dumps(asdict(result)) + "\n")
-            file.flush()
-            advance(1, result.completion_tokens or 0, int(result.error is not None))
+    async def worker(kept: Journal, rows: Iterator[tuple[int, Values]], advance: Advance) -> None:
+        for row, values in rows:
+            result = await _answer(client, row, values, asked)
+            kept.add(result)
+            tokens, failed = result.completion_tokens or 0, int(result.error is not None)
+            counts.update(failed=failed, prompt=result.prompt_tokens or 0, completion=tokens)
+            advance(1, tokens, failed)
 
-    with file, progress_bar(source.name, table.num_rows, resumed, enabled=progress) as advance:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(client.concurrency, table.num_rows - resumed)):
-                group.create_task(worker(file, advance))
-    results = [done[row] for row in range(table.num_rows)]
-    await asyncio.to_thread(write_table, _with_answers(table, results), target)
-    journal.unlink()
-    fresh = list(done.values())[resumed:]
+    partial = target.with_name(f"{target.name}.partial")
+    with journal(partial, _fingerprint(source, asked), num_rows) as kept:
+        resumed = kept.kept
+        waiting = ((row, values) for row, values in _numbered(table, asked) if row not in kept)
+        with progress_bar(source.name, num_rows, resumed, enabled=progress) as advance:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(client.concurrency, num_rows - resumed)):
+                        group.create_task(worker(kept, waiting, advance))
+            except* GraftError as failures:
+                raise failures.exceptions[0] from None
+        await asyncio.to_thread(_write, table, schema, kept, target)
     return BatchReport(
-        rows=table.num_rows,
-        failed=sum(result.error is not None for result in results),
+        rows=num_rows,
+        failed=counts["failed"],
         resumed=resumed,
-        prompt_tokens=sum(result.prompt_tokens or 0 for result in fresh),
-        completion_tokens=sum(result.completion_tokens or 0 for result in fresh),
+        prompt_tokens=counts["prompt"],
+        completion_tokens=counts["completion"],
         seconds=time.monotonic() - began,
     )
 
 
-def _with_answers(table: pa.Table, results: list[RowResult]) -> pa.Table:
-    """`table` with the columns of ADDED."""
-    for name, kind in ADDED.items():
-        table = table.append_column(name, pa.array([getattr(r, name) for r in results], kind))
-    return table
-
-
-def _checked(
-    source: Path, target: Path, adapter: str | None, adapter_column: str | None, overwrite: bool
-) -> tuple[pa.Table, str]:
-    """The input and the name of its prompt column."""
-    table = open_table(source)
-    column = prompt_column(source, table.column_names, adapter, adapter_column, ADDED)
+def _checked(table: TableSource, target: Path, overwrite: bool) -> pa.Schema | None:
+    """The columns that go from `table` into `target`; None where only JSONL tells its lines'."""
     check_writable(target)
+    schema = table.schema()
+    if schema is not None:
+        schema = plain(schema)
+        check_holds(target, schema)
     if target.exists() and not overwrite:
         raise ConflictError(f"output {target}: exists already; delete it, or allow overwriting")
-    return table, column
+    return schema
+
+
+def _numbered(table: TableSource, asked: _Asked) -> Iterator[tuple[int, Values]]:
+    """Every row's number and its values of the columns that matter."""
+    names = dict.fromkeys([asked.column, *filter(None, [asked.adapter_column]), *ADDED])
+    chunks = (values_of(rows, list(names)) for rows in table.rows(_ROWS_AT_ONCE))
+    return enumerate(chain.from_iterable(chunks))
+
+
+def _write(table: TableSource, schema: pa.Schema | None, kept: Journal, target: Path) -> None:
+    """The rows of `table`, of a plain `schema` unless they are JSONL, with their results."""
+    is_json = target.suffix.lower() in JSONL
+    if schema is None and not is_json:
+        found = json_schema(lambda: table.rows(_ROWS_AT_ONCE))
+        schema = pa.schema([field for field in found if field.name not in ADDED])
+    added = [pa.field(name, kind) for name, kind in ADDED.items()]
+    row = 0
+    with table_file(target, None if schema is None else pa.schema([*schema, *added])) as add:
+        for rows in table.rows(_ROWS_AT_ONCE):
+            results = [kept[row + i] for i in range(len(rows))]
+            row += len(rows)
+            answers = [(field, [getattr(r, field.name) for r in results]) for field in added]
+            if is_json or schema is None:
+                names = [] if isinstance(rows, list) else rows.column_names
+                add(with_columns(values_of(rows, names), answers))
+            else:
+                add(with_columns(as_table(rows, schema), answers))
 
 
 def prompt_column(
@@ -187,76 +214,41 @@ def check_row(row: int, prompt: Any, model: Any) -> None:
         raise DataError(f"row {row}: the adapter is {model!r}, not a name")
 
 
-async def _answer(
-    client: AsyncClient, row: int, cell: Any, model: Any, options: Mapping[str, Any]
-) -> RowResult:
+def check_own(row: int, values: Mapping[str, Any], added: Iterable[str]) -> None:
+    """Raise DataError for a row that has what is `added`: of JSONL only the first lines were looked
+    at, and another file may have more."""
+    taken = [name for name in added if name in values]
+    if taken:
+        raise DataError(f"row {row}: has a {taken[0]!r} of its own, which is one that is added")
+
+
+async def _answer(client: AsyncClient, row: int, values: Values, asked: _Asked) -> RowResult:
     """One row's result; whatever is wrong with it becomes its error."""
+    if isinstance(values, BadRow):
+        return RowResult(row, error=f"row {row}: {values.reason}")
+    prompt, model = values.get(asked.column), asked.adapter
+    if asked.adapter_column is not None:
+        model = values.get(asked.adapter_column)
     try:
-        prompt: Any = cell.as_py()
-        model = model.as_py() if isinstance(model, pa.Scalar) else model
+        check_own(row, values, ADDED)
         check_row(row, prompt, model)
-        answer = await client.generate_one(prompt, adapter=model, **options)  # type: ignore[arg-type]
-    # What Arrow holds and Python cannot: text that is not UTF-8, times beyond its years.
-    except (GraftError, pa.ArrowException, ValueError, OverflowError) as error:
+        assert prompt is not None
+        answer = await client.generate_one(prompt, adapter=model, **asked.options)  # type: ignore[arg-type]
+    except GraftError as error:
         return RowResult(row, error=str(error))
     return RowResult(
         row, answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens
     )
 
 
-def _fingerprint(source: Path, asked: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=list).encode())
+def _fingerprint(source: Path, asked: _Asked) -> str:
+    digest = hashlib.sha256(json.dumps(asdict(asked), sort_keys=True, default=list).encode())
     for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
         if file.is_file():
             with file.open("rb") as handle:
                 while chunk := handle.read(2**20):
                     digest.update(chunk)
     return digest.hexdigest()
-
-
-def _open_journal(path: Path, fingerprint: str) -> tuple[TextIO, dict[int, RowResult]]:
-    """The journal, held for this call alone until it is closed, and what it has.
-
-    Raises:
-        ConflictError: another call writes it now, or it is of another input or other options.
-    """
-    file = path.open("a", encoding="utf-8")
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConflictError(
-                f"{path}: another call is writing this output now; wait for it, or choose another"
-            ) from error
-        return file, _read_journal(path, fingerprint)
-    except ConflictError:
-        file.close()
-        raise
-
-
-def _read_journal(path: Path, fingerprint: str) -> dict[int, RowResult]:
-    """Answers of an interrupted call; errors are tried again. Begins the journal if there is none.
-
-    Raises:
-        ConflictError: the journal is of another input or other options.
-    """
-    if not path.stat().st_size:
-        path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
-        return {}
-    whole = path.read_bytes()
-    lines = whole[: whole.rfind(b"\n") + 1].splitlines()  # a last line may be cut short
-    try:
-        found = json.loads(lines[0])["fingerprint"] if lines else None
-        rows = [RowResult(**json.loads(line)) for line in lines[1:]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConflictError(f"{path}: is not a journal of ours; delete it") from error
-    if found != fingerprint:
-        raise ConflictError(
-            f"{path}: was left by an interrupted call with another input or other options; "
-            "repeat that call, or delete the file"
-        )
-    path.write_bytes(whole[: whole.rfind(b"\n") + 1])
-    return {row.row: row for row in rows if row.error is None}
 
 
 Advance = Callable[[int, int, int], None]  # rows, tokens of their answers, failed rows

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import CallerError, DataError, EngineError, OverloadedError
-from cluster.table_parts import BadRow
+from cluster.table_rows import BadRow
 from serving.asking import CHAT, request_body, retrying
-from serving.batch_file import ADDED, RowResult, check_row
+from serving.batch_file import ADDED, check_own, check_row
 from serving.engine.request import derived_seed
 from serving.gateway.access import Tenant
 from serving.gateway.bodies import checked
 from serving.gateway.service import Piece, Service
+from serving.journal import RowResult
 from serving.protocol import ChatRequest, CompletionRequest
 
 ROW = "row"  # the column of a row's number in the input, from 0
@@ -79,7 +80,7 @@ async def _answer(
     if asked.adapter_column is not None:
         model = values.get(asked.adapter_column)
     try:
-        _check_own(row, values)
+        check_own(row, values, (*ADDED, ROW))
         check_row(row, prompt, model)
         _check_text(row, [prompt, model])
         assert prompt is not None
@@ -89,13 +90,6 @@ async def _answer(
         return await retrying(lambda: _run(service, row, path, body), _TRIES)
     except (CallerError, EngineError, OverloadedError, UnicodeError, RecursionError) as error:
         return RowResult(row, error=str(error))
-
-
-def _check_own(row: int, values: Mapping[str, Any]) -> None:
-    """The plan looked at each file's columns or first line; another file or line may have more."""
-    taken = [name for name in (*ADDED, ROW) if name in values]
-    if taken:
-        raise DataError(f"row {row}: has a {taken[0]!r} of its own, which is one that is added")
 
 
 def _check_text(row: int, values: Any) -> None:

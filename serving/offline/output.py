@@ -22,8 +22,10 @@ import pyarrow as pa
 from cluster.catalog import Catalog
 from cluster.errors import ConflictError, DataError, JobFailedError
 from cluster.store import open_store
-from cluster.table_parts import Part, Rows, encoded
-from serving.batch_file import ADDED, RowResult
+from cluster.table_parts import Part
+from cluster.table_rows import Rows, encoded
+from serving.batch_file import ADDED
+from serving.journal import RowResult
 from serving.offline.answering import ROW, Asked
 
 _PLAN, _PARTS = "_graft/plan.json", "_graft/parts"

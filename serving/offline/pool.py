@@ -25,7 +25,8 @@ from cluster.registry import Registry
 from cluster.session import session, store_credentials
 from cluster.spec import parse_spec
 from cluster.store import Store
-from cluster.table_parts import Part, TableSource, values_of
+from cluster.table_parts import Part, TableSource
+from cluster.table_rows import values_of
 from serving.batch_file import ADDED, BatchReport, progress_bar, prompt_column
 from serving.engine.request import MAX_SEED
 from serving.offline.answering import ROW, Asked, answer_rows

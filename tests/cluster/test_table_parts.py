@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from cluster.arrow_parts import IpcReader, read_batches
 from cluster.errors import DataError
 from cluster.store import open_store
-from cluster.table_parts import BadRow, TableSource, _lines, encoded, values_of
+from cluster.table_parts import TableSource, _lines
+from cluster.table_rows import BadRow, encoded, values_of
 from cluster.tables import write_table
 
 ROWS: list[dict[str, Any]] = [{"id": i, "prompt": f"p{i} ü"} for i in range(23)]
@@ -34,12 +35,16 @@ def plain(rows: Any) -> list[dict[str, Any]]:
 
 def read_all(source: TableSource, num_rows: int) -> list[Any]:
     parts = source.parts(num_rows)
+    chunks = [plain(rows) for rows in source.rows(num_rows)]
+    assert all(0 < len(rows) <= num_rows for rows in chunks) or "://" in source.uri
     found: list[Any] = []
     for part in parts:
         assert part.first_row == len(found)
         rows = plain(source.read(part))
         assert 0 < len(rows) == part.num_rows
         found += rows
+    assert [row for rows in chunks for row in rows] == found
+    assert source.num_rows() == len(found)
     return found
 
 
@@ -134,6 +139,44 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
 
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved", num_shards=3)
     assert read_all(TableSource(str(tmp_path / "saved")), 5) == ROWS
+
+
+@pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_local_arrow_of_any_kind(tmp_path: Path, kind: Any) -> None:
+    for compression in (None, "zstd"):
+        (tmp_path / "a.arrow").write_bytes(ipc(kind, 4, compression))
+        source = TableSource(str(tmp_path / "a.arrow"))
+        assert read_all(source, 3) == read_all(source, 50) == WITH_KINDS.to_pylist()
+        schema = source.schema()
+        assert schema is not None
+        assert schema.equals(WITH_KINDS.schema)
+
+
+def test_a_folder_and_a_file_of_any_name(tmp_path: Path) -> None:
+    (tmp_path / "spark.parquet").mkdir()
+    write(tmp_path / "spark.parquet/part 0 [ü].parquet", ROWS)
+    assert read_all(TableSource(str(tmp_path / "spark.parquet")), 9) == ROWS
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.json")
+    assert read_all(TableSource(str(tmp_path / "a.json")), 9) == ROWS
+    (tmp_path / "a.xls").touch()
+    with pytest.raises(DataError, match=r"a\.xls: unknown kind '\.xls'; use"):
+        TableSource(str(tmp_path / "a.xls"))
+
+
+def test_types_are_those_of_every_file(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ROWS)
+    write_table(pa.table({"id": pa.array([], pa.string())}), tmp_path / "b.parquet")
+    schema = TableSource(str(tmp_path)).schema()
+    assert schema is not None
+    assert schema.names == ["id", "prompt"]
+    write(tmp_path / "c.arrow", [{"id": 1}])
+    with pytest.raises(DataError, match=r"c\.arrow: has columns \(id int64\), a\.parquet has"):
+        TableSource(str(tmp_path)).schema()
+    write(tmp_path / "d.jsonl", ROWS)
+    with pytest.raises(DataError, match="only some of its files are JSONL"):
+        TableSource(str(tmp_path)).schema()
+    assert TableSource(str(tmp_path / "d.jsonl")).schema() is None
 
 
 def test_a_large_row_group_is_not_read_over_and_over(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from cluster.errors import (
 )
 from cluster.tables import open_table, write_table
 from serving.client import AsyncClient, Client
+from serving.journal import journal
 
 Bases = Callable[[str], Path]
 GREEDY: Any = {"max_tokens": 6, "ignore_eos": True}
@@ -203,6 +204,66 @@ def test_what_json_cannot_hold_is_the_error_of_its_row(client: Client, tmp_path:
         assert report.failed == len(bad)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_a_bad_line_is_one_bad_row(client: Client, tmp_path: Path, kind: str) -> None:
+    lines = [b'{"prompt":"a"}', b"not json", b'{"prompt":5}', b'{"prompt":"b"}', b"[1]",
+             b'{"prompt":"\\ud83d"}']  # fmt: skip
+    source, target = tmp_path / "my questions [1].jsonl", tmp_path / f"out.{kind}"
+    source.write_bytes(b"\n".join(lines))
+    report = client.generate_file(source, target, adapter="lora", progress=False, **GREEDY)
+    if kind == "jsonl":
+        found = [json.loads(line) for line in target.read_bytes().splitlines()]
+    else:
+        found = open_table(target).to_pylist()
+    assert (report.rows, report.failed) == (6, 4)
+    assert [row["completion_tokens"] for row in found] == [6, None, None, 6, None, None]
+    assert [row["error"] is None for row in found] == [True, False, False, True, False, False]
+    assert "not JSON" in found[1]["error"]
+    assert found[1]["error"].startswith("row 1: ")
+    assert [row["prompt"] for row in found if row["error"] is None] == ["a", "b"]
+
+
+def test_lines_of_other_types_fit_into_a_typed_file(client: Client, tmp_path: Path) -> None:
+    """Rows far apart, so that their types are met one after another."""
+    rows: list[dict[str, Any]] = [{"prompt": "x", "n": 1, "tags": [], "o": {}} for _ in range(300)]
+    rows[-2] |= {"n": 2.5, "tags": ["t"], "m": {"a": 1}, "mixed": 5, "big": 1}
+    rows[-1] |= {"m": {"b": "ü"}, "mixed": "five", "big": 2**70, "none": None}
+    rows.append({"prompt": "x", "error": "mine"})  # which the first lines have not told
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for target in (tmp_path / "out.parquet", tmp_path / "out.arrow"):
+        client.generate_file(
+            tmp_path / "in.jsonl", target, adapter="lora", progress=False, max_tokens=1
+        )
+        *_, one, other, own = open_table(target).to_pylist()
+        assert "has a 'error' of its own" in own["error"]
+        assert (one["n"], one["tags"], one["o"]) == (2.5, ["t"], "{}")
+        assert one["m"] == {"a": 1, "b": None}
+        assert (one["mixed"], one["big"], one["none"]) == ("5", "1", None)
+        assert (other["mixed"], other["big"], other["m"]["b"]) == ("five", str(2**70), "ü")
+
+
+@pytest.mark.parametrize("source", ["parquet", "arrow", "jsonl"])
+@pytest.mark.parametrize("target", ["parquet", "arrow", "jsonl"])
+def test_any_kind_becomes_any_other(
+    client: Client, tmp_path: Path, source: str, target: str
+) -> None:
+    """Whatever its types: dictionaries that differ by part, times, bytes."""
+    table = pa.table(
+        {"prompt": [f"{i}" for i in range(300)],
+         "kind": pa.array([f"k{i}" for i in range(300)]).dictionary_encode(),
+         "at": pa.array([datetime.date(2026, 1, 1)] * 300)}
+    )  # fmt: skip
+    write_table(table, tmp_path / f"in.{source}")
+    client.generate_file(
+        tmp_path / f"in.{source}", tmp_path / f"out.{target}", adapter="lora", progress=False,
+        max_tokens=1,
+    )  # fmt: skip
+    found = open_table(tmp_path / f"out.{target}")
+    assert found["prompt"].to_pylist() == table["prompt"].to_pylist()
+    assert found["kind"].to_pylist() == table["kind"].to_pylist()
+    assert str(found["at"][299]).startswith("2026-01-01")
+
+
 def test_files_that_cannot_be_used_are_refused_before_anything_is_sent(
     client: Client, tmp_path: Path
 ) -> None:
@@ -220,6 +281,14 @@ def test_files_that_cannot_be_used_are_refused_before_anything_is_sent(
         run(adapter="lora", adapter_column="adapter")
     with pytest.raises(DataError, match="unknown kind"):
         run(target=tmp_path / "out.xls")
+    write_table(pa.table({"prompt": ["x"], "o": [{}]}), tmp_path / "hollow.arrow")
+    with pytest.raises(DataError, match=r"output .*Cannot write struct .*; use \.arrow"):
+        run(source=tmp_path / "hollow.arrow", target=tmp_path / "out.parquet")
+    (tmp_path / "two").mkdir()
+    write_table(pa.table({"prompt": ["x"]}), tmp_path / "two/a.parquet")
+    write_table(pa.table({"prompt": ["x"], "b": [1]}), tmp_path / "two/b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet: has columns \(prompt string, b int64\)"):
+        run(source=tmp_path / "two")
     write_table(pa.table({"text": ["x"]}), tmp_path / "other.arrow")
     with pytest.raises(DataError, match="no column 'prompt' or 'messages'"):
         run(source=tmp_path / "other.arrow")
@@ -298,6 +367,17 @@ def test_two_calls_on_one_output_refuse_each_other(client: Client, tmp_path: Pat
             client.generate_file(tmp_path / "in.arrow", tmp_path / "out.arrow", **options)
     client.generate_file(tmp_path / "in.arrow", tmp_path / "out.arrow", **options)
     assert not journal.exists()
+
+
+def test_a_call_that_another_has_just_finished_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It opened the journal, and the other one removed it before it was locked."""
+    path = tmp_path / "out.arrow.partial"
+    monkeypatch.setattr("serving.journal.fcntl.flock", lambda *_: path.unlink())
+    with pytest.raises(ConflictError, match="has just written"), journal(path, "asked", 1):
+        pass
+    assert not path.exists()
 
 
 def test_a_line_cut_short_is_asked_again(client: Client, tmp_path: Path) -> None:
@@ -503,3 +583,58 @@ def test_a_file_goes_at_the_pace_that_the_service_takes(
         )
     assert (report.rows, report.failed) == (60, 0)
     assert 0 < refused < 50
+
+
+def test_an_input_that_changes_meanwhile_is_told(
+    faulty: tuple[str, type[Faulty]], tmp_path: Path
+) -> None:
+    url, handler = faulty
+    source = tmp_path / "in.jsonl"
+    write_table(pa.table({"prompt": ["x"] * 3}), source)
+
+    def change(handler: Faulty) -> None:
+        source.write_text('{"prompt": "y"}\n' * 3)
+        handler.send(200, GOOD)
+
+    handler.answers = [change, lambda h: h.send(200, GOOD)]
+    with Client(url) as client, pytest.raises(DataError, match="has changed since"):
+        client.generate_file(source, tmp_path / "out.jsonl", adapter="a", progress=False)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from serving.client import Client
+
+url, source, target = sys.argv[1:]
+with Client(url, concurrency=4) as client:
+    report = client.generate_file(source, target, adapter="a", progress=False)
+status = Path("/proc/self/status").read_text()
+(peak,) = [line.split()[1] for line in status.splitlines() if "VmHWM" in line]
+print(report.rows, report.failed, peak)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_memory_does_not_grow_with_the_file(
+    faulty: tuple[str, type[Faulty]], tmp_path: Path, kind: str
+) -> None:
+    """Rows and answers of 20 kB: ten times as many are 72 MB more of either."""
+    url, handler = faulty
+    long = json.loads(GOOD) | {"choices": [{"text": "ok" * 10_000, "finish_reason": "stop"}]}
+    body = json.dumps(long).encode()
+    handler.answers = [lambda h: h.send(200, body)]
+    peaks: list[int] = []
+    for count in (400, 4000):
+        source, target = tmp_path / f"{count}.{kind}", tmp_path / f"{count}-out.{kind}"
+        write_table(pa.table({"prompt": [f"{i:05}" * 4000 for i in range(count)]}), source)
+        command = [sys.executable, "-c", _PEAK, url, str(source), str(target)]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        rows, failed, peak = map(int, told.stdout.split())
+        assert (rows, failed) == (count, 0)
+        peaks.append(peak)
+    found = open_table(target)
+    assert [text.as_py()[:5] for text in found["prompt"]] == [f"{i:05}" for i in range(4000)]
+    assert peaks[1] - peaks[0] < 80_000, peaks  # kB; of all at once, 300 000

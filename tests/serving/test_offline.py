@@ -14,10 +14,12 @@ from service import BASE_NAME, CATALOGUE_TTL_S, NAMES, Running
 
 from cluster.catalog import Catalog
 from cluster.errors import ConflictError, DataError, JobFailedError, OverloadedError, StoreError
-from cluster.table_parts import BadRow, TableSource
+from cluster.table_parts import TableSource
+from cluster.table_rows import BadRow
 from cluster.tables import open_table, write_table
-from serving.batch_file import BatchReport, RowResult
+from serving.batch_file import BatchReport
 from serving.client import Client
+from serving.journal import RowResult
 from serving.offline import pool
 from serving.offline.answering import Asked, answer_rows
 from serving.offline.output import Counts, Output, Plan, check_same

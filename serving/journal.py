@@ -1,0 +1,115 @@
+"""The answers that a call has so far, by row, in a file that outlives it.
+
+A line of JSON for each answer, behind one that tells what was asked. It is of one call alone while
+that runs; in memory is where each row's line begins, eight bytes a row.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from array import array
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from cluster.errors import ConflictError
+
+_NONE = -1
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What is added to one row, by its number."""
+
+    row: int
+    completion: str | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    error: str | None = None
+
+
+class Journal:
+    """Answers by row. `kept` are those of calls before, which were interrupted; their errors are
+    not among them, and are tried again."""
+
+    def __init__(self, file: BinaryIO, path: Path, fingerprint: str, num_rows: int) -> None:
+        self._file, self._path = file, path
+        self._begins = array("q", [_NONE]) * num_rows
+        self.kept = 0
+        self._read(fingerprint)
+
+    def __contains__(self, row: int) -> bool:
+        return self._begins[row] != _NONE
+
+    def __getitem__(self, row: int) -> RowResult:
+        self._file.seek(self._begins[row])
+        return RowResult(**json.loads(self._file.readline()))
+
+    def add(self, result: RowResult) -> None:
+        """Keep it, whatever becomes of this process."""
+        self._begins[result.row] = self._write(json.dumps(asdict(result)))
+
+    def _write(self, line: str) -> int:
+        begin = self._file.seek(0, os.SEEK_END)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        return begin
+
+    def _read(self, fingerprint: str) -> None:
+        """What is there already; begins the file if it is empty. Raises ConflictError."""
+        end = self._file.seek(0)
+        lines = iter(self._file.readline, b"")
+        try:
+            for i, line in enumerate(lines):
+                if not line.endswith(b"\n"):  # cut short
+                    break
+                if i == 0:
+                    self._check(json.loads(line)["fingerprint"], fingerprint)
+                else:
+                    self._keep(RowResult(**json.loads(line)), end)
+                end += len(line)
+        except (ValueError, LookupError, TypeError) as error:
+            raise ConflictError(f"{self._path}: is not a journal of ours; delete it") from error
+        self._file.truncate(end)
+        if not end:
+            self._write(json.dumps({"fingerprint": fingerprint}))
+
+    def _keep(self, result: RowResult, begin: int) -> None:
+        if result.row < 0:
+            raise IndexError(result.row)
+        is_new = self._begins[result.row] == _NONE
+        if result.error is None:
+            self._begins[result.row] = begin
+            self.kept += is_new
+
+    def _check(self, found: str, fingerprint: str) -> None:
+        if found != fingerprint:
+            raise ConflictError(
+                f"{self._path}: was left by an interrupted call with another input or other "
+                "options; repeat that call, or delete the file"
+            )
+
+
+@contextmanager
+def journal(path: Path, fingerprint: str, num_rows: int) -> Generator[Journal]:
+    """The journal at `path`, held for this call alone; gone where the scope ends well.
+
+    Raises:
+        ConflictError: another call writes it now, or it is of another input or other options.
+    """
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConflictError(
+                f"{path}: another call is writing this output now; wait for it, or choose another"
+            ) from error
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise ConflictError(f"{path}: another call has just written this output; look at it")
+        yield Journal(file, path, fingerprint, num_rows)
+        path.unlink()

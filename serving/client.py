@@ -4,6 +4,7 @@
         client.generate(["Hello"], adapter="support-bot")
         client.generate_file("questions.arrow", "answers.arrow", adapter="support-bot")
 
+`Client.local(BASE, store=STORE)` has the same methods over an engine of its own in this process.
 Failures that a retry may mend are retried with growing pauses; others raise the server's error as
 the class of cluster.errors that it was there. No torch, no Ray.
 """
@@ -27,7 +28,7 @@ from functools import wraps
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 import httpx2
 import numpy as np
@@ -38,7 +39,6 @@ from cluster.errors import (
     OperationError,
     RequestError,
     SpecError,
-    UnavailableError,
 )
 from serving.asking import (
     Generation,
@@ -50,8 +50,12 @@ from serving.asking import (
     retrying,
 )
 from serving.batch_file import BatchReport, run_batch
+from serving.connection import Connection
 from serving.pace import Pace
 from serving.protocol import DONE, ModelCard
+
+if TYPE_CHECKING:
+    from serving.spec import ServingSpec
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,6 +63,7 @@ P = ParamSpec("P")
 
 # Vectors of one answer; texts of a few thousand tokens stay far below a service's body limit.
 _INPUTS_AT_ONCE = 32
+_NOWHERE = "http://local"  # stands for an engine in this process
 
 
 class AsyncClient:
@@ -71,6 +76,7 @@ class AsyncClient:
         max_attempts: Tries of one request, the first included.
         concurrency: Most requests in progress at once; fewer where the service pushes back, see
             `serving.pace`.
+        transport: Takes the requests in place of connections to `base_url`; see `local`.
     """
 
     def __init__(
@@ -81,21 +87,36 @@ class AsyncClient:
         timeout_s: float = 600.0,
         max_attempts: int = 8,
         concurrency: int = 64,
+        transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         if concurrency < 1 or max_attempts < 1:
             raise SpecError("concurrency and max_attempts must be at least 1")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # Requests wait for their turn, and open streams hold none: nobody waits for a connection.
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
-        timeout = httpx2.Timeout(timeout_s, connect=10.0)
-        self.base_url = base_url.rstrip("/")
         self.concurrency = concurrency
-        self._http = httpx2.AsyncClient(
-            base_url=self.base_url, headers=headers, limits=limits, timeout=timeout, trust_env=False
-        )
+        self._connection = Connection(
+            base_url, api_key=api_key, timeout_s=timeout_s, num_kept=concurrency,
+            transport=transport,
+        )  # fmt: skip
+        self.base_url = self._connection.base_url
         self._max_attempts = max_attempts
         self._pace = Pace(concurrency)
         self._base_name: str | None = None
+
+    @classmethod
+    def local(
+        cls, source: str | Path | ServingSpec, *, store: str | None = None, **settings: Any
+    ) -> Self:
+        """A client of an engine in this process: the same answers without a service, Ray or a
+        network. Loads the base now, in this thread; `close` ends the engine.
+
+        Args:
+            source: A service's YAML or spec, or the folder of a base, whose name is then `base`.
+            store: Where adapters are, in place of the spec's.
+            settings: As of the class.
+
+        Raises:
+            CallerError: the spec or the base cannot be used.
+        """
+        return _local(cls, source, store, settings)
 
     async def __aenter__(self) -> Self:
         return self
@@ -110,11 +131,11 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._http.aclose()
+        await self._connection.close()
 
     async def models(self) -> list[ModelCard]:
         """The base, first, and every adapter."""
-        body = await self._retrying(lambda: self._json("GET", "/v1/models"))
+        body = await self._retrying(lambda: self._connection.json("GET", "/v1/models"))
         return [ModelCard.model_validate(card) for card in body["data"]]
 
     async def generate(
@@ -166,7 +187,9 @@ class AsyncClient:
 
         async def one(part: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
             body = {**asked, "input": list(part)}
-            answer = await self._retrying(lambda: self._json("POST", "/v1/embeddings", body))
+            answer = await self._retrying(
+                lambda: self._connection.json("POST", "/v1/embeddings", body)
+            )
             texts = [vector["embedding"] for vector in answer["data"]]
             return [np.frombuffer(base64.b64decode(text), dtype="<f4") for text in texts]
 
@@ -178,7 +201,7 @@ class AsyncClient:
     ) -> Generation:
         """Continue one prompt. Raises GraftError."""
         path, body = await self._request(prompt, adapter, options)
-        answer = await self._retrying(lambda: self._json("POST", path, body))
+        answer = await self._retrying(lambda: self._connection.json("POST", path, body))
         try:
             return generation(answer)
         except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -207,7 +230,9 @@ class AsyncClient:
         """
         path, body = await self._request(prompt, adapter, options)
         # Its turn ends where it begins: who reads several streams by turns would wait for himself.
-        response = await self._retrying(lambda: self._begun(path, {**body, "stream": True}))
+        response = await self._retrying(
+            lambda: self._connection.begun(path, {**body, "stream": True})
+        )
         is_over = False
         try:
             async for line in response.aiter_lines():
@@ -227,7 +252,7 @@ class AsyncClient:
                     if piece:
                         yield piece
         except httpx2.RequestError as error:
-            raise self._unreachable(error) from error
+            raise self._connection.unreachable(error) from error
         finally:
             await response.aclose()
         raise OperationError(f"{self.base_url}: the stream ended before the answer did; try again")
@@ -286,53 +311,12 @@ class AsyncClient:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _json(self, method: str, path: str, body: Any = None) -> Any:
-        request = self._http_request(method, path, body)
-        try:
-            response = await self._http.send(request)
-        except httpx2.RequestError as error:
-            raise self._unreachable(error) from error
-        if response.status_code >= 400:
-            raise error_of(response.status_code, response.text, response.headers.get("retry-after"))
-        try:
-            return response.json()
-        except ValueError as error:
-            raise OperationError(f"{self.base_url}{path}: the answer is cut short") from error
-
-    def _http_request(self, method: str, path: str, body: Any) -> httpx2.Request:
-        """Raises RequestError for a body that JSON has no form for."""
-        try:
-            return self._http.build_request(method, path, json=body)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(
-                f"the request cannot be written as JSON ({error}); give text, finite numbers, "
-                "lists and objects of these"
-            ) from error
-
-    async def _begun(self, path: str, body: Any) -> httpx2.Response:
-        """A response whose body is still to be read, and closed."""
-        request = self._http_request("POST", path, body)
-        try:
-            response = await self._http.send(request, stream=True)
-            if response.status_code >= 400:
-                await response.aread()
-        except httpx2.RequestError as error:
-            raise self._unreachable(error) from error
-        if response.status_code >= 400:
-            raise error_of(response.status_code, response.text, response.headers.get("retry-after"))
-        return response
-
     async def _retrying(self, call: Callable[[], Awaitable[Any]]) -> Any:
         async def paced() -> Any:
             async with self._pace.turn():
                 return await call()
 
         return await retrying(paced, self._max_attempts)
-
-    def _unreachable(self, error: Exception) -> UnavailableError:
-        return UnavailableError(
-            f"{self.base_url}: {str(error) or type(error).__name__}; is the service running?"
-        )
 
 
 class Client:
@@ -344,7 +328,19 @@ class Client:
     def __init__(self, base_url: str = "http://127.0.0.1:8000", **settings: Any) -> None:
         self._portal_scope = start_blocking_portal()
         self._portal = self._portal_scope.__enter__()
-        self._async = self._portal.call(lambda: _make(base_url, settings))
+        self._is_closed = False
+        try:
+            self._async = self._portal.call(lambda: _make(base_url, settings))
+        except BaseException:
+            self._portal_scope.__exit__(None, None, None)
+            raise
+
+    @classmethod
+    def local(
+        cls, source: str | Path | ServingSpec, *, store: str | None = None, **settings: Any
+    ) -> Self:
+        """See AsyncClient."""
+        return _local(cls, source, store, settings)
 
     def __enter__(self) -> Self:
         return self
@@ -360,6 +356,7 @@ class Client:
     def close(self) -> None:
         """Close every connection."""
         self._wait(self._async.close)
+        self._is_closed = True
         self._portal_scope.__exit__(None, None, None)
 
     @staticmethod
@@ -396,7 +393,8 @@ class Client:
             while (piece := self._portal.call(lambda: anext(generator, None))) is not None:
                 yield piece
         finally:
-            self._portal.call(generator.aclose)
+            if not self._is_closed:  # with the client every stream has ended
+                self._portal.call(generator.aclose)
 
     def _wait(self, call: Callable[[], Coroutine[Any, Any, R]]) -> R:
         """What `call` returns; as a task, so that an interrupt here ends it there, with what it has
@@ -411,3 +409,15 @@ class Client:
 
 async def _make(base_url: str, settings: Mapping[str, Any]) -> AsyncClient:
     return AsyncClient(base_url, **settings)
+
+
+def _local(make: Callable[..., T], source: Any, store: str | None, settings: Any) -> T:
+    """What `make` makes of an engine in this process."""
+    from serving.local import LocalService, local_spec  # with torch, which other clients do without
+
+    service = LocalService(local_spec(source, [] if store is None else [f"store={store}"]))
+    try:
+        return make(_NOWHERE, transport=service, **settings)
+    except BaseException:
+        service.stop()
+        raise

@@ -98,8 +98,17 @@ def generate(
             help="Without a service: by engines of this spec, as of `graft serve`, on a cluster.",
         ),
     ] = None,
+    local: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SPEC.yaml|BASE",
+            help="Without a service: by an engine of this spec, or of a base's folder, in this "
+            "process.",
+        ),
+    ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Offline: override a key. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="Offline and local: override a key. Repeatable."),
     ] = None,
     address: Annotated[
         str | None, typer.Option(help="Offline: as of `graft serve` [env: RAY_ADDRESS].")
@@ -108,7 +117,8 @@ def generate(
         int, typer.Option(min=1, help="Offline: rows that are kept at once.")
     ] = 1024,
 ) -> None:
-    """Answer every row of a file through a running service, or offline on a cluster.
+    """Answer every row of a file through a running service, in this process, or offline on a
+    cluster.
 
     An interrupted call keeps its answers; the same call again goes on from there.
     """
@@ -124,6 +134,7 @@ def generate(
     rows = {"adapter": adapter, "adapter_column": adapter_column}
     if offline is not None:
         _refuse(context, ("url", "api_key", "concurrency"), "an offline run asks no service")
+        _refuse(context, ("local",), "an offline run has engines on a cluster")
         if overwrite:
             raise SpecError("--overwrite: an offline run replaces nothing; name an empty folder")
         from cluster.spec import load_spec
@@ -137,8 +148,18 @@ def generate(
             progress=not quiet, **rows,
         )  # fmt: skip
     else:
-        _refuse(context, ("set_", "address", "part_rows"), "only an --offline run takes it")
-        with Client(url, api_key=api_key, concurrency=concurrency) as client:
+        _refuse(context, ("address", "part_rows"), "only an --offline run takes it")
+        if local is not None:
+            _refuse(context, ("url",), "a --local run asks no service")
+            from serving.local import local_spec
+
+            made = Client.local(
+                local_spec(local, set_ or ()), api_key=api_key, concurrency=concurrency
+            )
+        else:
+            _refuse(context, ("set_",), "only an --offline or a --local run takes it")
+            made = Client(url, api_key=api_key, concurrency=concurrency)
+        with made as client:
             report = client.generate_file(
                 source, target, overwrite=overwrite, progress=not quiet, **rows, **options
             )

@@ -179,8 +179,11 @@ def test_generate_names_what_is_wrong(tmp_path: Path) -> None:
     ways = [
         (("--concurrency", 3), ("--offline", "configs/serving/local.yaml")),
         (("--address", "auto"), ()),
+        (("--set", "name=x"), ()),
+        (("--url", "http://127.0.0.1:9"), ("--local", "configs/serving/local.yaml")),
+        (("--part-rows", 3), ("--local", "configs/serving/local.yaml")),
     ]
-    for option, way in ways:  # of the other way to generate
+    for option, way in ways:  # of another way to generate
         other = graft("generate", tmp_path / "in.arrow", tmp_path / "out", *option, *way)
         assert (other.returncode, f"{option[0]}: " in other.stderr) == (2, True), other.stderr
 

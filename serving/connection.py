@@ -1,0 +1,83 @@
+"""Requests to one service, and what comes back: a body, a stream that has begun, or its error.
+
+Knows HTTP, and nothing of what is asked; `serving.client` does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+
+from cluster.errors import OperationError, RequestError, UnavailableError
+from serving.asking import error_of
+
+
+class Connection:
+    """A pool of connections to `base_url`, or the `transport` in their place, which it closes."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None,
+        timeout_s: float,
+        num_kept: int,
+        transport: httpx2.AsyncBaseTransport | None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # Requests wait for their turn, and open streams hold none: nobody waits for a connection.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=num_kept)
+        timeout = httpx2.Timeout(timeout_s, connect=10.0)
+        self._http = httpx2.AsyncClient(
+            base_url=self.base_url, headers=headers, limits=limits, timeout=timeout,
+            trust_env=False, transport=transport,
+        )  # fmt: skip
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._http.aclose()
+
+    async def json(self, method: str, path: str, body: Any = None) -> Any:
+        """A whole answer's body. Raises GraftError."""
+        request = self._request(method, path, body)
+        try:
+            response = await self._http.send(request)
+        except httpx2.RequestError as error:
+            raise self.unreachable(error) from error
+        if response.status_code >= 400:
+            raise error_of(response.status_code, response.text, response.headers.get("retry-after"))
+        try:
+            return response.json()
+        except ValueError as error:
+            raise OperationError(f"{self.base_url}{path}: the answer is cut short") from error
+
+    async def begun(self, path: str, body: Any) -> httpx2.Response:
+        """A response whose body is still to be read, and closed. Raises GraftError."""
+        request = self._request("POST", path, body)
+        try:
+            response = await self._http.send(request, stream=True)
+            if response.status_code >= 400:
+                await response.aread()
+        except httpx2.RequestError as error:
+            raise self.unreachable(error) from error
+        if response.status_code >= 400:
+            raise error_of(response.status_code, response.text, response.headers.get("retry-after"))
+        return response
+
+    def unreachable(self, error: Exception) -> UnavailableError:
+        """What a fault on the way is for the caller."""
+        return UnavailableError(
+            f"{self.base_url}: {str(error) or type(error).__name__}; is the service running?"
+        )
+
+    def _request(self, method: str, path: str, body: Any) -> httpx2.Request:
+        """Raises RequestError for a body that JSON has no form for."""
+        try:
+            return self._http.build_request(method, path, json=body)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(
+                f"the request cannot be written as JSON ({error}); give text, finite numbers, "
+                "lists and objects of these"
+            ) from error

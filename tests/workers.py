@@ -7,6 +7,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cluster.spec import parse_spec
 from training.assembly import Assembly, assemble
@@ -35,13 +38,30 @@ _LOG, _LOGITS = "log.json", "logits.safetensors"
 class Case:
     """One run: a spec, where it writes, and the checkpoint folder that it goes on from.
 
-    With `asked`, token ids, the trained model's logits of the next token are written too.
+    With `asked`, token ids, the trained model's logits of the next token are written too. With
+    `most`, training fails at the first tensor of so many elements that it makes.
     """
 
     spec: Mapping[str, Any]
     folder: Path
     resume: Path | None = None
     asked: Sequence[int] = ()
+    most: int | None = None
+
+
+class _Limited(TorchDispatchMode):
+    """A scope in which no operation may make a tensor of so many elements."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in tree_leaves(made):
+            if isinstance(each, torch.Tensor) and each.numel() >= self._most:
+                raise AssertionError(f"{func} made {tuple(each.shape)}, {self._most} or more")
+        return made
 
 
 def run_case(case: Case, tokens: Path, place: Place) -> list[float]:
@@ -59,10 +79,11 @@ def run_case(case: Case, tokens: Path, place: Place) -> list[float]:
         if place.rank == 0:
             write_checkpoint(case.folder / f"checkpoint-{progress.step}", state, progress)
 
-    reached = run(
-        spec, made.backend, rows, course=made.course, place=place, start=made.start,
-        evaluator=made.evaluator, on_log=lines.append, on_checkpoint=on_checkpoint,
-    )  # fmt: skip
+    with nullcontext() if case.most is None else _Limited(case.most):
+        reached = run(
+            spec, made.backend, rows, course=made.course, place=place, start=made.start,
+            evaluator=made.evaluator, on_log=lines.append, on_checkpoint=on_checkpoint,
+        )  # fmt: skip
     made.take_best(reached.step)
     # Before the save: PEFT asks some modules for their output there, on the first worker alone,
     # after which ZeRO 3's forward would wait for the others for ever.

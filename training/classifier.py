@@ -118,7 +118,7 @@ class Classifier(LossModel):
     def _head(self, hidden_BH: torch.Tensor) -> torch.Tensor:
         return getattr(self._base, HEAD)(hidden_BH)
 
-    def _compare(self, parameter: torch.Tensor, is_sharded: bool) -> None:
+    def _compare(self, parameter: torch.Tensor) -> None:
         rows = [([n + i for i in range(n)], [0]) for n in PROBE_LENGTHS]
         batch = collate_labelled(rows, parameter.device)
         was_training = self.training

@@ -18,8 +18,9 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from cluster.errors import BaseModelError
+from training.head_loss import HeadAt
 from training.rows import IGNORE
-from training.step import PROBE_LENGTHS, Continuation, HeadAt, LossModel, padded
+from training.step import PROBE_LENGTHS, Continuation, LossModel, padded
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Seq2SeqModel(LossModel):
         pad = self._base.config.get_text_config().pad_token_id or 0
         ids_BS, mask_BS = padded(batch.ids_T, batch.bounds, pad)
         labels_BT, _ = padded(batch.targets_T, batch.target_bounds, IGNORE)
-        with HeadAt(self._base, labels_BT != IGNORE, whole=not self.has_plain_head) as head:
+        with self._head_at(labels_BT != IGNORE) as head:
             logits = self.model(
                 input_ids=ids_BS,
                 attention_mask=mask_BS,
@@ -120,11 +121,11 @@ class Seq2SeqModel(LossModel):
         last = ids_1T[:, -1:]
         return self._shifted(last) if start is None else torch.full_like(last, start)
 
-    def _compare(self, parameter: torch.Tensor, is_sharded: bool) -> None:
+    def _compare(self, parameter: torch.Tensor) -> None:
         rows = [([n + i for i in range(n)], [n, *range(n)]) for n in PROBE_LENGTHS]
         was_training = self.training
         self.eval()
-        self._compare_head(collate_pairs(rows, parameter.device), is_sharded)
+        self._compare_head(collate_pairs(rows, parameter.device))
         self.train(was_training)
 
 

@@ -20,21 +20,21 @@ _PROBE = [([0] * 8, [0] * 8)] * 2
 
 
 class _ShapedCausal(LossModel):
-    def _compare(self, parameter: torch.Tensor, is_sharded: bool) -> None:
+    def _compare(self, parameter: torch.Tensor) -> None:
         batch = collate(_PROBE, parameter.device)
-        self.has_plain_head = not is_sharded and _returns_its_heads(self, batch)
+        self.has_plain_head = self._has_head_here() and _returns_its_heads(self, batch)
         with self._packing():
             self._run_packed(batch)
 
 
 class _ShapedSeq2Seq(Seq2SeqModel):
-    def _compare(self, parameter: torch.Tensor, is_sharded: bool) -> None:
+    def _compare(self, parameter: torch.Tensor) -> None:
         batch = collate_pairs(_PROBE, parameter.device)
-        self.has_plain_head = not is_sharded and _returns_its_heads(self, batch)
+        self.has_plain_head = self._has_head_here() and _returns_its_heads(self, batch)
 
 
 class _ShapedClassifier(Classifier):
-    def _compare(self, parameter: torch.Tensor, is_sharded: bool) -> None:
+    def _compare(self, parameter: torch.Tensor) -> None:
         self._reads_last = hasattr(self._base, HEAD)
         if self._reads_last:
             with self._packing():

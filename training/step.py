@@ -11,27 +11,22 @@ then no [N, V] exists either. Knows nothing of optimisers or workers.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from cluster.errors import BaseModelError, SpecError
+from training.head_loss import HeadAt, HeadLoss
 from training.lora_linear import fuse_loras
 from training.packed import NAME, Layout, check_packable, packed, prefix_of, recomputation
 from training.rows import IGNORE
 
 # Of a spec's `precision`.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Rows of logits that exist at once: 128 x 128,000 in float32 are 64 MiB.
-_LOGIT_ROWS = 128
-# What gradients of float16 logits, none over 1, are multiplied by while they are that: a share of
-# 1e-6 is then no longer rounded to the next 6e-8, and the head's weights may be up to 100.
-_FLOAT16_GAIN = 2.0**8
 PROBE_LENGTHS = (5, 9, 2)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -90,7 +85,8 @@ class LossModel(torch.nn.Module):
 
     Args:
         precision: What matrix products are computed in; the base's own dtype if not given.
-        is_sharded: The output embedding's weight is not here outside its own forward (ZeRO 3).
+        is_sharded: Weights are not here outside their own module's forward (ZeRO 3), so the loss
+            is made within the output embedding's; of a trained or adapted one, logits are whole.
         recomputes: Backward computes each layer again, of which only the input is kept (gradient
             checkpointing, Chen et al. 2016, arXiv:1604.06174).
 
@@ -120,9 +116,11 @@ class LossModel(torch.nn.Module):
         )
         self.virtual_tokens: int = getattr(config, "num_virtual_tokens", 0)
         self.is_packed = self.has_plain_head = False
+        self._is_sharded = is_sharded
+        self._within_head: Callable[[torch.Tensor], None] | None = None
         if not is_sharded:
             fuse_loras(model)
-        self._choose(is_sharded)
+        self._choose()
         if recomputes:
             self._recompute()
 
@@ -135,7 +133,10 @@ class LossModel(torch.nn.Module):
         with self.autocast():
             if isinstance(asked, Continuation):
                 return self._next_logits(asked)
-            return self.loss(*self.outputs(asked), asked.targets_T[asked.targets_T != IGNORE])
+            targets_N = asked.targets_T[asked.targets_T != IGNORE]
+            if self._is_sharded and self.has_plain_head:
+                return self._loss_within_head(asked, targets_N)
+            return self.loss(*self.outputs(asked), targets_N)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The scope of a forward pass: what a method trains is float32 beside a base in half
@@ -167,11 +168,26 @@ class LossModel(torch.nn.Module):
         loss: Any = HeadLoss.apply(hidden_NH, targets_N, head, *trained)
         return loss
 
+    def _loss_within_head(self, batch: Batch, targets_N: torch.Tensor) -> torch.Tensor:
+        losses: list[torch.Tensor] = []
+        self._within_head = lambda hidden_NH: losses.append(
+            self.loss(hidden_NH, hidden_NH, targets_N)
+        )
+        try:
+            self.outputs(batch)
+        finally:
+            self._within_head = None
+        return losses[0]
+
+    def _head_at(self, chosen_BT: torch.Tensor) -> HeadAt:
+        whole = not self.has_plain_head
+        return HeadAt(self._base, chosen_BT, whole=whole, within=self._within_head)
+
     def _run(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden [N, H], logits [N, V]) at label positions, rows padded on the right."""
         ids_BL, mask_BL = padded(batch.ids_T, batch.bounds, 0)
         targets_BL, _ = padded(batch.targets_T, batch.bounds, IGNORE)
-        with HeadAt(self._base, targets_BL != IGNORE, whole=not self.has_plain_head) as head:
+        with self._head_at(targets_BL != IGNORE) as head:
             logits = self.model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
         return head.hidden_NH, logits
 
@@ -181,10 +197,7 @@ class LossModel(torch.nn.Module):
         chosen_T = batch.targets_T != IGNORE
         if (grown := layout.bounds[0][1] - batch.bounds[0][1]) > 0:
             chosen_T = _in_front(chosen_T.new_zeros(grown), chosen_T, batch.bounds)
-        with (
-            packed(layout),
-            HeadAt(self._base, chosen_T[None], whole=not self.has_plain_head) as head,
-        ):
+        with packed(layout), self._head_at(chosen_T[None]) as head:
             logits = model(**inputs, use_cache=False).logits
         return head.hidden_NH, logits
 
@@ -259,17 +272,17 @@ class LossModel(torch.nn.Module):
             {"use_reentrant": False, "context_fn": recomputation}
         )
 
-    def _choose(self, is_sharded: bool) -> None:
+    def _choose(self) -> None:
         """Set `is_packed` and `has_plain_head` by what agrees with the padded pass."""
         with torch.no_grad(), self.autocast():
-            self._compare(self._base.get_input_embeddings().weight, is_sharded)
+            self._compare(self._base.get_input_embeddings().weight)
 
-    def _compare(self, parameter: torch.Tensor, is_sharded: bool) -> None:
+    def _compare(self, parameter: torch.Tensor) -> None:
         rows = [([n + i for i in range(n)], [n + i for i in range(n)]) for n in PROBE_LENGTHS]
         batch = collate(rows, parameter.device)
         was_training = self.training
         self.eval()
-        hidden_NH = self._compare_head(batch, is_sharded)
+        hidden_NH = self._compare_head(batch)
         with self._packing():
             packed_NH, _ = self._run_packed(batch)
             scale = float(hidden_NH.abs().max())
@@ -277,15 +290,23 @@ class LossModel(torch.nn.Module):
             self.is_packed = bool(difference <= TOLERANCE[self._precision])
         self.train(was_training)
 
-    def _compare_head(self, batch: Any, is_sharded: bool) -> torch.Tensor:
+    def _compare_head(self, batch: Any) -> torch.Tensor:
         """Set `has_plain_head`; returns the padded pass's hidden states [N, H]."""
         hidden_NH, expected_NV = self._run(batch)
         tolerance = TOLERANCE[self._precision] * max(1e-6, float(expected_NV.abs().max()))
-        head = self._base.get_output_embeddings()
-        if not is_sharded:
+        if self._has_head_here():
+            head = self._base.get_output_embeddings()
             difference = (head(hidden_NH) - expected_NV).abs().max()
             self.has_plain_head = bool(difference <= tolerance)
         return hidden_NH
+
+    def _has_head_here(self) -> bool:
+        """Whether the head's weights are here all the time that its loss takes. Under ZeRO 3 those
+        of modules within it, as PEFT's have, are not in its own forward, and no trained one is
+        where its gradient arrives."""
+        head = self._base.get_output_embeddings()
+        is_trained = any(parameter.requires_grad for parameter in head.parameters())
+        return not (self._is_sharded and (is_trained or any(head.children())))
 
     @contextmanager
     def _packing(self) -> Generator[None]:
@@ -301,90 +322,6 @@ class LossModel(torch.nn.Module):
             self.is_packed = False
         if not self.is_packed:
             self._base.set_attn_implementation(self._own_attention)
-
-
-class HeadLoss(torch.autograd.Function):
-    """Cross entropy behind an output embedding, summed, with its gradients made on the way.
-
-    Each part of logits serves the loss and the gradients at once, so neither logits nor their
-    gradient exist in full, and nothing is computed again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_NH: torch.Tensor,
-        targets_N: torch.Tensor,
-        head: torch.nn.Module,
-        *trained: torch.Tensor,
-    ) -> torch.Tensor:
-        """The sum, float32; `trained` are all of the head's parameters that want gradients. Without
-        these and with hidden states that want none, no gradient is made."""
-        loss = hidden_NH.new_zeros((), dtype=torch.float32)
-        learns = any(ctx.needs_input_grad)
-        gain = _FLOAT16_GAIN if hidden_NH.dtype == torch.float16 else 1.0
-        gradients = [torch.zeros_like(tensor) for tensor in (hidden_NH, *trained) if learns]
-        # Not the parameters themselves: hooks on them run once, when the whole gradient is there.
-        names = [name for name, p in head.named_parameters() if learns and p.requires_grad]
-        aliases = [tensor.detach().requires_grad_() for tensor in trained]
-        parameters = dict(zip(names, aliases, strict=True))
-        for start in range(0, len(targets_N), _LOGIT_ROWS):
-            rows = slice(start, start + _LOGIT_ROWS)
-            hidden_RH = hidden_NH[rows].detach().requires_grad_()
-            with torch.set_grad_enabled(learns):
-                logits_RV = functional_call(head, parameters, (hidden_RH,))
-            target_R1 = targets_N[rows, None]
-            gradient_RV = logits_RV.detach().float()
-            log_sum_R1 = gradient_RV.logsumexp(-1, keepdim=True)
-            loss += (log_sum_R1 - gradient_RV.gather(-1, target_R1)).sum()
-            if not learns:
-                continue
-            # In place, of float32 logits too: a linear head's backward does not read them.
-            gradient_RV.sub_(log_sum_R1).exp_()
-            gradient_RV.scatter_add_(-1, target_R1, -torch.ones_like(log_sum_R1)).mul_(gain)
-            parts = torch.autograd.grad(
-                logits_RV, (hidden_RH, *aliases), gradient_RV.to(logits_RV.dtype)
-            )
-            gradients[0][rows] = parts[0]
-            for whole, part in zip(gradients[1:], parts[1:], strict=True):
-                whole += part
-        ctx.save_for_backward(*gradients)
-        ctx.gain = gain
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of the hidden states and of what is trained in the head."""
-        # In float32: a loss scale over few label tokens is more than float16 holds.
-        scale = grads[0] / ctx.gain
-        first, *others = ((g.float() * scale).to(g.dtype) for g in ctx.saved_tensors)
-        return first, None, None, *others
-
-
-class HeadAt:
-    """The scope of a forward pass in which the output embedding sees label positions alone.
-
-    `hidden_NH` is what it would have seen. Unless `whole`, it gets only the first of them, to
-    satisfy the model that calls it. Soft prompts of a padded pass make the sequence longer at
-    its front, so positions count from the end.
-    """
-
-    hidden_NH: torch.Tensor
-
-    def __init__(self, base: Any, chosen_BT: torch.Tensor, *, whole: bool) -> None:
-        self._chosen_BT, self._whole = chosen_BT, whole
-        self._head = base.get_output_embeddings()
-
-    def __enter__(self) -> HeadAt:
-        self._hook = self._head.register_forward_pre_hook(self._select)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hook.remove()
-
-    def _select(self, _: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        self.hidden_NH = args[0][:, -self._chosen_BT.shape[1] :][self._chosen_BT]
-        return (self.hidden_NH if self._whole else self.hidden_NH[:1],)
 
 
 def _in_front(

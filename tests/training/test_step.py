@@ -4,20 +4,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 import transformers
 from adapters import load, randomize
+from conftest import VOCABULARY, byte_tokenizer
 from torch.nn.functional import cross_entropy
+from workers import Case, difference, run_cases, state_of
 
 from cluster.errors import BaseModelError, SpecError
 from cluster.spec import parse_spec
+from cluster.tables import write_table
+from training.command import resolved
+from training.data import tokenize
+from training.data_spec import DataSpec
+from training.head_loss import HeadLoss
 from training.methods import METHODS, trainable_parameters
 from training.methods.course import Course
 from training.packed import check_packable
-from training.rows import IGNORE
+from training.rows import IGNORE, TokenRows
 from training.spec import TrainingSpec
-from training.step import HeadLoss, LossModel, collate
+from training.step import LossModel, collate
 
 Bases = Callable[[str], Path]
 DEVICE = torch.device("cpu")
@@ -204,3 +212,28 @@ def test_the_loss_by_parts_is_cross_entropy(count: int, is_trained: bool) -> Non
     torch.testing.assert_close(parts.grad, whole.grad)
     for parameter, gradient in zip(trained, gradients if is_trained else [], strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.slow
+def test_logits_never_exist_in_full(bases: Bases, tmp_path: Path) -> None:
+    """Neither plain nor sharded, of either task: nothing as large is made in a step."""
+    rows = [{"prompt": "ab", "completion": f"{i:02}" + "c" * 22} for i in range(60)]
+    write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for family, task in (("llama", "causal_lm"), ("t5", "seq_2_seq_lm")):
+        data, tokens = {"train": str(tmp_path / "rows.parquet")}, tmp_path / task
+        tokenize(parse_spec(DataSpec, data), byte_tokenizer(), tokens, task)
+        labels = int(TokenRows(tokens).label_counts.sum())
+        cases: list[Case] = []
+        for stage in (0, 3):
+            document: dict[str, Any] = {
+                "base_model": str(bases(family)), "task": task, "method": {"kind": "lora"},
+                "data": data, "max_steps": 1, "batch_size": 60, "micro_batch_size": 60,
+                # Without offload a lone worker does without DeepSpeed.
+                "zero": {"stage": stage, "offload_optimizer": stage == 3},
+                "output": {"name": "unused"},
+            }  # fmt: skip
+            spec = resolved(parse_spec(TrainingSpec, document)).model_dump(mode="json")
+            cases.append(Case(spec, tmp_path / f"{family}-{stage}", most=labels * VOCABULARY))
+        run_cases(1, cases, tokens)
+        one, other = (state_of(case.folder) for case in cases)
+        assert difference(one, other) < 1e-5

@@ -59,7 +59,7 @@ def report() -> Iterator[ElementTree.Element]:
 def outcome(case: ElementTree.Element, word: str) -> tuple[str, str | None]:
     """(what a cell says of a word, why it is not defined and the cell says nothing)."""
     if (skipped := case.find("skipped")) is not None:
-        return "", f"{word}: {skipped.get('message')}"
+        return "", skipped.get("message")
     is_bad = case.find("failure") is not None or case.find("error") is not None
     return (f"**{word} fails**" if is_bad else word), None
 
@@ -67,7 +67,7 @@ def outcome(case: ElementTree.Element, word: str) -> tuple[str, str | None]:
 def page(cases: Iterator[ElementTree.Element]) -> str:
     """The whole page."""
     cells: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    reasons: dict[str, list[str]] = defaultdict(list)
+    reasons: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     fits: dict[str, dict[str, str]] = defaultdict(dict)
     refusals: list[str] = []
     impossible: list[str] = []
@@ -79,8 +79,8 @@ def page(cases: Iterator[ElementTree.Element]) -> str:
                 continue
             text, reason = outcome(case, word)
             cells[row][stage].append(text)
-            if reason and reason not in reasons[row]:
-                reasons[row].append(reason)
+            if reason and word not in reasons[row][reason]:
+                reasons[row][reason].append(word)
         elif match := re.fullmatch(r"test_fit\[(\w+)-(\w+)\]", name):
             fits[match[1]][match[2]] = _fit(case, refusals)
         elif match := re.fullmatch(r"test_refuse\[(.+)\]", name):
@@ -91,9 +91,10 @@ def page(cases: Iterator[ElementTree.Element]) -> str:
     return table + _bases(fits, refusals) + IMPOSSIBLE + "\n".join(impossible) + "\n"
 
 
-def _row(row: str, cells: dict[str, list[str]], reasons: list[str]) -> str:
+def _row(row: str, cells: dict[str, list[str]], reasons: dict[str, list[str]]) -> str:
+    told = [f"{', '.join(words)}: {reason}" for reason, words in reasons.items()]
     by_stage = " | ".join(", ".join(filter(None, cells[stage])) for stage in "0123")
-    return f"| {row} | {by_stage} | {'; '.join(reasons)} |"
+    return f"| {row} | {by_stage} | {'; '.join(told)} |"
 
 
 def _refusal(case: ElementTree.Element) -> str | None:

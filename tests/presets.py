@@ -25,11 +25,17 @@ _SMALL: Mapping[str, Mapping[str, Any]] = {"adalora": {"allocate_every_steps": 1
 
 def _is_one_method(path: Path) -> bool:
     """Not a sweep of other presets' methods, and not one of them over another kind of base or for
-    another task, which test_quantized.py and test_tasks.py try."""
+    another task, which QUANTIZED and test_tasks.py try."""
     return not {"adapters", "quantization", "task"} & yaml.safe_load(path.read_text()).keys()
 
 
 PRESETS = sorted(path.stem for path in _FOLDER.glob("*.yaml") if _is_one_method(path))
+# Rows whose base is in few bits: by preset, its `quantization`.
+QUANTIZED: Mapping[str, Any] = {
+    path.stem: document["quantization"]
+    for path in sorted(_FOLDER.glob("*.yaml"))
+    if "quantization" in (document := yaml.safe_load(path.read_text()))
+}
 ROWS = [*PRESETS, *_OPTIONS]
 
 

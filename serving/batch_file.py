@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,7 +165,7 @@ def _write(table: TableSource, schema: pa.Schema | None, kept: Journal, target: 
     """The rows of `table`, of a plain `schema` unless they are JSONL, with their results."""
     is_json = target.suffix.lower() in JSONL
     if schema is None and not is_json:
-        found = json_schema(lambda: table.rows(_ROWS_AT_ONCE))
+        found = json_schema(partial(table.rows, _ROWS_AT_ONCE))
         schema = pa.schema([field for field in found if field.name not in ADDED])
     added = [pa.field(name, kind) for name, kind in ADDED.items()]
     row = 0

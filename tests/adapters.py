@@ -10,6 +10,7 @@ import peft
 import torch
 import transformers
 from pydantic import TypeAdapter
+from safetensors.torch import load_file
 
 from training.method_spec import MethodSpec
 from training.methods import METHODS, trainable_parameters
@@ -58,6 +59,11 @@ def _adalora(base: Path) -> Any:
 
 _CAUSAL = {"task_type": "CAUSAL_LM"}
 _SOME = ["q_proj", "down_proj", "fc1", "c_attn", "c_proj"]
+_QUERIES = ["q_proj", "c_attn", "query_key_value", "SelfAttention.q"]
+_EMBEDDINGS = ["embed_tokens", "wte", "word_embeddings"]  # T5's are of two stacks: refused
+# What a family's first attention and its second feed-forward layer end in.
+_QUERIES_0 = r"0\.(self_attn\.q_proj|attn\.c_attn|self_attention\.query_key_value|SelfAttention\.q)"
+_OUT_1 = r"1\..*(down_proj|c_proj|fc2|dense_4h_to_h|wo)"
 # name -> base folder -> a model with the method on it.
 VARIANTS: Mapping[str, Callable[[Path], Any]] = {
     "lora": _peft(peft.LoraConfig(**_CAUSAL, r=4, lora_alpha=9, target_modules="all-linear")),
@@ -67,8 +73,8 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
             r=4,
             use_rslora=True,
             target_modules="all-linear",
-            rank_pattern={r"0\.(self_attn\.q_proj|attn\.c_attn)": 2},
-            alpha_pattern={r"1\..*(down_proj|c_proj)": 3},
+            rank_pattern={_QUERIES_0: 2},
+            alpha_pattern={_OUT_1: 3},
             lora_bias=True,
         )
     ),
@@ -79,19 +85,26 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
             use_dora=True,
             target_modules="all-linear",
             bias="all",
-            rank_pattern={r"0\.(self_attn\.q_proj|attn\.c_attn)": 2},
+            rank_pattern={_QUERIES_0: 2},
         )
     ),
     "pissa": _peft(
         peft.LoraConfig(**_CAUSAL, r=3, init_lora_weights="pissa", target_modules="all-linear")
     ),
+    "olora": _peft(
+        peft.LoraConfig(**_CAUSAL, r=3, init_lora_weights="olora", target_modules="all-linear")
+    ),
     "saved_modules": _peft(
         peft.LoraConfig(
             **_CAUSAL,
             r=3,
-            target_modules=["q_proj"],
-            modules_to_save=["lm_head", "embed_tokens", "norm", "0.mlp"],
+            target_modules=_QUERIES,
+            modules_to_save=["lm_head", *_EMBEDDINGS, "norm", "0.mlp", "1.DenseReluDense"],
         )
+    ),
+    # PEFT saves copies of the base's own weights beside it.
+    "embeddings": _peft(
+        peft.LoraConfig(**_CAUSAL, r=3, target_modules=["lm_head", *_EMBEDDINGS, *_QUERIES])
     ),
     "trainable_tokens": _peft(
         peft.TrainableTokensConfig(**_CAUSAL, token_indices=[*range(254, 2, -3), 7, 13])
@@ -119,9 +132,21 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
     "bitfit": _own(kind="bitfit"),
     "layernorm": _own(kind="layernorm"),
     "fishmask": _own(kind="fishmask", share=0.05),
+    "child_tuning": _own(kind="child_tuning", share=0.1),
     "full": _own(kind="full"),
+    "shira": _peft(
+        peft.ShiraConfig(
+            **_CAUSAL,
+            r=2,
+            target_modules=[*_QUERIES, "down_proj", "dense_4h_to_h", "wo"],
+            init_weights=False,
+        )
+    ),
     "bottleneck": _own(kind="bottleneck", placement="houlsby", reduction_factor=4),
     "parallel": _own(kind="bottleneck", placement="parallel", activation="tanh", scaling=2.0),
+    "pfeiffer": _own(kind="bottleneck", placement="pfeiffer", activation="silu"),
+    "llama_adapter": _peft(peft.AdaptionPromptConfig(**_CAUSAL, adapter_len=4, adapter_layers=2)),
+    "hard_prompt": _own(kind="hard_prompt", text="2 + 2 = 4"),
     "prompt_tuning": _peft(
         # PEFT asks for the heads, which it does not find in MPT's config, and does not use.
         peft.PromptTuningConfig(**_CAUSAL, num_virtual_tokens=5, num_attention_heads=4)
@@ -144,21 +169,35 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
             **_CAUSAL, num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=24
         )
     ),
+    "cartridge": _peft(peft.CartridgeConfig(**_CAUSAL, num_virtual_tokens=5)),
+    "cpt": _peft(
+        peft.CPTConfig(**_CAUSAL, cpt_token_ids=[65, 66, 67, 68], cpt_tokens_type_mask=[1, 2, 3, 4])
+    ),
 }
 
 
 # Variants that differ little between families: on these alone.
+_FIVE = {"llama", "qwen3", "gpt2", "bloom", "t5"}
 _FAMILIES: Mapping[str, set[str]] = {
-    "dora": {"llama", "gpt2", "opt", "bloom", "t5"},
+    "dora": _FIVE | {"opt"},
     "pissa": {"llama", "gpt2"},
-    "saved_modules": {"llama", "gemma"},
-    "adalora": {"llama", "gpt2", "t5"},
-    "dylora": {"llama", "gpt2"},
+    "olora": {"llama"},  # PEFT has none of GPT-2's modules
+    "saved_modules": _FIVE | {"gemma"},
+    "embeddings": _FIVE | {"gemma"},
+    "adalora": _FIVE,
+    "dylora": _FIVE,
     "trainable_tokens": {"llama", "gemma"},
     "lora_tokens": {"llama", "qwen3"},
     "vera": {"llama", "gpt2"},
     "lokr": {"llama"},
     "oft": {"opt"},
+    "child_tuning": {"llama", "gpt2"},
+    "shira": _FIVE - {"gpt2"},  # PEFT has none of its modules
+    "pfeiffer": {"llama", "gpt2", "bloom", "t5"},
+    "llama_adapter": {"llama", "mistral", "gpt2"},  # where PEFT has it
+    "hard_prompt": {"llama", "gpt2", "t5"},
+    "cartridge": _FIVE,
+    "cpt": {"llama", "gpt2", "bloom"},
 }
 # Families that differ from others in how they attend alone: with these variants alone.
 _VARIANTS: Mapping[str, tuple[str, ...]] = {
@@ -172,13 +211,23 @@ _VARIANTS: Mapping[str, tuple[str, ...]] = {
         "lora",
         "lora_patterns",
         "dora",
+        "saved_modules",
+        "embeddings",
         "adalora",
+        "dylora",
         "ia3",
         "layernorm",
+        "shira",
+        "bottleneck",
+        "parallel",
+        "pfeiffer",
+        "hard_prompt",
         "prompt_tuning",
         "p_tuning",
+        "p_tuning_lstm",
         "prefix_tuning",
         "prefix_projection",
+        "cartridge",
     ),
     "mt5": ("lora", "prompt_tuning", "prefix_tuning"),
     "bart": ("lora", "ia3", "bitfit", "layernorm", "prompt_tuning", "prefix_tuning"),
@@ -198,10 +247,24 @@ def make_adapter(variant: str, base: Path, folder: Path, seed: int = 1) -> Path:
     # T5's attention divides by nothing, so that what is large gets beyond float32's 1e-4.
     randomize(model, 0.1 if "t5" in load(base).config.model_type else 0.3)
     METHODS[getattr(model, "method_kind", "lora")].save(model, folder)
+    _assert_patterns_matched(model, folder)
     if load(base).config.is_encoder_decoder:
         path = folder / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": "SEQ_2_SEQ_LM"}))
     return folder
+
+
+def _assert_patterns_matched(model: Any, folder: Path) -> None:
+    """PEFT only warns of a pattern that no module has, and is as if it were not there."""
+    config = getattr(model, "peft_config", {}).get("default")
+    if getattr(config, "rank_pattern", None):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        ranks = {len(tensor) for key, tensor in tensors.items() if ".lora_A" in key}
+        assert len(ranks) > 1, f"{config.rank_pattern} leaves all at rank {ranks}"
+    if getattr(config, "alpha_pattern", None):
+        layers = [m for m in model.modules() if hasattr(m, "lora_alpha")]
+        alphas = {layer.lora_alpha["default"] for layer in layers}
+        assert len(alphas) > 1, f"{config.alpha_pattern} leaves all at alpha {alphas}"
 
 
 def randomize(model: Any, size: float = 0.3) -> None:

@@ -47,7 +47,9 @@ LOWER: Mapping[str, Lower] = {
     "ADAPTION_PROMPT": lower_llama_adapter,
     "PROMPT_TUNING": lower_prompt_tuning,
     "P_TUNING": lower_prompt_tuning,
+    "CPT": lower_prompt_tuning,
     "PREFIX_TUNING": lower_prefix_tuning,
+    "CARTRIDGE": lower_prefix_tuning,
     **dict.fromkeys(KINDS, lower_merged),
 }
 
@@ -57,7 +59,9 @@ _REFUSED: Mapping[str, str] = {
     "ADAMSS": "which PEFT computes with a library that Graft does not depend on",
     "FROD": "which decomposes the base's weights over all layers at once",
     "LILY": "which PEFT does not merge into weights",
+    "MULTITASK_PROMPT_TUNING": "which makes its prompt of the task of each row",
     "POLY": "which changes weights by the task of each row",
+    "SHADOW": "which runs a network of its own beside the layers, from one to the next",
     "XLORA": "which chooses weights by the input itself, so that no fixed change equals it",
 }
 

@@ -1,9 +1,10 @@
-"""Prompt-tuning, P-tuning and prefix-tuning folders as prefixes.
+"""Prompt-tuning, P-tuning, CPT, prefix-tuning and cartridge folders as prefixes.
 
-Prompt tuning (Lester et al. 2021, arXiv:2104.08691) puts vectors in front of the input, and so
-does P-tuning (Liu et al. 2021, arXiv:2103.10385), whose encoder PEFT has run when it saves; prefix
-tuning (Li & Liang 2021, arXiv:2101.00190) puts keys and values in front of every layer, which PEFT
-stores after its projection, without rotary embedding.
+Prompt tuning (Lester et al. 2021, arXiv:2104.08691) puts vectors in front of the input, and so do
+P-tuning (Liu et al. 2021, arXiv:2103.10385), whose encoder PEFT has run when it saves, and CPT
+(arXiv:2410.17222), saved as the sum of tokens' embeddings and their bounded change; prefix tuning
+(Li & Liang 2021, arXiv:2101.00190) puts keys and values in front of every layer, which PEFT stores
+after its projection, as the cache holds them, and so does a cartridge (arXiv:2506.06266).
 
     P prefix tokens    H hidden    L layers    K key/value heads    D head size
 """
@@ -26,19 +27,21 @@ _TRAINED_WITH = {
     "token_dim", "num_attention_heads", "num_layers", "prompt_tuning_init",
     "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "init_weights",
     "encoder_hidden_size", "prefix_projection", "encoder_reparameterization_type",
-    "encoder_num_layers", "encoder_dropout",
+    "encoder_num_layers", "encoder_dropout", "num_frozen_tokens", "cpt_token_ids", "cpt_mask",
+    "cpt_tokens_type_mask", "opt_weighted_loss_type", "opt_loss_decay_factor",
+    "opt_projection_epsilon", "opt_projection_format_epsilon",
 }  # fmt: skip
 
 
 def lower_prompt_tuning(
     folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
 ) -> LoweredAdapter:
-    """A prompt-tuning or P-tuning folder as an embedding prefix. Raises AdapterError.
+    """A prompt-tuning, P-tuning or CPT folder as an embedding prefix. Raises AdapterError.
 
-    PEFT keeps one prompt for each of an encoder-decoder's stacks, and puts the first in front of
-    the encoder's input; the other is not used.
+    PEFT keeps one prompt for each of an encoder-decoder's stacks, or one alone, and puts the first
+    in front of the encoder's input; the other is not used.
     """
-    stacks = _stacks(folder, target)
+    stacks = _stacks(folder, target, (1, 2) if target.is_seq2seq else (1,))
     embeddings_PH = _read(folder, tensors, stacks, target.hidden_size, target)
     return LoweredAdapter(prefix=EmbeddingPrefix(embeddings_PH[: len(embeddings_PH) // stacks]))
 
@@ -46,14 +49,14 @@ def lower_prompt_tuning(
 def lower_prefix_tuning(
     folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
 ) -> LoweredAdapter:
-    """A prefix-tuning folder as a KV prefix, of the decoder's self-attention. Raises
+    """A prefix-tuning or cartridge folder as a KV prefix, of the decoder's self-attention. Raises
     AdapterError.
 
     For an encoder-decoder PEFT repeats the layers' pairs and deals them out by four, two for
     self-attention and two for a cross-attention that it then leaves out: layer i gets pair 2 i.
     """
     layers, heads, size = target.num_layers, target.num_kv_heads, target.head_size
-    stacks = _stacks(folder, target)
+    stacks = _stacks(folder, target, (2,) if target.is_seq2seq else (1,))
     flat = _read(folder, tensors, 1, layers * 2 * heads * size, target)
     pairs_L2PKD = flat.view(-1, layers, 2, heads, size).permute(1, 2, 0, 3, 4)
     pairs_L2PKD = pairs_L2PKD[[stacks * layer % layers for layer in range(layers)]]
@@ -61,18 +64,18 @@ def lower_prefix_tuning(
     return LoweredAdapter(prefix=KVPrefix(keys_LPKD.contiguous(), values_LPKD.contiguous()))
 
 
-def _stacks(folder: AdapterFolder, target: Target) -> int:
-    """How many stacks PEFT made it for. Raises AdapterError."""
+def _stacks(folder: AdapterFolder, target: Target, possible: tuple[int, ...]) -> int:
+    """How many stacks PEFT made it for; the last of `possible` where it does not tell. Raises
+    AdapterError."""
     found = folder.config.get("num_transformer_submodules")
-    wanted = 2 if target.is_seq2seq else 1
-    if found not in (None, wanted):
+    if found not in (None, *possible):
         raise fault(
             folder.path,
             CONFIG,
             f"has num_transformer_submodules = {str(found)[:20]}, where the base {target.name} "
-            f"has {wanted}; train it on this base",
+            f"has {possible[-1]}; train it on this base",
         )
-    return wanted
+    return found or possible[-1]
 
 
 def _read(

@@ -106,6 +106,8 @@ def lower_shira(
         if part == "shira_indices":
             continue
         shape = shape_of(folder, key, module, target)
+        if shape.kind != "linear":  # PEFT's places would be others in a weight that is transposed
+            raise fault(folder.path, WEIGHTS, f"has a SHiRA on {module!r}, which is not linear")
         size = (shape.out_features, shape.in_features)
         own = _own(folder, key, shape, target, "weight", size)
         if (

@@ -1,27 +1,37 @@
 """Every method, on several families: Graft's logits and greedy tokens are PEFT's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from adapters import load, make_adapter, randomize, variants_of
+from adapters import load, make_adapter, variants_of
 from conftest import CONTEXT
 from safetensors.torch import save_file
+from side_by_side import (
+    NEW_TOKENS,
+    TOLERANCE,
+    SideBySide,
+    answers_of_preempted,
+    assert_greedy,
+    logits_of,
+)
 
 from cluster.errors import AdapterError, BaseModelError, RequestError
 from serving.adapters import describe, lower
 from serving.engine import Engine, EngineSpec, GenerationRequest, ScoreRequest
+from serving.engine.flat import FlatPass
+from serving.engine.padded import PaddedPass
 from training import load_adapter
 
+Bases = Callable[[str], Path]
+Setups = Callable[[str], SideBySide]
 FLAT = ["llama", "qwen3", "mistral", "gpt2", "gemma", "opt", "phi", "qwen2_moe"]
 PADDED = ["bloom", "falcon", "falcon_alibi", "falcon_multi_query", "gptj", "mpt", "gemma2"]
 FAMILIES = [*FLAT, *PADDED]
 PAIRS = [(family, variant) for family in FAMILIES for variant in variants_of(family)]
-TOLERANCE = 1e-4
-NEW_TOKENS = 64
 PROMPTS = [
     [72, 101, 108, 108, 111],
     [7],
@@ -30,149 +40,106 @@ PROMPTS = [
 ]
 
 
-class Setup:
-    """One family: an engine with every adapter, and what PEFT says."""
+@pytest.fixture(scope="module")
+def setups(bases: Bases, tmp_path_factory: pytest.TempPathFactory) -> Setups:
+    """Made at a family's first use, since it takes longer than a test."""
 
-    def __init__(self, base: Path, folder: Path, variants: Sequence[str]) -> None:
-        self.base = base
-        self.folders = {v: make_adapter(v, base, folder / v) for v in variants}
-        # BLOOM's config tells no context.
-        self.spec = EngineSpec(base_model=str(base), max_context_tokens=CONTEXT, max_step_tokens=48)
-        self.engine = Engine(self.spec)
-        for variant, path in self.folders.items():
-            self.engine.add_adapter(variant, path)
-        self._references: dict[str | None, Any] = {}
+    @cache
+    def setup(family: str) -> SideBySide:
+        made = SideBySide(bases(family), tmp_path_factory.mktemp(family), family)
+        assert type(made.engine.runner._pass) is (FlatPass if family in FLAT else PaddedPass)
+        return made
 
-    def reference(self, variant: str | None) -> Any:
-        if variant not in self._references:
-            model = load(self.base)
-            adapted = model if variant is None else load_adapter(model, self.folders[variant])
-            self._references[variant] = adapted.eval()
-        return self._references[variant]
-
-    @torch.no_grad()
-    def reference_logits(self, variant: str | None, ids: list[int]) -> torch.Tensor:
-        """[tokens, vocabulary], without the rows of virtual tokens."""
-        model = self.reference(variant)
-        return model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :].float()
-
-    def reference_greedy(
-        self, variant: str | None, prompt: list[int], new_tokens: int = NEW_TOKENS
-    ) -> list[int]:
-        ids = list(prompt)
-        for _ in range(new_tokens):
-            ids.append(int(self.reference_logits(variant, ids)[-1].argmax()))
-        return ids[len(prompt) :]
+    return setup
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def setup(
-    request: pytest.FixtureRequest,
-    bases: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Setup:
-    family = request.param
-    return Setup(bases(family), tmp_path_factory.mktemp(family), variants_of(family))
-
-
-@pytest.mark.parametrize(("setup", "variant"), [*PAIRS, *((f, None) for f in FAMILIES)],
-                         indirect=["setup"])  # fmt: skip
-def test_logits_are_those_of_peft(setup: Setup, variant: str | None) -> None:
+@pytest.mark.parametrize(("family", "variant"), [*PAIRS, *((f, None) for f in FAMILIES)])
+def test_logits_are_those_of_peft(setups: Setups, family: str, variant: str | None) -> None:
+    setup = setups(family)
     scored = setup.engine.score([ScoreRequest(prompt, variant) for prompt in PROMPTS])
     for prompt, logits in zip(PROMPTS, scored, strict=True):
-        expected = setup.reference_logits(variant, prompt)
         assert logits.dtype == torch.float32
-        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(logits, setup.logits(variant, prompt), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize(("setup", "variant"), PAIRS, indirect=["setup"])
-def test_the_adapter_changes_the_logits(setup: Setup, variant: str) -> None:
+@pytest.mark.parametrize(("family", "variant"), PAIRS)
+def test_the_adapter_changes_the_logits(setups: Setups, family: str, variant: str) -> None:
     """Otherwise the test above would show nothing."""
+    setup = setups(family)
     adapted, plain = setup.engine.score([ScoreRequest(PROMPTS[0], v) for v in (variant, None)])
     assert (adapted - plain).abs().max() > 0.05
 
 
-def test_greedy_tokens_are_those_of_peft_alone_and_mixed(setup: Setup) -> None:
-    cases = [(variant, prompt) for prompt in PROMPTS[:2] for variant in (None, *setup.folders)]
-    requests = [
-        GenerationRequest(
-            prompt_token_ids=prompt, adapter=variant, max_tokens=NEW_TOKENS, ignore_eos=True
-        )
-        for variant, prompt in cases
-    ]
-    expected = [setup.reference_greedy(variant, prompt) for variant, prompt in cases]
-    mixed = [result.token_ids for result in setup.engine.generate(requests)]
-    assert mixed == expected
-    for request, tokens in zip(requests, expected, strict=True):
-        assert setup.engine.generate([request])[0].token_ids == tokens
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_peft_alone_and_mixed(setups: Setups, family: str) -> None:
+    """And log probabilities, in the mixed batch, which many steps cut prompts of."""
+    setup = setups(family)
+    requests = setup.requests(*PROMPTS[1:3], logprobs=5)
+    mixed = setup.engine.generate(requests)
+    setup.assert_as_peft(requests, mixed)
+    for request, result in zip(requests, mixed, strict=True):
+        assert setup.engine.generate([request])[0].token_ids == result.token_ids, request.adapter
     setup.engine.check()
 
 
-def test_greedy_tokens_do_not_depend_on_where_keys_and_values_came_from(setup: Setup) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_do_not_depend_on_where_keys_and_values_came_from(
+    setups: Setups, family: str
+) -> None:
     """Computed, found in the cache, computed in chunks, or lost and computed or found again."""
-    prompt, new_tokens = list(range(60, 100)), 16
-    requests = [
-        GenerationRequest(
-            prompt_token_ids=prompt, adapter=variant, max_tokens=new_tokens, ignore_eos=True
-        )
-        for variant in (None, *setup.folders)
-    ]
-    expected = [setup.reference_greedy(r.adapter, prompt, new_tokens) for r in requests]
+    setup = setups(family)
+    requests = setup.requests(list(range(60, 100)))
+    expected: list[list[int]] = []
     for found in (0, 32 * len(requests)):
         before = setup.engine.stats.cached_tokens
-        assert [r.token_ids for r in setup.engine.generate(requests)] == expected
+        results = setup.engine.generate(requests)
+        setup.assert_as_peft(requests, results)
         assert setup.engine.stats.cached_tokens == before + found
+        expected = [result.token_ids for result in results]
     page_bytes = 16 * 2 * sum(keys[0].nbytes for keys in setup.engine.runner.memory.keys)
-    tight = Engine(
-        setup.spec.model_copy(
-            update={"max_step_tokens": 11, "kv_cache_gib": 11.5 * page_bytes / 2**30}
-        )
-    )
-    for variant, path in setup.folders.items():
-        tight.add_adapter(variant, path)
-    for _ in range(2):
-        assert [r.token_ids for r in tight.generate(requests)] == expected
-        tight.check()
-    assert tight.stats.preemptions > 0
+    few = {"prefix_cache": False, "kv_cache_gib": 40.5 * page_bytes / 2**30}
+    for limits in ({}, few):
+        engine = setup.make_engine(max_step_tokens=11, **limits)
+        results = answers_of_preempted(engine, requests)
+        for request, result, tokens in zip(requests, results, expected, strict=True):
+            assert result.token_ids == tokens, request.adapter
+        assert engine.stats.cached_tokens > 0 or limits is few
 
 
-def test_a_request_chooses_the_rank_of_a_dylora(bases: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("family", [f for f in [*FAMILIES, "t5"] if "dylora" in variants_of(f)])
+def test_a_request_chooses_the_rank_of_a_dylora(bases: Bases, tmp_path: Path, family: str) -> None:
     """Requests of all ranks in one batch, each with the logits and tokens of a LoRA of its rank."""
-    base, folder = bases("llama"), bases("llama").parent / "dylora-ranks"
-    engine = Engine(EngineSpec(base_model=str(base)))
-    engine.add_adapter("a", make_adapter("dylora", base, folder))
+    base, prompt = bases(family), PROMPTS[2]
+    engine = Engine(EngineSpec(base_model=str(base), max_context_tokens=CONTEXT))
+    engine.add_adapter("a", make_adapter("dylora", base, tmp_path))
     ranks: list[int | None] = [2, 3, 4, None, 2]
     requests = [
         GenerationRequest(
-            prompt_token_ids=PROMPTS[2], adapter="a", adapter_rank=rank, max_tokens=8,
-            ignore_eos=True,
+            prompt_token_ids=prompt, adapter="a", adapter_rank=rank, max_tokens=NEW_TOKENS,
+            ignore_eos=True, logprobs=5,
         )
         for rank in ranks
     ]  # fmt: skip
-    mixed = [result.token_ids for result in engine.generate(requests)]
-    scored = engine.score([ScoreRequest(PROMPTS[2], "a", rank) for rank in ranks])
-    for rank, tokens, logits in zip(ranks, mixed, scored, strict=True):
-        model: Any = load_adapter(load(base), folder)
+    mixed = engine.generate(requests)
+    answer = [5, 6] if engine.runner.target.is_seq2seq else []
+    scored = engine.score([ScoreRequest(prompt, "a", rank, answer) for rank in ranks])
+    for request, result, logits in zip(requests, mixed, scored, strict=True):
+        rank = request.adapter_rank
+        model: Any = load_adapter(load(base), tmp_path)
         for layer in model.modules():
             if hasattr(layer, "lora_A") and rank is not None:
                 layer.lora_A["default"].weight.data[rank:] = 0
                 layer.scaling["default"] *= 4 / rank
-        with torch.no_grad():
-            ids = list(PROMPTS[2])
-            expected = model(torch.tensor([ids])).logits[0]
-            torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
-            for token in tokens:
-                assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
-                ids.append(token)
+        expected = logits_of(model, prompt, answer)
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+        assert_greedy(model, request, result)
     assert (scored[0] - scored[1]).abs().max() > 0.05
     engine.remove_adapter("a")
     assert engine.stats.adapters == 0
     engine.check()
 
 
-def test_a_rank_that_an_adapter_has_not_is_refused(
-    bases: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_rank_that_an_adapter_has_not_is_refused(bases: Bases, tmp_path: Path) -> None:
     base = bases("llama")
     engine = Engine(EngineSpec(base_model=str(base)))
     for variant in ("lora", "dylora"):
@@ -189,65 +156,17 @@ def test_a_rank_that_an_adapter_has_not_is_refused(
             )
 
 
-@pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_lora_on_embedding_and_head(
-    bases: Callable[[str], Path], tmp_path: Path, family: str, copies: bool
-) -> None:
+def test_embeddings_without_copies_of_the_base(bases: Bases, tmp_path: Path, family: str) -> None:
     """Gemma scales its embeddings; PEFT saves copies of the base's own by default."""
-    base = bases(family)
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=3, target_modules=["embed_tokens", "lm_head", "q_proj"]
-    )
-    torch.manual_seed(2)
-    model = peft.get_peft_model(load(base), config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(str(tmp_path), save_embedding_layers=copies)
+    base, copies = bases(family), make_adapter("embeddings", bases(family), tmp_path / "copies")
+    model: Any = load_adapter(load(base), copies)
+    model.save_pretrained(str(tmp_path / "bare"), save_embedding_layers=False)
     engine = Engine(EngineSpec(base_model=str(base)))
-    engine.add_adapter("a", tmp_path)
-    logits = engine.score([ScoreRequest(PROMPTS[2], "a"), ScoreRequest(PROMPTS[2])])
-    with torch.no_grad():
-        ids = torch.tensor([PROMPTS[2]])
-        torch.testing.assert_close(logits[0], model(ids).logits[0], atol=TOLERANCE, rtol=0)
-        with model.disable_adapter():
-            torch.testing.assert_close(logits[1], model(ids).logits[0], atol=TOLERANCE, rtol=0)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
-def test_llama_adapter(bases: Callable[[str], Path], tmp_path: Path, family: str) -> None:
-    """Where PEFT has it; another adapter runs beside it in the batch."""
-    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2)
-    torch.manual_seed(2)
-    model = peft.get_peft_model(load(bases(family)), config).eval()
-    randomize(model)
-    model.save_pretrained(str(tmp_path / "a"))
-    engine = Engine(EngineSpec(base_model=str(bases(family))))
-    engine.add_adapter("a", tmp_path / "a")
-    engine.add_adapter("b", make_adapter("ia3", bases(family), tmp_path / "b"))
-    requests = [ScoreRequest(PROMPTS[i], name) for i, name in ((0, "b"), (2, "a"), (3, "a"))]
-    for index, logits in list(zip((0, 2, 3), engine.score(requests), strict=True))[1:]:
-        with torch.no_grad():
-            expected = model(torch.tensor([PROMPTS[index]])).logits[0]
-        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
-
-
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of PEFT's own tensors
-def test_a_shira_folder(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    config = peft.ShiraConfig(
-        task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"], init_weights=False
-    )
-    torch.manual_seed(2)
-    model = peft.get_peft_model(load(bases("llama")), config).eval()
-    model.save_pretrained(str(tmp_path))
-    engine = Engine(EngineSpec(base_model=str(bases("llama"))))
-    engine.add_adapter("a", tmp_path)
-    (logits,) = engine.score([ScoreRequest(PROMPTS[2], "a")])
-    with torch.no_grad():
-        expected = model(torch.tensor([PROMPTS[2]])).logits[0]
-    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+    for name in ("copies", "bare"):
+        engine.add_adapter(name, tmp_path / name)
+    one, other = engine.score([ScoreRequest(PROMPTS[2], name) for name in ("copies", "bare")])
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +182,7 @@ def test_a_shira_folder(bases: Callable[[str], Path], tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_sparse_delta_is_refused(
-    bases: Callable[[str], Path], tmp_path: Path, key: str, tensor: torch.Tensor, message: str
+    bases: Bases, tmp_path: Path, key: str, tensor: torch.Tensor, message: str
 ) -> None:
     at = "base_model.model.model.layers.0.self_attn."
     tensors = {
@@ -278,13 +197,13 @@ def test_a_damaged_sparse_delta_is_refused(
         lower(tmp_path, target)
 
 
-def test_a_base_that_keeps_other_state_is_refused_by_name(bases: Callable[[str], Path]) -> None:
+def test_a_base_that_keeps_other_state_is_refused_by_name(bases: Bases) -> None:
     with pytest.raises(BaseModelError, match=r"RecurrentGemma.* is not served.* of one shape"):
         Engine(EngineSpec(base_model=str(bases("recurrent_gemma")), max_context_tokens=64))
 
 
 def test_a_llama_adapter_is_refused_where_queries_are_not_seen(
-    bases: Callable[[str], Path], tmp_path: Path
+    bases: Bases, tmp_path: Path
 ) -> None:
     at = "base_model.model.model.layers.1.self_attn.adaption_"
     tensors = {f"{at}prompt": torch.ones(1, 4, 32), f"{at}gate": torch.ones(1)}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapters import load, make_adapter, randomize
 from conftest import CONTEXT, byte_tokenizer, make_base
+from side_by_side import NEW_TOKENS, assert_greedy
 from transformers import LlamaConfig, LlamaForCausalLM
 from workers import Case, run_case
 
@@ -26,7 +27,6 @@ from training.spec import TrainingSpec
 
 Bases = Callable[[str], Path]
 PROMPTS = [[72, 101, 108, 108, 111], [7], list(range(40, 70))]
-NEW_TOKENS = 64
 SMALL_CONTEXT = 112  # shorter than the large base's
 EXPERTS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "r": 3},
@@ -70,7 +70,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gpt2", "bloom"])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -92,6 +92,8 @@ def folders(base: Path, small: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def make_engine(base: Path, small: Path, folders: dict[str, Path], **limits: Any) -> Engine:
+    # BLOOM's config tells no context.
+    limits["max_context_tokens"] = CONTEXT
     engine = Engine(EngineSpec(base_model=str(base), small_bases=(str(small),), **limits))
     for name, folder in folders.items():
         engine.add_adapter(name, folder)
@@ -115,14 +117,13 @@ def test_logits_and_greedy_tokens_are_those_of_the_three_models(
             expected = reference(input_ids=torch.tensor([prompt])).logits[0]
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert (found - plain).abs().max() > 0.05
-    ids = list(PROMPTS[0])
-    with torch.no_grad():
-        for _ in range(NEW_TOKENS):
-            ids.append(int(reference(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     request = GenerationRequest(
-        prompt_token_ids=PROMPTS[0], adapter=name, max_tokens=NEW_TOKENS, ignore_eos=True
-    )
-    assert engine.generate([request])[0].token_ids == ids[len(PROMPTS[0]) :]
+        prompt_token_ids=PROMPTS[0], adapter=name, max_tokens=NEW_TOKENS, ignore_eos=True,
+        logprobs=5,
+    )  # fmt: skip
+    (result,) = engine.generate([request])
+    assert len(result.token_ids) == NEW_TOKENS
+    assert_greedy(reference, request, result)
 
 
 @pytest.fixture(scope="module")
@@ -178,13 +179,13 @@ def test_the_experts_context_limits_the_request(engine: Engine) -> None:
 def test_a_small_base_is_named_by_the_engine_and_shares_the_vocabulary(
     base: Path, small: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    engine = Engine(EngineSpec(base_model=str(base)))
+    engine = Engine(EngineSpec(base_model=str(base), max_context_tokens=CONTEXT))
     with pytest.raises(AdapterError, match=r"names the small base .* engine.small_bases does not"):
         engine.add_adapter("a", folders["lora"])
     LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=8, intermediate_size=8,
         num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(BaseModelError, match=r"vocabulary of 300 tokens and .* one of 261"):
-        Engine(EngineSpec(base_model=str(base), small_bases=(str(tmp_path),)))
+        make_engine(base, tmp_path, {})
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,23 @@
 """Encoder-decoders: Graft's logits and greedy tokens are PEFT's, however many run together."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from adapters import load, make_adapter, variants_of
+from adapters import make_adapter, variants_of
 from conftest import CONTEXT
+from side_by_side import TOLERANCE, SideBySide, answers_of_preempted
 
 from cluster.errors import AdapterError, BaseModelError, ContextLengthError, RequestError
 from serving.engine import Engine, EngineSpec, GenerationRequest, ScoreRequest
-from training import load_adapter
+from serving.engine.padded import PaddedPass
 
+Bases = Callable[[str], Path]
+Setups = Callable[[str], SideBySide]
 FAMILIES = ["t5", "mt5", "bart"]
 PAIRS = [(family, variant) for family in FAMILIES for variant in variants_of(family)]
-START = 256
-NEW_TOKENS = 64
 # (what the encoder reads, what the decoder does)
 CASES = [
     ([72, 101, 108, 108, 111], [5, 6, 7]),
@@ -25,98 +26,70 @@ CASES = [
 ]
 
 
-class Setup:
-    """One family: an engine with every adapter, and what PEFT says."""
+@pytest.fixture(scope="module")
+def setups(bases: Bases, tmp_path_factory: pytest.TempPathFactory) -> Setups:
+    """Made at a family's first use, since it takes longer than a test."""
 
-    def __init__(self, base: Path, folder: Path, family: str) -> None:
-        self.spec = EngineSpec(base_model=str(base), max_context_tokens=CONTEXT, max_step_tokens=48)
-        self.base, self.engine = base, Engine(self.spec)
-        self.folders = {v: make_adapter(v, base, folder / v) for v in variants_of(family)}
-        for variant, path in self.folders.items():
-            self.engine.add_adapter(variant, path)
-        self._references: dict[str | None, Any] = {}
+    @cache
+    def setup(family: str) -> SideBySide:
+        made = SideBySide(bases(family), tmp_path_factory.mktemp(family), family)
+        assert type(made.engine.runner._pass) is PaddedPass
+        return made
 
-    @torch.no_grad()
-    def logits(self, variant: str | None, source: list[int], answer: list[int]) -> torch.Tensor:
-        """[1 + answer, vocabulary], by PEFT."""
-        if variant not in self._references:
-            model = load(self.base)
-            adapted = model if variant is None else load_adapter(model, self.folders[variant])
-            self._references[variant] = adapted.eval()
-        decoder = torch.tensor([[START, *answer]])
-        model = self._references[variant]
-        return model(input_ids=torch.tensor([source]), decoder_input_ids=decoder).logits[0].float()
-
-    def greedy(self, variant: str | None, source: list[int], new_tokens: int) -> list[int]:
-        answer: list[int] = []
-        for _ in range(new_tokens):
-            answer.append(int(self.logits(variant, source, answer)[-1].argmax()))
-        return answer
+    return setup
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def setup(
-    request: pytest.FixtureRequest,
-    bases: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Setup:
-    return Setup(bases(request.param), tmp_path_factory.mktemp(request.param), request.param)
-
-
-@pytest.mark.parametrize(("setup", "variant"), [*PAIRS, *((f, None) for f in FAMILIES)],
-                         indirect=["setup"])  # fmt: skip
-def test_logits_are_those_of_peft(setup: Setup, variant: str | None) -> None:
+@pytest.mark.parametrize(("family", "variant"), [*PAIRS, *((f, None) for f in FAMILIES)])
+def test_logits_are_those_of_peft(setups: Setups, family: str, variant: str | None) -> None:
+    setup = setups(family)
     asked = [ScoreRequest(source, variant, answer_token_ids=answer) for source, answer in CASES]
     changes: list[float] = []
     for (source, answer), logits in zip(CASES, setup.engine.score(asked), strict=True):
         expected = setup.logits(variant, source, answer)
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
         changes.append(float((logits - setup.logits(None, source, answer)).abs().max()))
     assert variant is None or max(changes) > 0.05, "the adapter changes nothing"
 
 
-def test_greedy_tokens_are_those_of_peft_alone_and_mixed(setup: Setup) -> None:
-    cases = [(variant, source) for source, _ in CASES[:2] for variant in (None, *setup.folders)]
-    requests = [
-        GenerationRequest(
-            prompt_token_ids=source, adapter=variant, max_tokens=NEW_TOKENS, ignore_eos=True
-        )
-        for variant, source in cases
-    ]
-    expected = [setup.greedy(variant, source, NEW_TOKENS) for variant, source in cases]
-    results = setup.engine.generate(requests)
-    assert [result.token_ids for result in results] == expected
-    assert [result.prompt_tokens for result in results] == [len(source) for _, source in cases]
-    assert setup.engine.generate(requests[:1])[0].token_ids == expected[0]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_peft_alone_and_mixed(setups: Setups, family: str) -> None:
+    setup = setups(family)
+    requests = setup.requests(*(source for source, _ in CASES[:2]), logprobs=5)
+    mixed = setup.engine.generate(requests)
+    setup.assert_as_peft(requests, mixed)
+    for request, result in zip(requests, mixed, strict=True):
+        assert result.prompt_tokens == len(request.prompt_token_ids or ())
+        assert setup.engine.generate([request])[0].token_ids == result.token_ids, request.adapter
     setup.engine.check()
 
 
-def test_greedy_tokens_do_not_depend_on_where_keys_and_values_came_from(setup: Setup) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_do_not_depend_on_where_keys_and_values_came_from(
+    setups: Setups, family: str
+) -> None:
     """Sources computed, found, or lost and read again; more of them than a step has tokens."""
-    source, new_tokens = list(range(60, 100)), 40
-    requests = [
-        GenerationRequest(
-            prompt_token_ids=source, adapter=variant, max_tokens=new_tokens, ignore_eos=True
-        )
-        for variant in (None, *setup.folders)
-    ]
-    expected = [setup.greedy(r.adapter, source, new_tokens) for r in requests]
+    setup = setups(family)
+    source = list(range(60, 100))
+    requests = setup.requests(source)
+    expected: list[list[int]] = []
     for is_known in (False, True):
         before = setup.engine.stats.cached_tokens
-        assert [r.token_ids for r in setup.engine.generate(requests)] == expected
+        results = setup.engine.generate(requests)
+        setup.assert_as_peft(requests, results)
         found = setup.engine.stats.cached_tokens - before
         assert found >= len(source) * len(requests) if is_known else found == 0
+        expected = [result.token_ids for result in results]
     page_bytes = 16 * 2 * sum(keys[0].nbytes for keys in setup.engine.runner.memory.keys)
-    update = {"max_step_tokens": 11, "kv_cache_gib": 11.5 * page_bytes / 2**30}
-    tight = Engine(setup.spec.model_copy(update=update))
-    for variant, path in setup.folders.items():
-        tight.add_adapter(variant, path)
-    assert [r.token_ids for r in tight.generate(requests)] == expected
-    assert tight.stats.preemptions > 0
-    tight.check()
+    few = {"prefix_cache": False, "kv_cache_gib": 40.5 * page_bytes / 2**30}
+    for limits in ({}, few):
+        engine = setup.make_engine(max_step_tokens=11, **limits)
+        results = answers_of_preempted(engine, requests)
+        for request, result, tokens in zip(requests, results, expected, strict=True):
+            assert result.token_ids == tokens, request.adapter
+        assert engine.stats.cached_tokens > 0 or limits is few
 
 
-def test_sources_are_shared_within_a_tenant_alone(bases: Callable[[str], Path]) -> None:
+def test_sources_are_shared_within_a_tenant_alone(bases: Bases) -> None:
     engine = Engine(EngineSpec(base_model=str(bases("mt5")), max_context_tokens=CONTEXT))
 
     def found(salt: str) -> int:
@@ -131,7 +104,7 @@ def test_sources_are_shared_within_a_tenant_alone(bases: Callable[[str], Path]) 
     assert [found("a"), found("a")] == [0, 0]
 
 
-def test_what_is_not_defined_is_refused(bases: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_is_not_defined_is_refused(bases: Bases, tmp_path: Path) -> None:
     seq2seq = Engine(EngineSpec(base_model=str(bases("mt5")), max_context_tokens=CONTEXT))
     for options in ({"prompt_logprobs": 1}, {"prompt_logprobs": 0, "max_tokens": 0}):
         with pytest.raises(RequestError, match="encoder reads the prompt") as caught:
@@ -157,7 +130,7 @@ def test_what_is_not_defined_is_refused(bases: Callable[[str], Path], tmp_path: 
         Engine(small.model_copy(update={"small_bases": (), "dtype": "float16"}))
 
 
-def test_text_is_read_with_its_end_and_answered(bases: Callable[[str], Path]) -> None:
+def test_text_is_read_with_its_end_and_answered(bases: Bases) -> None:
     engine = Engine(EngineSpec(base_model=str(bases("mt5")), max_context_tokens=CONTEXT))
     tokenizer = engine.tokenizer
     by_text, by_ids = (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from adapters import VARIANTS, make_adapter
 
-from serving.engine import Engine, EngineSpec, GenerationRequest, TokenOutput, joined
+from serving.engine import Engine, EngineSpec, FinishReason, GenerationRequest, TokenOutput, joined
 from serving.engine.request import ResponseFormat
 
 NUMBER, SAMPLE = 10_000, 60
@@ -16,27 +16,26 @@ NUMBER, SAMPLE = 10_000, 60
 PROMPTS = [[n] * (4 * n + 1) for n in range(6)]
 
 
-def ask(chooser: random.Random, names: list[str | None]) -> GenerationRequest:
-    """Something that a request can be, cheap enough for so many of them."""
-    options: dict[str, Any] = chooser.choice(
-        [
-            {},
-            {"temperature": 1.0},
-            {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
-            {"frequency_penalty": 1.0, "repetition_penalty": 1.3},
-            {"logprobs": 1, "temperature": 1.0, "logit_bias": {65: 3.0}},
-            {"response_format": ResponseFormat("choice", ["ab", "cd", "ad"])},
-        ]
-    )
+# Each is cheap enough for so many requests; those that leave nothing to chance are first.
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"frequency_penalty": 1.0, "repetition_penalty": 1.3},
+    {"response_format": ResponseFormat("choice", ["ab", "cd", "ad"])},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
+    {"logprobs": 1, "temperature": 1.0, "logit_bias": {65: 3.0}},
+]
+GREEDY, MOST_TOKENS = 3, 3
+# Prompt, adapter and options: all that a greedy answer depends on.
+Kind = tuple[int, str | None, int]
+
+
+def ask(kind: Kind, **options: Any) -> GenerationRequest:
+    prompt, adapter, number = kind
     return GenerationRequest(
-        prompt_token_ids=chooser.choice(PROMPTS),
-        adapter=chooser.choice(names),
-        cache_salt=chooser.choice(["", "x", "y"]),
-        max_tokens=chooser.randrange(1, 4),
-        seed=chooser.randrange(1000),
-        ignore_eos=True,
-        **options,
-    )
+        prompt_token_ids=PROMPTS[prompt], adapter=adapter, ignore_eos=True,
+        **OPTIONS[number] | options,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -53,7 +52,20 @@ def test_ten_thousand_mixed_requests_leak_nothing(
     for variant in VARIANTS:
         engine.add_adapter(variant, make_adapter(variant, base, tmp_path / variant))
     chooser = random.Random(0)
-    requests = {str(n): ask(chooser, [None, *VARIANTS]) for n in range(NUMBER)}
+    names = [None, *VARIANTS]
+    kinds: dict[str, Kind] = {
+        str(n): tuple(chooser.choice(x) for x in (range(len(PROMPTS)), names, range(len(OPTIONS))))
+        for n in range(NUMBER)
+    }
+    requests = {
+        name: ask(
+            kind,
+            cache_salt=chooser.choice(["", "x", "y"]),
+            max_tokens=chooser.randrange(1, MOST_TOKENS + 1),
+            seed=chooser.randrange(1000),
+        )
+        for name, kind in kinds.items()
+    }
     for name, request in requests.items():
         engine.submit(request, name)
     outputs: dict[str, list[TokenOutput]] = {name: [] for name in requests}
@@ -82,3 +94,15 @@ def test_ten_thousand_mixed_requests_leak_nothing(
         whole = joined(outputs[name])
         assert (list(whole.token_ids), whole.text) == (result.token_ids, result.text)
         assert whole.finish_reason is result.finish_reason
+    # The whole answer of each kind, of which a request has as much as it asked for.
+    greedy = [name for name in ended if kinds[name][2] < GREEDY]
+    assert len(greedy) > NUMBER // 3
+    answers = {
+        kind: alone.generate([ask(kind, max_tokens=MOST_TOKENS)])[0]
+        for kind in {kinds[name] for name in greedy}
+    }
+    for name in greedy:
+        answer, whole, most = answers[kinds[name]], joined(outputs[name]), requests[name].max_tokens
+        assert [*whole.token_ids] == answer.token_ids[:most], kinds[name]
+        is_cut = len(answer.token_ids) > most
+        assert whole.finish_reason is (FinishReason.LENGTH if is_cut else answer.finish_reason)

@@ -19,8 +19,8 @@ from serving.engine import Engine, EngineSpec, GenerationRequest, ScoreRequest
 from training import load_adapter
 
 BITS = [4, 8]
-# Its first factors would have to be told from weights that are gone.
-VARIANTS = [variant for variant in variants_of("llama") if variant != "pissa"]
+# Their first factors would have to be told from weights that are gone.
+VARIANTS = [variant for variant in variants_of("llama") if variant not in ("pissa", "olora")]
 PROMPTS = [[72, 101, 108, 108, 111], list(range(40, 70)), [7]]
 NEW_TOKENS = 24
 
@@ -187,9 +187,10 @@ def test_what_a_quantised_base_cannot_tell_is_refused_by_name(
     bits: int, bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
     made = Engine(EngineSpec(base_model=str(bases("llama")), quantization=quantization(bits)))
-    folder = make_adapter("pissa", bases("llama"), tmp_path / "pissa")
-    with pytest.raises(AdapterError, match="cannot be told from a base in 4 or 8 bits"):
-        made.add_adapter("pissa", folder)
+    for variant in ("pissa", "olora"):
+        folder = make_adapter(variant, bases("llama"), tmp_path / variant)
+        with pytest.raises(AdapterError, match="cannot be told from a base in 4 or 8 bits"):
+            made.add_adapter(variant, folder)
     made = Engine(EngineSpec(base_model=str(bases("gpt2")), quantization=quantization(bits)))
     for variant in ("fishmask", "full"):
         folder = make_adapter(variant, bases("gpt2"), tmp_path / variant)

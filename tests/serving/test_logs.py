@@ -23,6 +23,7 @@ def test_logs_tell_of_each_request_by_its_id_and_nothing_of_what_it_says(
 ) -> None:
     """Answered, streamed, refused in several ways, and failed in two."""
     caplog.set_level(logging.INFO)
+    structlog.reset_defaults()  # a local engine of this process may have made them quieter
     store = KeyStore(str(tmp_path / "keys"))
     _, key = store.create("someone")
     chat = [{"role": "user", "content": SECRET}]

@@ -131,9 +131,10 @@ class Runs:
         method = method_of(row)
         if method["kind"] == "proxy_tuning":
             method["small_base"] = str(self._small_base)
-        # Where every weight learns, or PiSSA's large ones, or an LSTM's, AdamW makes whole steps of
-        # gradients that are but rounding.
+        # Where all of a weight learns, or PiSSA's large ones, or an LSTM's, AdamW makes whole steps
+        # of gradients that are but rounding.
         is_dense = method["kind"] == "full" or method.get("form") == "task_free"
+        is_dense = is_dense or bool(method.get("modules_to_save"))
         is_large = is_dense or method.get("init") == "pissa" or method.get("encoder") == "lstm"
         optimizer = {
             "learning_rate": 0.001 if is_large else 0.005,

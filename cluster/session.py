@@ -173,8 +173,8 @@ def _start(num_cpus: int | None) -> dict[str, Any]:
     # Ray would put its workers, which do all the work, behind every other process of the machine,
     # its own daemons too: beside one that computes, a call between two of them took 6 ms and not 2.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # It would also start a worker for each core ahead of time, which nothing of ours can use, since
-    # all of it has an environment of its own; each wakes up a hundred times a second.
+    # It would also start workers ahead of time, which nothing of ours can use, since all of it has
+    # an environment of its own; each wakes up a hundred times a second.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     import ray
 

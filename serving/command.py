@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.errors import SpecError
+
+if TYPE_CHECKING:
+    from serving.client import Client
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 keys = typer.Typer(help="API keys of a service.", no_args_is_help=True)
@@ -124,7 +127,6 @@ def generate(
     """
     from cluster.errors import JobFailedError
     from serving.asking import Options
-    from serving.client import Client
 
     options: Options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     if seed is not None:
@@ -149,17 +151,8 @@ def generate(
         )  # fmt: skip
     else:
         _refuse(context, ("address", "part_rows"), "only an --offline run takes it")
-        if local is not None:
-            _refuse(context, ("url",), "a --local run asks no service")
-            from serving.local import local_spec
-
-            made = Client.local(
-                local_spec(local, set_ or ()), api_key=api_key, concurrency=concurrency
-            )
-        else:
-            _refuse(context, ("set_",), "only an --offline or a --local run takes it")
-            made = Client(url, api_key=api_key, concurrency=concurrency)
-        with made as client:
+        settings = {"api_key": api_key, "concurrency": concurrency}
+        with _client(context, url, local, set_ or (), settings) as client:
             report = client.generate_file(
                 source, target, overwrite=overwrite, progress=not quiet, **rows, **options
             )
@@ -168,6 +161,25 @@ def generate(
         raise JobFailedError(
             f"{report.failed} of {report.rows} rows failed; their column 'error' says why"
         )
+
+
+def _client(
+    context: typer.Context,
+    url: str,
+    local: Path | None,
+    overrides: Sequence[str],
+    settings: Mapping[str, Any],
+) -> Client:
+    """Of the service at `url`, or of an engine in this process."""
+    from serving.client import Client
+
+    if local is None:
+        _refuse(context, ("set_",), "only an --offline or a --local run takes it")
+        return Client(url, **settings)
+    _refuse(context, ("url",), "a --local run asks no service")
+    from serving.local import local_spec
+
+    return Client.local(local_spec(local, overrides), **settings)
 
 
 def _refuse(context: typer.Context, names: Sequence[str], why: str) -> None:

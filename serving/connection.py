@@ -41,13 +41,7 @@ class Connection:
 
     async def json(self, method: str, path: str, body: Any = None) -> Any:
         """A whole answer's body. Raises GraftError."""
-        request = self._request(method, path, body)
-        try:
-            response = await self._http.send(request)
-        except httpx2.RequestError as error:
-            raise self.unreachable(error) from error
-        if response.status_code >= 400:
-            raise error_of(response.status_code, response.text, response.headers.get("retry-after"))
+        response = await self._send(self._request(method, path, body), stream=False)
         try:
             return response.json()
         except ValueError as error:
@@ -55,9 +49,17 @@ class Connection:
 
     async def begun(self, path: str, body: Any) -> httpx2.Response:
         """A response whose body is still to be read, and closed. Raises GraftError."""
-        request = self._request("POST", path, body)
+        return await self._send(self._request("POST", path, body), stream=True)
+
+    def unreachable(self, error: Exception) -> UnavailableError:
+        """What a fault on the way is for the caller."""
+        return UnavailableError(
+            f"{self.base_url}: {str(error) or type(error).__name__}; is the service running?"
+        )
+
+    async def _send(self, request: httpx2.Request, *, stream: bool) -> httpx2.Response:
         try:
-            response = await self._http.send(request, stream=True)
+            response = await self._http.send(request, stream=stream)
             if response.status_code >= 400:
                 await response.aread()
         except httpx2.RequestError as error:
@@ -65,12 +67,6 @@ class Connection:
         if response.status_code >= 400:
             raise error_of(response.status_code, response.text, response.headers.get("retry-after"))
         return response
-
-    def unreachable(self, error: Exception) -> UnavailableError:
-        """What a fault on the way is for the caller."""
-        return UnavailableError(
-            f"{self.base_url}: {str(error) or type(error).__name__}; is the service running?"
-        )
 
     def _request(self, method: str, path: str, body: Any) -> httpx2.Request:
         """Raises RequestError for a body that JSON has no form for."""

@@ -30,26 +30,28 @@ _Message = MutableMapping[str, Any]
 def local_spec(source: str | Path | ServingSpec, overrides: Sequence[str] = ()) -> ServingSpec:
     """The spec at `source`, or that of a base's folder, which is then called BASE_NAME.
 
-    Raises:
-        SpecError: it is no spec of a service; lists every fault.
-        BaseModelError: a base is not a whole folder.
+    Raises SpecError if it is no spec of a service, with every fault.
     """
     if isinstance(source, ServingSpec):
-        spec = override_spec(source, overrides, source=source.name)
-    elif Path(source).expanduser().is_dir():
+        return override_spec(source, overrides, source=source.name)
+    if Path(source).expanduser().is_dir():
         tree = {"name": BASE_NAME, "engine": {"base_model": str(source)}}
-        spec = override_spec(parse_spec(ServingSpec, tree), overrides, source=str(source))
-    else:
-        spec = load_spec(ServingSpec, Path(source).expanduser(), overrides)
-    # Who only asks does not write to the store.
-    gateway = spec.gateway.model_copy(update={"imports": False})
-    return checked(spec.model_copy(update={"gateway": gateway}))
+        return override_spec(parse_spec(ServingSpec, tree), overrides, source=str(source))
+    return load_spec(ServingSpec, Path(source).expanduser(), overrides)
 
 
 class LocalService(httpx2.AsyncBaseTransport):
-    """Answers for a `local_spec` from this process, until it is closed. In one event loop."""
+    """Answers for a `local_spec` from this process, until it is closed. In one event loop.
+
+    Raises:
+        SpecError: it asks for an extra that is not installed.
+        BaseModelError: a base is not a whole folder.
+    """
 
     def __init__(self, spec: ServingSpec) -> None:
+        # Who only asks does not write to the store.
+        gateway = spec.gateway.model_copy(update={"imports": False})
+        spec = checked(spec.model_copy(update={"gateway": gateway}))
         if not structlog.is_configured():  # of its own accord it writes each request to stdout
             structlog.configure(
                 wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),

@@ -65,6 +65,19 @@ class SideBySide:
             assert len(result.token_ids) == request.max_tokens
             assert_greedy(self.reference(request.adapter), request, result)
 
+    def assert_the_same_when_preempted(
+        self, requests: Sequence[GenerationRequest], expected: Sequence[Sequence[int]]
+    ) -> None:
+        """In small steps, with the prefix cache and then without it in few pages."""
+        page_bytes = 16 * 2 * sum(keys[0].nbytes for keys in self.engine.runner.memory.keys)
+        few = {"prefix_cache": False, "kv_cache_gib": 40.5 * page_bytes / 2**30}
+        for limits in ({}, few):
+            engine = self.make_engine(max_step_tokens=11, **limits)
+            results = answers_of_preempted(engine, requests)
+            for request, result, tokens in zip(requests, results, expected, strict=True):
+                assert result.token_ids == tokens, request.adapter
+            assert engine.stats.cached_tokens > 0 or limits is few
+
 
 @torch.no_grad()
 def logits_of(model: Any, prompt: Sequence[int], answer: Sequence[int] = ()) -> torch.Tensor:

@@ -14,7 +14,6 @@ from side_by_side import (
     NEW_TOKENS,
     TOLERANCE,
     SideBySide,
-    answers_of_preempted,
     assert_greedy,
     logits_of,
 )
@@ -96,14 +95,7 @@ def test_greedy_tokens_do_not_depend_on_where_keys_and_values_came_from(
         setup.assert_as_peft(requests, results)
         assert setup.engine.stats.cached_tokens == before + found
         expected = [result.token_ids for result in results]
-    page_bytes = 16 * 2 * sum(keys[0].nbytes for keys in setup.engine.runner.memory.keys)
-    few = {"prefix_cache": False, "kv_cache_gib": 40.5 * page_bytes / 2**30}
-    for limits in ({}, few):
-        engine = setup.make_engine(max_step_tokens=11, **limits)
-        results = answers_of_preempted(engine, requests)
-        for request, result, tokens in zip(requests, results, expected, strict=True):
-            assert result.token_ids == tokens, request.adapter
-        assert engine.stats.cached_tokens > 0 or limits is few
+    setup.assert_the_same_when_preempted(requests, expected)
 
 
 @pytest.mark.parametrize("family", [f for f in [*FAMILIES, "t5"] if "dylora" in variants_of(f)])

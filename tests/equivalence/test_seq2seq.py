@@ -8,7 +8,7 @@ import pytest
 import torch
 from adapters import make_adapter, variants_of
 from conftest import CONTEXT
-from side_by_side import TOLERANCE, SideBySide, answers_of_preempted
+from side_by_side import TOLERANCE, SideBySide
 
 from cluster.errors import AdapterError, BaseModelError, ContextLengthError, RequestError
 from serving.engine import Engine, EngineSpec, GenerationRequest, ScoreRequest
@@ -79,14 +79,7 @@ def test_greedy_tokens_do_not_depend_on_where_keys_and_values_came_from(
         found = setup.engine.stats.cached_tokens - before
         assert found >= len(source) * len(requests) if is_known else found == 0
         expected = [result.token_ids for result in results]
-    page_bytes = 16 * 2 * sum(keys[0].nbytes for keys in setup.engine.runner.memory.keys)
-    few = {"prefix_cache": False, "kv_cache_gib": 40.5 * page_bytes / 2**30}
-    for limits in ({}, few):
-        engine = setup.make_engine(max_step_tokens=11, **limits)
-        results = answers_of_preempted(engine, requests)
-        for request, result, tokens in zip(requests, results, expected, strict=True):
-            assert result.token_ids == tokens, request.adapter
-        assert engine.stats.cached_tokens > 0 or limits is few
+    setup.assert_the_same_when_preempted(requests, expected)
 
 
 def test_sources_are_shared_within_a_tenant_alone(bases: Bases) -> None:

@@ -16,7 +16,6 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cluster.errors import StoreError
-from cluster.spec import parse_spec
 from cluster.store import open_store
 from training import job, worker
 from training import reporter as reporter_module
@@ -28,20 +27,6 @@ from training.spec import TrainingSpec
 
 KNOBS = r"lower micro_batch_size \(4; .* or set precision to bf16"
 LOST = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4211")
-
-
-@pytest.fixture
-def spec(tmp_path: Path) -> TrainingSpec:
-    return parse_spec(
-        TrainingSpec,
-        {
-            "base_model": "/base",
-            "method": {"kind": "lora"},
-            "data": {"train": "/rows.arrow"},
-            "output": {"name": "mine", "store": str(tmp_path / "store")},
-            "workers": {"count": 2},
-        },
-    )
 
 
 def died(failure: Exception) -> Exception:

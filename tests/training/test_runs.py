@@ -42,21 +42,6 @@ from training.spec import TrainingSpec
 STATE = {"param/a": torch.arange(4.0), "exp_avg/a": torch.ones(4)}
 
 
-@pytest.fixture
-def spec(tmp_path: Path) -> TrainingSpec:
-    return parse_spec(
-        TrainingSpec,
-        {
-            "base_model": "/base",
-            "method": {"kind": "lora"},
-            "data": {"train": "/rows.arrow", "validation": 0.1},
-            "output": {"name": "mine", "store": str(tmp_path / "store")},
-            "workers": {"count": 2},
-            "batch_size": 8,
-        },
-    )
-
-
 def save(store: Store, job_id: str, step: int, folder: Path) -> str:
     key = f"runs/{job_id}/{checkpoint_name(step)}"
     write_checkpoint(folder, STATE, Progress(step=step))

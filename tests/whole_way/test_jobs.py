@@ -32,11 +32,12 @@ def test_a_killed_worker_costs_nothing(
     resumed = re.search(r"going on from step (\d+)", ended.output)
     assert resumed is not None, ended.output
     assert 0 < int(resumed[1]) < 200
-    # Two, one that Ray Train has not taken yet and one on its way; and not the one that the new
-    # workers began from, of which Ray Train may never have heard.
+    # Two, one that Ray Train has not taken yet and one on its way, for a moment another one while
+    # Ray Train deletes; and not the one that the new workers began from, of which it may never have
+    # heard.
     kept = {key.split("/step-")[1] for key in killed.kept if "/step-" in key}
     names = {key.split("/")[0] for key in kept}
-    assert 0 < len(names) <= 4, killed.kept
+    assert 0 < len(names) <= 5, killed.kept
     assert not any(name.startswith(f"{int(resumed[1]):08d}-") for name in names), killed.kept
     # By then it was evaluated once: these weights are the best, and there once.
     assert len([key for key in killed.kept if "/best/" in key]) == 1

@@ -22,6 +22,8 @@ from obstore.exceptions import (
     BaseError,
     GenericError,
     NotSupportedError,
+    PermissionDeniedError,
+    UnauthenticatedError,
     UnknownConfigurationKeyError,
 )
 from obstore.store import LocalStore, from_url
@@ -254,10 +256,13 @@ def storage_faults(what: str) -> Generator[None]:
         raise NotFoundError(f"{what}: not found") from error
     except (NotSupportedError, UnknownConfigurationKeyError) as error:
         raise SpecError(f"{what}: {error}") from error
-    except PermissionError as error:
+    except (PermissionError, PermissionDeniedError, UnauthenticatedError) as error:
         raise StoreError(f"{what}: permission denied; check the credentials and rights") from error
     except (BaseError, GenericError, OSError, ValueError) as error:
-        raise StoreError(f"{what}: storage failed: {_first_line(error)}") from error
+        raise StoreError(
+            f"{what}: storage failed: {_first_line(error)}; see that it answers and has room, then "
+            "try again"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

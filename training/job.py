@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
-from cluster.errors import ConflictError, GraftError, JobFailedError, outcome_of
+from cluster.errors import ConflictError, GraftError, JobFailedError, StoreError, outcome_of
 from cluster.registry import AdapterVersion, Registry
 from cluster.spec import parse_spec
 from cluster.store import Store, open_store
@@ -104,10 +104,13 @@ def _prepare(
 
 
 def _publish(run: Run, store: Store, name: str, key: str, card: dict[str, Any]) -> AdapterVersion:
-    with tempfile.TemporaryDirectory() as folder:
-        runs.fetch_folder(store, key, Path(folder))
-        write_card(Path(folder), card)
-        published = Registry(store).publish(name, Path(folder), card=card)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            runs.fetch_folder(store, key, Path(folder))
+            write_card(Path(folder), card)
+            published = Registry(store).publish(name, Path(folder), card=card)
+    except StoreError as error:
+        raise StoreError(f"{error.message}{_advice(store, run)}") from error
     print(f"published {published.ref} in {store.uri}", flush=True)
     return published
 
@@ -208,7 +211,7 @@ def _train(
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        reason = runs.read_failure(store, run.job_id) or _cause(error, spec)
+        reason = _reason(error, store, run)
         raise JobFailedError(f"training failed: {reason}{_advice(store, run)}") from error
     except RayActorError as error:  # a worker's death never comes like this
         raise JobFailedError(
@@ -237,7 +240,10 @@ def tell_room(spec: TrainingSpec, each: Mapping[str, float], cluster: Mapping[st
 
 def _advice(store: Store, run: Run) -> str:
     """What can be gone on from, if anything."""
-    key = runs.last_checkpoint(store, run)
+    try:
+        key = runs.last_checkpoint(store, run)
+    except StoreError:
+        return f"\nOnce the store can be read again: graft train --resume {run.job_id}"
     if key is None:
         return ""
     step = int(key.rsplit("/", 1)[-1].split("-")[1])
@@ -272,6 +278,14 @@ def _version(library: str) -> str | None:
 
 def _ray_storage(uri: str) -> str:
     return f"{uri}/runs"
+
+
+def _reason(error: BaseException, store: Store, run: Run) -> str:
+    """What a worker left in the store, if that can be read, or what Ray Train tells."""
+    with suppress(StoreError):
+        if failure := runs.read_failure(store, run.job_id):
+            return failure
+    return _cause(error, run.spec)
 
 
 def _cause(error: BaseException, spec: TrainingSpec) -> str:

@@ -1,28 +1,45 @@
-"""Why a job ended, in words that name the remedy; and what a failed checkpoint leaves behind."""
+"""Why a job ended, in words that name the remedy; and what a failed checkpoint leaves behind, also
+in a store that does not answer, or that takes nothing more."""
 
 import pickle
 import re
 import resource
 import signal
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray.train
 import torch
+from moto.moto_server.werkzeug_app import (
+    DomainDispatcherApplication,
+    MotoRequestHandler,
+    create_backend_app,
+)
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from werkzeug.serving import make_server
 
 from cluster.errors import StoreError
 from cluster.store import open_store
 from training import job, worker
 from training import reporter as reporter_module
-from training.checkpoint import Progress, write_checkpoint
+from training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from training.loop import Place
 from training.reporter import Reporter
-from training.runs import FAILURE, Run, checkpoint_name, record_run, upload_folder
+from training.runs import (
+    FAILURE,
+    Run,
+    checkpoint_name,
+    fetch_folder,
+    own_checkpoint,
+    record_run,
+    upload_folder,
+)
 from training.spec import TrainingSpec
 
 KNOBS = r"lower micro_batch_size \(4; .* or set precision to bf16"
@@ -137,3 +154,95 @@ def test_a_failed_upload_leaves_no_local_folder(reporter: Reporter, tmp_path: Pa
     with pytest.raises(StoreError):
         reporter._upload(ray.train.Checkpoint(str(folder)), checkpoint_name(10))
     assert not list((tmp_path / "local").iterdir())
+
+
+class Faults:
+    """S3 whose next `left` requests by one of `methods` are answered by `status`; those of them
+    that write are done nevertheless if `are_done`."""
+
+    def __init__(self, application: Any) -> None:
+        self._application = application
+        self.status, self.methods, self.left, self.are_done = "503 Slow Down", {"PUT"}, 0, False
+        self.given = 0
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        if environ["REQUEST_METHOD"] not in self.methods or not self.left:
+            return self._application(environ, start_response)
+        self.left -= 1
+        self.given += 1
+        if self.are_done:
+            [*self._application(environ, lambda *_: None)]
+        else:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        start_response(self.status, [("Content-Length", "0")])
+        return []
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch, s3_bucket: Callable[[], str]) -> Iterator[Faults]:
+    """In front of the endpoint that AWS_ENDPOINT_URL names from here on; none yet."""
+    application = Faults(DomainDispatcherApplication(create_backend_app))
+    server = make_server(
+        "127.0.0.1", 0, application, threaded=True, request_handler=MotoRequestHandler
+    )
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield application
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def job_in_s3(spec: TrainingSpec, s3_bucket: Callable[[], str], faults: Faults) -> Run:
+    """A job in a bucket behind `faults`, not begun yet."""
+    output = spec.output.model_copy(update={"store": s3_bucket()})
+    return Run("job", spec.model_copy(update={"output": output}))
+
+
+def upload(reporter: Reporter, folder: Path, step: int) -> str:
+    """A checkpoint of that step, as a first worker does beside its training; its folder's name."""
+    write_checkpoint(folder, {"param/a": torch.full((4,), float(step))}, Progress(step=step))
+    reporter._store_whole(folder, name := checkpoint_name(step))
+    return name
+
+
+@pytest.mark.parametrize("are_done", [False, True])
+def test_a_store_that_does_not_answer_for_a_while_costs_nothing(
+    job_in_s3: Run, faults: Faults, tmp_path: Path, are_done: bool
+) -> None:
+    """Whether what it answers so is done or not."""
+    store = open_store(job_in_s3.spec.output.store)
+    reporter = Reporter(store, "job", Place())
+    faults.left, faults.are_done = 3, are_done
+    name = upload(reporter, tmp_path / "10", 10)
+    assert faults.given == 3
+    assert own_checkpoint(store, "job") == f"runs/job/{name}"
+    fetch_folder(store, f"runs/job/{name}", tmp_path / "fetched")
+    state, progress = read_checkpoint(tmp_path / "fetched")
+    assert (state["param/a"].tolist(), progress.step) == ([10.0] * 4, 10)
+
+
+def test_a_store_that_takes_nothing_more_ends_the_job_and_keeps_its_checkpoint(
+    job_in_s3: Run, faults: Faults, tmp_path: Path
+) -> None:
+    store = open_store(job_in_s3.spec.output.store)
+    record_run(store, job_in_s3)
+    reporter = Reporter(store, "job", Place())
+    upload(reporter, tmp_path / "10", 10)
+    faults.status, faults.left = "403 Forbidden", sys.maxsize
+    with pytest.raises(StoreError) as caught:
+        upload(reporter, tmp_path / "20", 20)
+    failure = WorkerGroupError("", {0: caught.value})
+    told = job._reason(pickle.loads(pickle.dumps(failure)), store, job_in_s3)
+    key = rf"{store.uri}/runs/job/step-00000020-\w+/state.safetensors"
+    assert re.fullmatch(f"{key}: permission denied; check the credentials and rights", told), told
+    assert "of step 10: graft train --resume job" in job._advice(store, job_in_s3)
+
+
+def test_a_store_that_cannot_be_read_hides_no_reason(job_in_s3: Run, faults: Faults) -> None:
+    store = open_store(job_in_s3.spec.output.store)
+    faults.status, faults.methods, faults.left = "403 Forbidden", {"GET", "HEAD"}, sys.maxsize
+    assert job._reason(StoreError("no room"), store, job_in_s3) == "no room"
+    assert "can be read again: graft train --resume job" in job._advice(store, job_in_s3)

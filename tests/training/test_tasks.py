@@ -50,6 +50,14 @@ BASES: dict[str, Callable[[], Any]] = {
             tie_word_embeddings=True,
         )
     ),
+    # As mT5 and the later T5s are: a gated feed-forward, and a head of its own.
+    "mt5": lambda: transformers.MT5ForConditionalGeneration(
+        transformers.MT5Config(
+            vocab_size=261, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+            dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=256,
+            feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+        )
+    ),
     "bart": lambda: transformers.BartForConditionalGeneration(
         transformers.BartConfig(
             vocab_size=261, d_model=32, encoder_layers=2, decoder_layers=2,
@@ -67,7 +75,7 @@ BASES: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]()),
     "bloom": lambda: transformers.AutoModelForCausalLM.from_config(CONFIGS["bloom"]()),
 }  # fmt: skip
-SEQ2SEQ, CLASSIFIERS = ("t5", "bart"), ("llama", "bert", "roberta")
+SEQ2SEQ, CLASSIFIERS = ("t5", "mt5", "bart"), ("llama", "bert", "roberta")
 
 
 def task_of(family: str) -> Task:
@@ -87,7 +95,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             with torch.no_grad():
                 for parameter in model.parameters():
                     # Large enough that tokens differ; T5's attention is not scaled.
-                    scale = {"t5": 1, "bart": 2}.get(family, 3)
+                    scale = {"t5": 1, "mt5": 1, "bart": 2}.get(family, 3)
                     parameter.mul_(scale if parameter.ndim > 1 else 1)
             model.save_pretrained(folder)
             opening = "<|user|>" if family in ("bart", "bert", "roberta") else None
@@ -525,6 +533,7 @@ def test_a_plan_names_the_classes_and_roberta_has_two_positions_less(
 RUNS: dict[str, list[dict[str, Any]]] = {
     "t5": [{"kind": "lora", "r": 4, "use_dora": True},
            {"kind": "prefix_tuning", "num_virtual_tokens": 4}],
+    "mt5": [{"kind": "lora", "r": 4}, {"kind": "prompt_tuning", "num_virtual_tokens": 4}],
     "llama": [{"kind": "bottleneck", "reduction_factor": 4}],
     "bert": [{"kind": "prefix_tuning", "num_virtual_tokens": 4}],
 }  # fmt: skip
@@ -603,7 +612,7 @@ def test_a_run_is_the_same_however_it_is_cut_and_where_it_goes_on(
         assert mine == pytest.approx(theirs, abs=1e-5)
     for mine, theirs in zip(*(m["evaluations"] for m in measured), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
-        is_classifier = not run.startswith("t5")
+        is_classifier = not run.startswith(SEQ2SEQ)
         assert (mine["accuracy"] is not None) == (mine["macro_f1"] is not None) == is_classifier
         assert (mine["rouge_l"] is None) == is_classifier
 
@@ -634,7 +643,7 @@ def test_a_prefix_on_a_padded_base_cannot_be_computed_again(base_of: Callable[[s
 @pytest.mark.parametrize(
     ("dtype", "family"),
     [
-        *((torch.bfloat16, family) for family in ("t5", "bert", "llama")),
+        *((torch.bfloat16, family) for family in ("t5", "mt5", "bert", "llama")),
         *((torch.float16, family) for family in ("bart", "bert", "llama")),
     ],
 )

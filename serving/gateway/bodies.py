@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
-from cluster.errors import BodyTooLargeError, RequestError, SlowBodyError
+from cluster.errors import BodyTooLargeError, ClientGoneError, RequestError, SlowBodyError
 from cluster.spec import nearest
 from serving.ingress import BODY
 from serving.spec import GatewaySpec
@@ -24,6 +25,7 @@ async def read_body(request: Request, cls: type[B], spec: GatewaySpec) -> B:
     Raises:
         RequestError: it is too long, not JSON, or not a `cls`.
         SlowBodyError: it took longer than `spec` allows.
+        ClientGoneError: the client left before it was whole.
     """
     try:
         async with asyncio.timeout(spec.body_timeout_s):
@@ -55,9 +57,12 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         return _checked_size(ahead, len(ahead), max_bytes)
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        parts.append(_checked_size(part, size, max_bytes))
+    try:
+        async for part in request.stream():
+            size += len(part)
+            parts.append(_checked_size(part, size, max_bytes))
+    except ClientDisconnect as error:
+        raise ClientGoneError("the client left before its request was whole") from error
     return b"".join(parts)
 
 

@@ -15,7 +15,7 @@ from uuid import uuid4
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 
-from cluster.errors import HeadersTooLargeError, outcome_of
+from cluster.errors import HeadersTooLargeError
 from serving.gateway.access import Door
 from serving.gateway.errors import error_response
 from serving.gateway.metrics import Metrics
@@ -83,7 +83,7 @@ class Guard:
         except Exception as error:
             if has_begun:
                 raise
-            self._metrics.failed(outcome_of(error).code)
+            self._metrics.failed(error)
             await error_response(error)(scope, receive, send_with_id)
         finally:
             self._ids.discard(request_id)

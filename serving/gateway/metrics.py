@@ -15,6 +15,7 @@ from uuid import uuid4
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
 
+from cluster.errors import outcome_of
 from serving.gateway.engine_metrics import Figures, engine_families
 
 MAX_ADAPTER_LABELS = 100
@@ -46,8 +47,9 @@ class Metrics:
             "graft_http_responses", "HTTP responses.", ("status",), registry=registry
         )
         self._errors = Counter(
-            "graft_errors", "Failures by OpenAI's code.", ("code",), registry=registry
-        )
+            "graft_errors", "Failures by OpenAI's code; those without one, by its type.",
+            ("code",), registry=registry,
+        )  # fmt: skip
         self._in_progress = Gauge(
             "graft_requests_in_progress", "Answers being made or waited for.", registry=registry
         )
@@ -91,9 +93,11 @@ class Metrics:
         """Count an HTTP response."""
         self._responses.labels(str(status)).inc()
 
-    def failed(self, code: str | None) -> None:
-        """Count a failure."""
-        self._errors.labels(code or "server_error").inc()
+    def failed(self, error: BaseException) -> None:
+        """Count a failure. Those without a code of their own are told apart by OpenAI's type, so
+        that a refusal is never counted as a fault of the server's."""
+        outcome = outcome_of(error)
+        self._errors.labels(outcome.code or outcome.type).inc()
 
     def begun(self, model: str, answers: int, prompt_tokens: int) -> None:
         """Count the answers of one request."""

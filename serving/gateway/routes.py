@@ -267,9 +267,8 @@ async def _events(
                 yield _line(form.last(job.usage(tokens)))
             yield f"data: {DONE}\n\n".encode()
         except Exception as error:
-            _, failure = error_body(error)
-            service.metrics.failed(failure.error.code)
-            yield _line(failure)
+            service.metrics.failed(error)
+            yield _line(error_body(error)[1])
 
 
 def _lines(form: Form, pieces: Sequence[Piece], used: Usage | None) -> bytes:

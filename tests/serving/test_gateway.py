@@ -341,21 +341,6 @@ def test_tokens_and_text(http: httpx2.Client) -> None:
     error(http.post("/tokenize", json={}), 400)
 
 
-def test_what_prometheus_reads(http: httpx2.Client) -> None:
-    sampled(http, max_tokens=3)
-    http.post("/v1/completions", json={"model": "nobody", **ASK})
-    lines = http.get("/metrics").text.splitlines()
-    named = [
-        re.sub(r',gateway="\w+"|gateway="\w+",?', "", line) for line in lines if line[0] != "#"
-    ]
-    values = {line.rpartition(" ")[0]: float(line.split()[-1]) for line in named}
-    assert values['graft_requests_total{adapter="lora"}'] >= 1
-    assert values['graft_generated_tokens_total{adapter="lora"}'] >= 3
-    assert values['graft_errors_total{code="model_not_found"}'] >= 1
-    assert values['graft_http_responses_total{status="404"}'] >= 1
-    assert values["graft_requests_in_progress{}"] == 0
-
-
 def test_a_folder_that_is_dropped_into_the_store_is_served(
     service: Running, http: httpx2.Client, bases: Bases, tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ import pyarrow.ipc
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from cluster.errors import DataError
+from cluster.errors import DataError, StoreError
 
 _STREAM_MAGIC = b"\xff\xff\xff\xff"
 IPC = (".arrow", ".ipc", ".feather")
@@ -122,22 +122,29 @@ def write_table(table: pa.Table, path: str | Path) -> None:
     """Write `table` to `path`, in the format of its suffix; whole or not at all.
 
     Raises:
-        DataError: the folder cannot be written to, or the disk is full.
+        DataError: the folder cannot be written to.
+        StoreError: the disk is full.
     """
     with table_file(path, table.schema) as add:
         add(table)
 
 
 @contextmanager
-def table_file(path: str | Path, schema: pa.Schema | None) -> Generator[AddRows]:
+def table_file(
+    path: str | Path,
+    schema: pa.Schema | None,
+    on_whole: Callable[[Path], None] = lambda _: None,
+) -> Generator[AddRows]:
     """What is added, part by part, becomes the file `path` in the format of its suffix: at the end
     of the scope and whole, or not at all. Rows of any keys go into JSONL alone.
 
     Args:
         schema: Of the tables that are added; JSONL needs none.
+        on_whole: Called with the file when nothing is missing from it but its name.
 
     Raises:
-        DataError: the folder cannot be written to, or the disk is full.
+        DataError: the folder cannot be written to.
+        StoreError: the disk is full.
     """
     check_writable(path)
     path = Path(path)
@@ -145,9 +152,13 @@ def table_file(path: str | Path, schema: pa.Schema | None) -> Generator[AddRows]
     try:
         with _opened(partial, path.suffix.lower(), schema) as add:
             yield add
+        on_whole(partial)
         partial.replace(path)
     except OSError as error:
-        raise DataError(f"output {path}: cannot be written ({error.strerror or error})") from error
+        raise StoreError(
+            f"output {path}: cannot be written ({error.strerror or error}); free room there, or "
+            "name another place"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

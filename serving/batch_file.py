@@ -5,7 +5,8 @@ cluster.table_parts, and is read and written a few hundred rows at a time, so it
 The output has its rows, in their order, with `completion`, `finish_reason`, `prompt_tokens`,
 `completion_tokens` and `error` added; a row that cannot be answered has its reason there and
 disturbs no other. Answers are kept in OUT.partial as they come, so that the same call after an
-interruption asks only for what is missing; OUT itself appears whole, at the end.
+interruption asks only for what is missing; OUT itself appears whole, at the end, and OUT.partial
+goes.
 """
 
 from __future__ import annotations
@@ -104,34 +105,25 @@ async def run_batch(
     Raises:
         CallerError: the input or the output cannot be used; nothing was sent. Or the input changed
             meanwhile; what was answered is kept.
+        StoreError: an answer cannot be kept, as where the disk is full; those before it are.
     """
     began = time.monotonic()
     table = TableSource(str(source))
     column = prompt_column(source, table.columns(), adapter, adapter_column, ADDED)
-    schema, num_rows = _checked(table, target, overwrite), table.num_rows()
+    schema, num_rows = _checked(table, target), table.num_rows()
     asked = _Asked(column, adapter, adapter_column, options)
-    counts = Counter[str]()
-
-    async def worker(kept: Journal, rows: Iterator[tuple[int, Values]], advance: Advance) -> None:
-        for row, values in rows:
-            result = await _answer(client, row, values, asked)
-            kept.add(result)
-            tokens, failed = result.completion_tokens or 0, int(result.error is not None)
-            counts.update(failed=failed, prompt=result.prompt_tokens or 0, completion=tokens)
-            advance(1, tokens, failed)
-
     partial = target.with_name(f"{target.name}.partial")
+    if not partial.exists():
+        _check_free(target, overwrite)
     with journal(partial, _fingerprint(source, asked), num_rows) as kept:
         resumed = kept.kept
-        waiting = ((row, values) for row, values in _numbered(table, asked) if row not in kept)
-        with progress_bar(source.name, num_rows, resumed, enabled=progress) as advance:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(min(client.concurrency, num_rows - resumed)):
-                        group.create_task(worker(kept, waiting, advance))
-            except* GraftError as failures:
-                raise failures.exceptions[0] from None
-        await asyncio.to_thread(_write, table, schema, kept, target)
+        if kept.is_sealed(target):
+            counts = Counter(failed=num_rows - resumed)
+        else:
+            _check_free(target, overwrite)
+            with progress_bar(source.name, num_rows, resumed, enabled=progress) as advance:
+                counts = await _answer_rows(client, table, asked, kept, advance)
+            await asyncio.to_thread(_write, table, schema, kept, target)
     return BatchReport(
         rows=num_rows,
         failed=counts["failed"],
@@ -142,16 +134,44 @@ async def run_batch(
     )
 
 
-def _checked(table: TableSource, target: Path, overwrite: bool) -> pa.Schema | None:
+def _checked(table: TableSource, target: Path) -> pa.Schema | None:
     """The columns that go from `table` into `target`; None where only JSONL tells its lines'."""
     check_writable(target)
     schema = table.schema()
     if schema is not None:
         schema = plain(schema)
         check_holds(target, schema)
+    return schema
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
         raise ConflictError(f"output {target}: exists already; delete it, or allow overwriting")
-    return schema
+
+
+async def _answer_rows(
+    client: AsyncClient, table: TableSource, asked: _Asked, kept: Journal, advance: Advance
+) -> Counter[str]:
+    """Answer the rows that are not `kept` yet, as many at once as the client may ask for; how many
+    failed, and their tokens."""
+    counts = Counter[str]()
+    waiting = ((row, values) for row, values in _numbered(table, asked) if row not in kept)
+
+    async def worker() -> None:
+        for row, values in waiting:
+            result = await _answer(client, row, values, asked)
+            kept.add(result)
+            tokens, failed = result.completion_tokens or 0, int(result.error is not None)
+            counts.update(failed=failed, prompt=result.prompt_tokens or 0, completion=tokens)
+            advance(1, tokens, failed)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(client.concurrency):
+                group.create_task(worker())
+    except* GraftError as failures:
+        raise failures.exceptions[0] from None
+    return counts
 
 
 def _numbered(table: TableSource, asked: _Asked) -> Iterator[tuple[int, Values]]:
@@ -169,7 +189,8 @@ def _write(table: TableSource, schema: pa.Schema | None, kept: Journal, target: 
         schema = pa.schema([field for field in found if field.name not in ADDED])
     added = [pa.field(name, kind) for name, kind in ADDED.items()]
     row = 0
-    with table_file(target, None if schema is None else pa.schema([*schema, *added])) as add:
+    kind = None if schema is None else pa.schema([*schema, *added])
+    with table_file(target, kind, on_whole=kept.seal) as add:
         for rows in table.rows(_ROWS_AT_ONCE):
             results = [kept[row + i] for i in range(len(rows))]
             row += len(rows)

@@ -1,7 +1,8 @@
 """The answers that a call has so far, by row, in a file that outlives it.
 
-A line of JSON for each answer, behind one that tells what was asked. It is of one call alone while
-that runs; in memory is where each row's line begins, eight bytes a row.
+A line of JSON for each answer, behind one that tells what was asked; the last one tells which file
+has them all, before that file has its name. It is of one call alone while that runs; in memory is
+where each row's line begins, eight bytes a row.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import json
 import os
 from array import array
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from cluster.errors import ConflictError
+from cluster.errors import ConflictError, StoreError
 
 _NONE = -1
+_OUTPUT = "output"
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,17 @@ class RowResult:
 
 class Journal:
     """Answers by row. `kept` are those of calls before, which were interrupted; their errors are
-    not among them, and are tried again."""
+    not among them, and are tried again.
+
+    Raises:
+        StoreError: the file cannot be written, as where the disk is full.
+    """
 
     def __init__(self, file: BinaryIO, path: Path, fingerprint: str, num_rows: int) -> None:
         self._file, self._path = file, path
         self._begins = array("q", [_NONE]) * num_rows
         self.kept = 0
+        self._output: list[int] | None = None
         self._read(fingerprint)
 
     def __contains__(self, row: int) -> bool:
@@ -54,28 +61,42 @@ class Journal:
         """Keep it, whatever becomes of this process."""
         self._begins[result.row] = self._write(json.dumps(asdict(result)))
 
+    def seal(self, output: Path) -> None:
+        """Keep that the file `output`, which may get another name, has every row's answer."""
+        self._write(json.dumps({_OUTPUT: _identity(output)}))
+
+    def is_sealed(self, output: Path) -> bool:
+        """Whether a call before wrote `output`, whole, and was killed before it could say so."""
+        return self._output is not None and output.exists() and self._output == _identity(output)
+
     def _write(self, line: str) -> int:
-        begin = self._file.seek(0, os.SEEK_END)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        with _faults(self._path):
+            begin = self._file.seek(0, os.SEEK_END)
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
         return begin
 
     def _read(self, fingerprint: str) -> None:
-        """What is there already; begins the file if it is empty. Raises ConflictError."""
+        """What is there already; begins the file if it is empty. Raises ConflictError,
+        StoreError."""
         end = self._file.seek(0)
         lines = iter(self._file.readline, b"")
         try:
             for i, line in enumerate(lines):
                 if not line.endswith(b"\n"):  # cut short
                     break
+                values = json.loads(line)
                 if i == 0:
-                    self._check(json.loads(line)["fingerprint"], fingerprint)
+                    self._check(values["fingerprint"], fingerprint)
+                elif _OUTPUT in values:
+                    self._output = values[_OUTPUT]
                 else:
-                    self._keep(RowResult(**json.loads(line)), end)
+                    self._keep(RowResult(**values), end)
                 end += len(line)
         except (ValueError, LookupError, TypeError) as error:
             raise ConflictError(f"{self._path}: is not a journal of ours; delete it") from error
-        self._file.truncate(end)
+        with _faults(self._path):
+            self._file.truncate(end)
         if not end:
             self._write(json.dumps({"fingerprint": fingerprint}))
 
@@ -95,14 +116,35 @@ class Journal:
             )
 
 
+def _identity(file: Path) -> list[int]:
+    """What a file keeps under another name, and no other there has."""
+    found = file.stat()
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
+
+
+@contextmanager
+def _faults(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be written ({error.strerror}), and every answer is kept there first; "
+            "see that there is room and the right to write, and repeat the call, which goes on "
+            "from what is there"
+        ) from error
+
+
 @contextmanager
 def journal(path: Path, fingerprint: str, num_rows: int) -> Generator[Journal]:
     """The journal at `path`, held for this call alone; gone where the scope ends well.
 
     Raises:
         ConflictError: another call writes it now, or it is of another input or other options.
+        StoreError: it cannot be written.
     """
-    with path.open("a+b") as file:
+    with _faults(path):
+        file = path.open("a+b")
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -113,3 +155,6 @@ def journal(path: Path, fingerprint: str, num_rows: int) -> Generator[Journal]:
             raise ConflictError(f"{path}: another call has just written this output; look at it")
         yield Journal(file, path, fingerprint, num_rows)
         path.unlink()
+    finally:
+        with suppress(OSError):  # it tries again to write what was told of already
+            file.close()

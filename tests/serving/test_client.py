@@ -1,10 +1,7 @@
 """The client against a real service, and against servers that fail in every way."""
 
-import asyncio
 import datetime
-import fcntl
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -33,7 +30,6 @@ from cluster.errors import (
 )
 from cluster.tables import open_table, write_table
 from serving.client import AsyncClient, Client
-from serving.journal import journal
 
 Bases = Callable[[str], Path]
 GREEDY: Any = {"max_tokens": 6, "ignore_eos": True}
@@ -300,117 +296,6 @@ def test_files_that_cannot_be_used_are_refused_before_anything_is_sent(
         run()
     assert target.read_text() == "precious"
     assert not list(tmp_path.glob("*.partial"))
-
-
-def heed_interrupts() -> None:
-    """A test run in the background of a shell ignores SIGINT, and so would its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def test_an_interrupted_file_goes_on_where_it_was(service: Running, tmp_path: Path) -> None:
-    """`graft generate` ended by a signal in the middle; the second call asks only for the rest."""
-    write_table(rows(300), tmp_path / "in.arrow")
-    arguments = [
-        sys.executable, "-c", "from cluster.cli import main; main()", "generate",
-        str(tmp_path / "in.arrow"), str(tmp_path / "out.arrow"), "--adapter-column", "adapter",
-        "--url", service.url, "--max-tokens", "16", "--concurrency", "4", "--quiet",
-    ]  # fmt: skip
-    for number in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen(
-            arguments, stderr=subprocess.DEVNULL, text=True, preexec_fn=heed_interrupts
-        )
-        journal = tmp_path / "out.arrow.partial"
-        before = len(journal.read_text().splitlines()) if journal.exists() else 0
-        deadline = time.monotonic() + 60
-        while not journal.exists() or len(journal.read_text().splitlines()) < before + 20:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(number)
-        process.wait(30)
-        assert process.returncode == (130 if number is signal.SIGINT else -number)
-        assert not (tmp_path / "out.arrow").exists()
-    kept = len(journal.read_text().splitlines()) - 1
-    assert 30 < kept < 300
-    before = service.stats.generated_tokens
-    result = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert "300 rows" in result.stdout
-    assert "kept from before" in result.stdout
-    assert service.stats.generated_tokens - before <= (300 - kept + 8) * 16
-    found = open_table(tmp_path / "out.arrow").to_pylist()
-    assert [row["id"] for row in found] == list(range(300))
-    assert not any(row["error"] for row in found)
-
-
-def test_a_journal_of_other_options_is_not_mixed_in(client: Client, tmp_path: Path) -> None:
-    write_table(rows(2), tmp_path / "in.arrow")
-    journal = tmp_path / "out.arrow.partial"
-    journal.write_text(json.dumps({"fingerprint": "another"}) + "\n")
-    with pytest.raises(ConflictError, match="another input or other options"):
-        client.generate_file(
-            tmp_path / "in.arrow", tmp_path / "out.arrow", adapter="lora", progress=False
-        )
-    journal.write_text("not a journal\n")
-    with pytest.raises(ConflictError, match="not a journal of ours"):
-        client.generate_file(
-            tmp_path / "in.arrow", tmp_path / "out.arrow", adapter="lora", progress=False
-        )
-
-
-def test_two_calls_on_one_output_refuse_each_other(client: Client, tmp_path: Path) -> None:
-    write_table(rows(2), tmp_path / "in.arrow")
-    journal = tmp_path / "out.arrow.partial"
-    options: Any = {"adapter": "lora", "progress": False, **GREEDY}
-    with journal.open("a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ConflictError, match="another call is writing this output"):
-            client.generate_file(tmp_path / "in.arrow", tmp_path / "out.arrow", **options)
-    client.generate_file(tmp_path / "in.arrow", tmp_path / "out.arrow", **options)
-    assert not journal.exists()
-
-
-def test_a_call_that_another_has_just_finished_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It opened the journal, and the other one removed it before it was locked."""
-    path = tmp_path / "out.arrow.partial"
-    monkeypatch.setattr("serving.journal.fcntl.flock", lambda *_: path.unlink())
-    with pytest.raises(ConflictError, match="has just written"), journal(path, "asked", 1):
-        pass
-    assert not path.exists()
-
-
-def test_a_line_cut_short_is_asked_again(client: Client, tmp_path: Path) -> None:
-    write_table(rows(8), tmp_path / "in.arrow")
-    whole, cut = tmp_path / "whole.arrow", tmp_path / "cut.arrow"
-    options: Any = {"adapter_column": "adapter", "progress": False, **GREEDY}
-    client.generate_file(tmp_path / "in.arrow", whole, **options)
-
-    class StopError(Exception):
-        pass
-
-    async def some() -> None:
-        """Answer three rows, then stop as a crash would."""
-        async with AsyncClient(client._async.base_url, concurrency=1) as other:
-            answer, count = other.generate_one, 0
-
-            async def limited(*args: Any, **kwargs: Any) -> Any:
-                nonlocal count
-                count += 1
-                if count > 3:
-                    raise StopError
-                return await answer(*args, **kwargs)
-
-            other.generate_one = limited  # type: ignore[method-assign]
-            await other.generate_file(tmp_path / "in.arrow", cut, **options)
-
-    with pytest.raises(ExceptionGroup):
-        asyncio.run(some())
-    journal = tmp_path / "cut.arrow.partial"
-    journal.write_bytes(journal.read_bytes()[:-10])
-    report = client.generate_file(tmp_path / "in.arrow", cut, **options)
-    assert report.resumed == 2
-    assert open_table(cut).to_pylist() == open_table(whole).to_pylist()
 
 
 class Faulty(BaseHTTPRequestHandler):

@@ -10,13 +10,9 @@ half-visible. Knows files and hashes; what a method is, only by the name in its 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import logging
 import re
-import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -30,7 +26,6 @@ from cluster.adapter_folder import (
     CONTENT,
     WEIGHTS,
     check_finite,
-    marks,
     open_adapter_folder,
     readable,
     unchanged,
@@ -39,7 +34,6 @@ from cluster.catalog import LATEST, REFERENCE, Catalog
 from cluster.errors import (
     AdapterError,
     ConflictError,
-    CopyChangedError,
     NotFoundError,
     SpecError,
     StoreError,
@@ -56,7 +50,6 @@ PUBLISHED_FILES = (CONFIG, WEIGHTS, README, PICTURE, EVENTS)
 _MANIFEST_KEY = re.compile(rf"adapters/({NAME.pattern})/([0-9]{{8}})/manifest\.json")
 _ALIAS_KEY = re.compile(rf"aliases/({NAME.pattern})/({NAME.pattern})/[0-9]{{8}}\.json")
 _HASHED_BYTES = 2**16  # at a time: more leave the cache between reading and hashing
-_log = logging.getLogger("graft.registry")
 
 
 @dataclass(frozen=True)
@@ -87,12 +80,10 @@ class AdapterVersion:
 
 
 class Registry:
-    """The adapters of one store. Knows nothing by heart of it: every call reads what is there now.
-    Of local copies it remembers which it has verified."""
+    """The adapters of one store. Knows nothing by heart: every call reads what is there now."""
 
     def __init__(self, store: Store | str) -> None:
         self.store = open_store(store) if isinstance(store, str) else store
-        self._verified: dict[Path, dict[str, tuple[int, ...] | None]] = {}
 
     def publish(
         self, name: str, folder: Path, *, card: Mapping[str, Any] | None = None
@@ -131,7 +122,7 @@ class Registry:
                 files = dict[str, FileEntry]()
                 for file in present:
                     with readable(folder, file):
-                        files[file] = _file_entry(folder / file)
+                        files[file] = file_entry(folder / file)
                 number = claim() if claim else self.claim(name)
                 undo.callback(self._try_discard, name, number)
                 for file in files:
@@ -271,85 +262,24 @@ class Registry:
         """Read every file of a version again. Raises AdapterError if one is not as its hash."""
         version = self.resolve(ref)
         with tempfile.TemporaryDirectory() as folder:
-            self._download(version, Path(folder))
+            self.download(version, Path(folder))
         return version
 
-    def fetch(
-        self, version: AdapterVersion, cache: Path, pause: Callable[[], None] = lambda: None
-    ) -> Path:
-        """A verified local copy, `cache`/<content hash>, made once and then reused. One that this
-        process has not seen yet, or that was touched since, is verified again, and made anew if it
-        is not what it was. Raises AdapterError if the store's own copy is damaged.
-
-        Args:
-            pause: Called between small pieces of the work, for who fetches beside other work.
-        """
-        target = cache / version.content_hash
-        if self._is_sound(version, target, pause):
-            return target
-        is_changed = target.exists()
-        if is_changed:
-            _log.warning("adapter %s: its copy %s was changed; fetched anew", version.ref, target)
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
-        except OSError as error:
-            raise StoreError(f"cache {cache}: cannot be written ({error.strerror})") from error
-        try:
-            fresh = scratch / "fresh"
-            fresh.mkdir(mode=0o700)
-            self._download(version, fresh, pause)
-            if is_changed:
-                with suppress(FileNotFoundError):  # somebody beside us moved it away
-                    target.rename(scratch / "changed")
-            hashed = marks(fresh, CONTENT)  # what is written from here on was never verified
-            fresh.rename(target)
-            self._verified[target] = hashed
-        except OSError as error:
-            # Otherwise somebody beside us was faster, with the same bytes.
-            if not self._is_sound(version, target, pause):
-                raise StoreError(f"cache {target}: {error.strerror}") from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        return target
-
-    def check_copy(self, folder: Path) -> None:
-        """Raise CopyChangedError if a copy of `fetch` was touched since, or is made anew now."""
-        if self._verified.get(folder) != marks(folder, CONTENT):
-            raise CopyChangedError(
-                f"adapter copy {folder}: was changed while it was read; ask again, and it is "
-                "fetched anew"
-            )
-
-    def _is_sound(self, version: AdapterVersion, folder: Path, pause: Callable[[], None]) -> bool:
-        """Whether a local copy holds the version's config and weights."""
-        try:
-            found = marks(folder, CONTENT)
-            if self._verified.get(folder) == found:
-                return True
-            if not all(
-                mark is not None
-                and stat.S_ISREG(mark[0])
-                and _file_entry(folder / file, pause) == version.files[file]
-                for file, mark in found.items()
-            ):
-                return False
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.EIO):  # nothing is told of it
-                raise StoreError(f"cache {folder}: cannot be read ({error.strerror})") from error
-            return False
-        self._verified[folder] = found
-        return True
-
-    def _download(
+    def download(
         self, version: AdapterVersion, folder: Path, pause: Callable[[], None] = lambda: None
     ) -> None:
+        """Copy every file of a version into `folder`. Raises AdapterError if one is not as its
+        hash.
+
+        Args:
+            pause: Called between small pieces of the work, for who does it beside other work.
+        """
         for file, entry in version.files.items():
             if file not in PUBLISHED_FILES:
                 raise AdapterError(f"adapter {version.ref}: manifest names a strange file {file!r}")
             key = f"{_folder(version.name, version.version)}/{file}"
             self.store.download(key, folder / file, pause)
-            if _file_entry(folder / file, pause) != entry:
+            if file_entry(folder / file, pause) != entry:
                 raise AdapterError(
                     f"adapter {version.ref}: {file} in {self.store.uri} does not match its "
                     "manifest's hash; it was changed or damaged: publish the adapter anew"
@@ -395,7 +325,8 @@ def _folder(name: str, number: int) -> str:
     return f"adapters/{name}/{number:08d}"
 
 
-def _file_entry(path: Path, pause: Callable[[], None] = lambda: None) -> FileEntry:
+def file_entry(path: Path, pause: Callable[[], None] = lambda: None) -> FileEntry:
+    """What a manifest says of a file such as this; `pause` as in `Registry.download`."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASHED_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

@@ -78,7 +78,8 @@ class HeldOut:
         """The share that an adapter answers as they are."""
         rows = open_table(held_out(spec)).to_pylist()
         with tempfile.TemporaryDirectory() as folder:
-            path = store.fetch(version, Path(folder))
+            path = Path(folder)
+            store.download(version, path)
             if spec.task == "sequence_classification":
                 names = version.card["spec"]["data"]["labels"]
                 return matches(rows, classes(path, [prompt_of(row) for row in rows], names))

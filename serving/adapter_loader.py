@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from cluster.errors import CopyChangedError, GraftError
+from cluster.local_copies import LocalCopies
 from cluster.mixes import AdapterMix, NamedAdapter
-from cluster.registry import AdapterVersion, Registry
+from cluster.registry import AdapterVersion
 from serving.adapters import MERGED, LoweredAdapter, Pace, Part, give_way
 from serving.background import background
 from serving.engine import Engine
@@ -39,11 +40,11 @@ def lane_of(adapter: NamedAdapter) -> str:
 
 
 class AdapterLoader:
-    """Makes adapters of `registry` for `engine`. Used from one event loop, which sees to it that no
+    """Makes adapters of `copies` for `engine`. Used from one event loop, which sees to it that no
     more are asked for at a time than LANES has places."""
 
-    def __init__(self, engine: Engine, registry: Registry, cache: Path) -> None:
-        self._engine, self._registry, self._cache = engine, registry, cache
+    def __init__(self, engine: Engine, copies: LocalCopies) -> None:
+        self._engine, self._copies = engine, copies
         # By content, with the reference that it was asked for by.
         self._loading: dict[str, tuple[str, asyncio.Task[LoweredAdapter]]] = {}
         self._fetching = background("fetch", sum(LANES.values()))
@@ -98,7 +99,7 @@ class AdapterLoader:
 
     def _fetched(self, adapter: AdapterVersion) -> Path:
         with self._pace.kept() if self._is_on_steps_cores else nullcontext():
-            return self._registry.fetch(adapter, self._cache, give_way)
+            return self._copies.fetch(adapter, give_way)
 
     def _lowered(self, folder: Path, content: str) -> LoweredAdapter:
         with self._pace.kept():
@@ -107,7 +108,7 @@ class AdapterLoader:
             finally:
                 # It goes by the hash of what was verified, which must be what was read; and what
                 # else may have been wrong with it is no fault of the adapter's.
-                self._registry.check_copy(folder)
+                self._copies.check(folder)
 
     async def _mix(self, mix: AdapterMix) -> LoweredAdapter:
         """The sum of members, of which only those are fetched that are not held; one by one, so

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cluster.local_copies import LocalCopies
 from cluster.mixes import NamedAdapter
 from cluster.registry import Registry
 from serving.adapter_loader import AdapterLoader
@@ -30,8 +31,8 @@ class Replica:
 
     def __init__(self, spec: ServingSpec) -> None:
         self._thread = EngineThread(Engine(spec.engine))
-        cache = Path(spec.cache).expanduser()
-        loader = AdapterLoader(self._thread.engine, Registry(spec.store), cache)
+        copies = LocalCopies(Registry(spec.store), Path(spec.cache).expanduser())
+        loader = AdapterLoader(self._thread.engine, copies)
         self._arrivals = Arrivals(self._thread, loader)
 
     @property

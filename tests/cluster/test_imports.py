@@ -16,6 +16,7 @@ from cluster.adapter_folder import CONFIG, WEIGHTS
 from cluster.errors import AdapterError, StoreError
 from cluster.import_prefix import download, folders
 from cluster.imports import MAX_IMPORT_BYTES, Imports
+from cluster.local_copies import LocalCopies
 from cluster.registry import Registry
 from cluster.store import Store
 
@@ -47,7 +48,8 @@ def test_a_folder_is_taken_once_it_has_come_to_rest(tmp_path: Path) -> None:
     version = registry.resolve("bot")
     assert set(version.files) == {CONFIG, WEIGHTS}
     assert version.card == {"imported_from": f"{registry.store.uri}/imports/bot"}
-    assert (registry.fetch(version, tmp_path / "cache") / WEIGHTS).read_bytes() == content
+    copy = LocalCopies(registry, tmp_path / "cache").fetch(version)
+    assert (copy / WEIGHTS).read_bytes() == content
     peft_folder(drop, 2.0)
     found = [version.ref for _ in range(3) for version in imports.look().imported]
     assert found == ["bot@2"]

@@ -14,10 +14,10 @@ from cluster.adapter_folder import WEIGHTS
 from cluster.errors import (
     AdapterError,
     ConflictError,
-    CopyChangedError,
     NotFoundError,
     SpecError,
 )
+from cluster.local_copies import LocalCopies
 from cluster.registry import Registry
 
 
@@ -152,43 +152,8 @@ def test_damage_in_the_store_is_found(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="does not match its manifest's hash"):
         registry.verify("bot")
     with pytest.raises(AdapterError):
-        registry.fetch(version, tmp_path / "cache")
+        LocalCopies(registry, tmp_path / "cache").fetch(version)
     assert not list((tmp_path / "cache").iterdir())
-
-
-def test_fetching_copies_once(registry: Registry, tmp_path: Path) -> None:
-    version = registry.publish("bot", folder(tmp_path / "a"))
-    path = registry.fetch(version, tmp_path / "cache")
-    assert path == tmp_path / "cache" / version.content_hash
-    before = (path / "adapter_model.safetensors").stat().st_mtime_ns
-    assert registry.fetch(version, tmp_path / "cache") == path
-    assert (path / "adapter_model.safetensors").stat().st_mtime_ns == before
-
-
-def test_a_local_copy_that_was_changed_is_fetched_anew(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Before this process has seen it, and after; by name, and not from a store that is damaged."""
-    store, cache = Registry(str(tmp_path / "store")), tmp_path / "cache"
-    version = store.publish("bot", folder(tmp_path / "a"))
-    weights = store.fetch(version, cache) / "adapter_model.safetensors"
-    sound = weights.read_bytes()
-    weights.write_bytes(sound[:-1] + b"x")
-    for registry in (store, Registry(store.store)):
-        assert registry.fetch(version, cache) == weights.parent
-        assert weights.read_bytes() == sound
-        weights.write_bytes(sound[:-1] + b"y")
-    assert caplog.text.count("bot@1") == 2
-    with pytest.raises(CopyChangedError, match="changed while it was read"):
-        store.check_copy(weights.parent)
-    weights.unlink()
-    weights.symlink_to(tmp_path / "a/adapter_model.safetensors")
-    assert not (registry.fetch(version, cache) / weights.name).is_symlink()
-    assert [path.name for path in cache.iterdir()] == [version.content_hash]
-    weights.write_bytes(sound[:-1] + b"z")
-    (tmp_path / "store/adapters/bot/00000001/adapter_model.safetensors").write_bytes(sound[:-1])
-    with pytest.raises(AdapterError, match=r"bot@1.*does not match"):
-        registry.fetch(version, cache)
 
 
 def test_a_bad_folder_publishes_nothing(registry: Registry, tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ WITHOUT = {
     "cluster.spec": {"torch", "ray", "transformers", "obstore"},
     "cluster.store": {"torch", "ray", "transformers"},
     "cluster.registry": {"torch", "ray", "transformers"},
+    "cluster.local_copies": {"torch", "ray", "transformers"},
     "cluster.cli": {"torch", "ray", "transformers", "deepspeed"},
     "training.spec": {"torch", "ray", "transformers", "deepspeed"},
     "training.step": {"ray", "deepspeed", "datasets", "obstore"},

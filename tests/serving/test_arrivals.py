@@ -13,8 +13,9 @@ from adapters import make_adapter
 from replicas import Loras, ask, run
 
 from cluster.errors import AdapterError, RequestError
+from cluster.local_copies import LocalCopies
 from cluster.mixes import AdapterMix
-from cluster.registry import AdapterVersion, Registry
+from cluster.registry import AdapterVersion
 from serving.adapter_loader import AdapterLoader
 from serving.engine import Engine, GenerationRequest, ResponseFormat, TokenOutput
 from serving.engine.grammar import Grammars
@@ -69,8 +70,8 @@ def gate(make: Callable[..., Replica]) -> Iterator[Gate]:
 @pytest.fixture
 def fetches(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> Gate:
     """Holds back the store."""
-    held = gate.before(Registry.fetch, lambda _, version, *__: version.ref)
-    monkeypatch.setattr(Registry, "fetch", held)
+    held = gate.before(LocalCopies.fetch, lambda _, version, *__: version.ref)
+    monkeypatch.setattr(LocalCopies, "fetch", held)
     return gate
 
 
@@ -270,13 +271,13 @@ def test_who_waits_for_a_bad_adapter_is_told_with_the_first(
     config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": ', '"r": 1'))
     bad = loras.registry.publish("bad", folder)
-    fetch = Registry.fetch
+    fetch = LocalCopies.fetch
 
-    def noted(self: Registry, version: AdapterVersion, *rest: Any) -> Path:
+    def noted(self: LocalCopies, version: AdapterVersion, *rest: Any) -> Path:
         fetched.append(version.ref)
         return fetch(self, version, *rest)
 
-    monkeypatch.setattr(Registry, "fetch", noted)
+    monkeypatch.setattr(LocalCopies, "fetch", noted)
 
     async def crowd() -> list[Any]:
         asked = [ask(replica, bad) for _ in range(5)] + [ask(replica, loras.versions[0])]

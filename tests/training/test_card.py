@@ -12,6 +12,7 @@ from adapters import make_adapter
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
+from cluster.local_copies import LocalCopies
 from cluster.registry import EVENTS, PICTURE, README, Registry
 from training.card import write_card
 
@@ -58,7 +59,8 @@ def test_the_card_is_published_with_its_adapter(
     folder = make_adapter("lora", bases("llama"), tmp_path / "adapter")
     write_card(folder, card(evaluations))
     registry = Registry(str(tmp_path / "store"))
-    fetched = registry.fetch(registry.publish("title", folder), tmp_path / "cache")
+    version = registry.publish("title", folder)
+    fetched = LocalCopies(registry, tmp_path / "cache").fetch(version)
     text = (fetched / README).read_text()
     assert text.startswith("---\nbase_model: /bases/tiny\n")
     for fact in ("title-1f3a9c2e", "1,000 of 100,000 parameters (1.000%)", "| kept | 10 |",

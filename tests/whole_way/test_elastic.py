@@ -14,6 +14,7 @@ from training_jobs import STORE
 from workers import Case, Workers, difference, log_of, weights_of
 
 from cluster.base_model import load_tokenizer
+from cluster.local_copies import LocalCopies
 from cluster.registry import Registry
 from cluster.spec import parse_spec
 from cluster.tables import write_table
@@ -62,5 +63,6 @@ def test_a_job_loses_a_node_and_gets_another(
     curve = json.loads(version.card["metrics"]["loss_curve"])
     assert [step for step, _ in curve] == [step for step, _ in calm]
     assert max(abs(a - b) for (_, a), (_, b) in zip(curve, calm, strict=True)) < 1e-5
-    published = registry.fetch(version, tmp_path / "cache") / "adapter_model.safetensors"
+    copy = LocalCopies(registry, tmp_path / "cache").fetch(version)
+    published = copy / "adapter_model.safetensors"
     assert difference(load_file(published), weights_of(tmp_path / "calm")) < 1e-5

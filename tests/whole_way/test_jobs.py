@@ -12,6 +12,7 @@ from training_jobs import Jobs
 from workers import Case, Workers
 
 from cluster.base_model import load_tokenizer
+from cluster.local_copies import LocalCopies
 from cluster.registry import Registry
 from cluster.spec import parse_spec
 from training.data import tokenize
@@ -49,7 +50,8 @@ def test_a_killed_worker_costs_nothing(
     tokenize(spec.data, load_tokenizer(spec.base_model), tmp_path / "tokens")
     workers.run([Case(version.card["spec"], tmp_path)], tmp_path / "tokens")
     calm = tmp_path / "adapter/adapter_model.safetensors"
-    published = registry.fetch(version, tmp_path / "cache") / "adapter_model.safetensors"
+    copy = LocalCopies(registry, tmp_path / "cache").fetch(version)
+    published = copy / "adapter_model.safetensors"
     assert published.read_bytes() == calm.read_bytes()
 
 
@@ -75,7 +77,7 @@ def test_several_adapters_survive_a_killed_worker_and_one_that_diverges(
     workers.run(alone, tmp_path / "tokens")
     for name in compared:
         expected = load_file(tmp_path / name / "adapter/adapter_model.safetensors")
-        folder = registry.fetch(registry.resolve(name), tmp_path / "cache")
+        folder = LocalCopies(registry, tmp_path / "cache").fetch(registry.resolve(name))
         for key, weight in load_file(folder / "adapter_model.safetensors").items():
             assert (weight - expected[key]).abs().max() < 1e-4, (name, key)
 
@@ -108,7 +110,7 @@ def test_training_on_two_nodes_publishes_an_adapter(
     assert version.card["metrics"]["step"] == 6
     assert version.card["data"]["kept"] == 1500
     assert set(version.card["libraries"]) >= {"torch", "peft", "ray", "deepspeed"}
-    folder = registry.fetch(version, tmp_path)
+    folder = LocalCopies(registry, tmp_path).fetch(version)
     weights = load_file(folder / "adapter_model.safetensors")
     assert any(weight.abs().max() > 0 for key, weight in weights.items() if "lora_B" in key)
 

@@ -15,6 +15,7 @@ from conftest import RayCluster, served_at
 from training_jobs import STORE
 
 from cluster.errors import ContextLengthError, ModelNotFoundError
+from cluster.local_copies import LocalCopies
 from cluster.registry import Registry
 from cluster.tables import open_table, write_table
 from serving.client import Client
@@ -82,7 +83,7 @@ def test_errors_of_a_replica_keep_their_form_on_the_way(service: str) -> None:
 def test_a_new_version_is_served_without_a_restart(
     service: str, registry: Registry, tmp_path: Path
 ) -> None:
-    folder = registry.fetch(registry.resolve("prefix-tuning"), tmp_path)
+    folder = LocalCopies(registry, tmp_path).fetch(registry.resolve("prefix-tuning"))
     with Client(service, max_attempts=1) as client:
         registry.publish("fresh", folder)
         deadline = time.monotonic() + 5

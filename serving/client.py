@@ -23,7 +23,6 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import aclosing
 from functools import wraps
 from itertools import groupby
 from pathlib import Path
@@ -32,7 +31,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Un
 
 import httpx2
 import numpy as np
-from anyio.from_thread import start_blocking_portal
 
 from cluster.errors import (
     GraftError,
@@ -51,6 +49,7 @@ from serving.asking import (
 )
 from serving.batch_file import BatchReport, run_batch
 from serving.connection import Connection
+from serving.event_loop import EventLoop
 from serving.pace import Pace
 from serving.protocol import DONE, ModelCard
 
@@ -272,6 +271,7 @@ class AsyncClient:
 
         Raises:
             CallerError: the file cannot be used; nothing was sent.
+            StoreError: an answer cannot be kept; the same call goes on from those before it.
         """
         return await run_batch(
             self,
@@ -326,13 +326,11 @@ class Client:
     """
 
     def __init__(self, base_url: str = "http://127.0.0.1:8000", **settings: Any) -> None:
-        self._portal_scope = start_blocking_portal()
-        self._portal = self._portal_scope.__enter__()
-        self._is_closed = False
+        self._loop = EventLoop()
         try:
-            self._async = self._portal.call(lambda: _make(base_url, settings))
+            self._async = self._loop.wait(lambda: _make(base_url, settings))
         except BaseException:
-            self._portal_scope.__exit__(None, None, None)
+            self._loop.close()
             raise
 
     @classmethod
@@ -355,9 +353,8 @@ class Client:
 
     def close(self) -> None:
         """Close every connection."""
-        self._wait(self._async.close)
-        self._is_closed = True
-        self._portal_scope.__exit__(None, None, None)
+        self._loop.wait(self._async.close)
+        self._loop.close()
 
     @staticmethod
     def _blocking(
@@ -367,7 +364,7 @@ class Client:
 
         @wraps(method)
         def call(self: Client, *args: P.args, **options: P.kwargs) -> R:
-            return self._wait(lambda: method(self._async, *args, **options))
+            return self._loop.wait(lambda: method(self._async, *args, **options))
 
         return call
 
@@ -382,29 +379,7 @@ class Client:
         self, prompt: Prompt, *, adapter: str | None = None, **options: Unpack[Options]
     ) -> Iterator[str]:
         """See AsyncClient."""
-
-        async def pieces() -> AsyncGenerator[str]:
-            async with aclosing(self._async.stream(prompt, adapter=adapter, **options)) as stream:
-                async for piece in stream:
-                    yield piece
-
-        generator = pieces()
-        try:
-            while (piece := self._portal.call(lambda: anext(generator, None))) is not None:
-                yield piece
-        finally:
-            if not self._is_closed:  # with the client every stream has ended
-                self._portal.call(generator.aclose)
-
-    def _wait(self, call: Callable[[], Coroutine[Any, Any, R]]) -> R:
-        """What `call` returns; as a task, so that an interrupt here ends it there, with what it has
-        kept."""
-        future = self._portal.start_task_soon(call)
-        try:
-            return future.result()
-        except KeyboardInterrupt:
-            future.cancel()
-            raise
+        return self._loop.iterate(self._async.stream(prompt, adapter=adapter, **options))
 
 
 async def _make(base_url: str, settings: Mapping[str, Any]) -> AsyncClient:

@@ -89,7 +89,7 @@ def test_a_stream_that_is_left_ends_in_the_engine(local: Client) -> None:
     next(stream)
     stream.close()
     service, deadline = transport(local), time.monotonic() + 30
-    while service._calls or local._portal.call(service._replica.stats).running:
+    while service._calls or local._loop.wait(service._replica.stats).running:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

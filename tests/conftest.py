@@ -248,7 +248,7 @@ class RayCluster:
     process: subprocess.Popen[str]
 
     def order(self, what: str) -> None:
-        """Have it done, as tests/ray_nodes.py reads it: "add CPUS" or "kill NUMBER"."""
+        """Have it done, as tests/ray_nodes.py reads it: "add CPUS", "kill NUMBER", …"""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(f"{what}\n")

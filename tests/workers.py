@@ -6,10 +6,12 @@ import os
 import socket
 import sys
 import traceback
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
@@ -39,7 +41,8 @@ class Case:
     """One run: a spec, where it writes, and the checkpoint folder that it goes on from.
 
     With `asked`, token ids, the trained model's logits of the next token are written too. With
-    `most`, training fails at the first tensor of so many elements that it makes.
+    `most`, training fails at the first tensor of so many elements that it makes. With `notices`,
+    each worker learns at the ends of those of its steps that one more machine will be taken away.
     """
 
     spec: Mapping[str, Any]
@@ -47,6 +50,7 @@ class Case:
     resume: Path | None = None
     asked: Sequence[int] = ()
     most: int | None = None
+    notices: Sequence[Sequence[int]] = ()
 
 
 class _Limited(TorchDispatchMode):
@@ -73,6 +77,7 @@ def run_case(case: Case, tokens: Path, place: Place) -> list[float]:
         rows, validation = split(rows, spec.data.validation, spec.seed)
     made = assemble(spec, place, rows, case.resume, validation)
     lines: list[LogLine] = []
+    known, done = case.notices[place.rank] if case.notices else (), count(1)
 
     def on_checkpoint(progress: Any) -> None:
         state = made.full_state(keep=place.rank == 0)
@@ -83,6 +88,7 @@ def run_case(case: Case, tokens: Path, place: Place) -> list[float]:
         reached = run(
             spec, made.backend, rows, course=made.course, place=place, start=made.start,
             evaluator=made.evaluator, on_log=lines.append, on_checkpoint=on_checkpoint,
+            count_notices=lambda: bisect(known, next(done)),
         )  # fmt: skip
     made.take_best(reached.step)
     # Before the save: PEFT asks some modules for their output there, on the first worker alone,

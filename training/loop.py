@@ -107,6 +107,10 @@ class RunOptions(TypedDict, total=False):
     on_log: Callable[[LogLine], None]
     on_evaluation: Callable[[Evaluation, Sequence[Answer]], None]
     on_checkpoint: Callable[[Progress], None]
+    # How many machines of the run are about to be taken away, as far as this worker knows; and who
+    # is told of the step at whose end all save a checkpoint because it is one more.
+    count_notices: Callable[[], int]
+    on_notice: Callable[[int], None]
 
 
 def run(
@@ -142,7 +146,9 @@ def as_work(
         good_steps=progress.good_steps,
     )
     # A run goes on in the order that it began in, whatever the base allows by now.
-    is_packed = progress.is_packed if progress.step else _all_agree(backend.model.is_packed, place)
+    is_packed = progress.is_packed
+    if not progress.step:
+        is_packed = bool(_over_workers(backend.model.is_packed, place, dist.ReduceOp.MIN))
     train_step = _Stepper(spec, backend, rows, course, place, meter, scale, is_packed=is_packed)
 
     def evaluate(step: int) -> None:
@@ -164,6 +170,7 @@ def as_work(
             is_packed=is_packed,
         )
 
+    count_notices, noticed = options.get("count_notices", int), 0
     for step in range(progress.step, steps):
         if evaluator and evaluator.is_over:
             break
@@ -180,6 +187,11 @@ def as_work(
             told = scale.value if scale.is_dynamic else None
             options.get("on_log", print)(replace(line, loss_scale=told))
         is_saved = (step + 1) % spec.checkpoint_every_steps == 0 or is_last
+        # Workers learn of it at different moments; whoever was first has all save at this step.
+        known, noticed = noticed, int(_over_workers(count_notices(), place, dist.ReduceOp.MAX))
+        if noticed > known:
+            is_saved = True
+            options.get("on_notice", print)(step + 1)
         if is_saved:
             meter.gather()
             _check_finite("loss", meter.lap_loss, step)
@@ -262,11 +274,9 @@ class _Stepper:
     def _lower_scale(self, step: int, losses: Sequence[torch.Tensor]) -> None:
         """A step overflowed: make it ready for another try, or raise JobFailedError where no scale
         would help. Collective."""
-        loss = torch.stack([each.double() for each in losses]).sum()
-        if self._place.world_size > 1:
-            dist.all_reduce(loss)
+        loss = _over_workers(sum(map(float, losses)), self._place, dist.ReduceOp.SUM)
         if not math.isfinite(loss):
-            reason = f"the loss is {float(loss)}: the forward pass overflowed, which no scale helps"
+            reason = f"the loss is {loss}: the forward pass overflowed, which no scale helps"
         elif not self._scale.halve():
             reason = "the gradient is not finite at a loss scale of 1"
         else:
@@ -284,12 +294,13 @@ class _Stepper:
         return share * self._scale.value
 
 
-def _all_agree(is_so: bool, place: Place) -> bool:
-    """Whether it is so on every worker. Collective."""
-    told = torch.tensor(float(is_so), device=place.device)
-    if place.world_size > 1:
-        dist.all_reduce(told, op=dist.ReduceOp.MIN)
-    return bool(told)
+def _over_workers(value: float, place: Place, reduction: Any) -> float:
+    """What `reduction` makes of every worker's value. Collective."""
+    if place.world_size == 1:
+        return value
+    told = torch.tensor(value, dtype=torch.float64, device=place.device)
+    dist.all_reduce(told, op=reduction)
+    return float(told)
 
 
 def _weights(backend: Backend, course: Course) -> dict[str, torch.Tensor]:
@@ -338,10 +349,10 @@ class _Meter:
         self._tokens = self._lap_tokens = 0
         # Of the lap: what all workers learned until it was last summed, and this one's own since.
         self._lap_loss, self._lap_labels = start.lap_loss, start.lap_labels
-        self._own_loss = torch.zeros((), dtype=torch.float64)
+        self._own_loss = 0.0
 
     def add_loss(self, loss: torch.Tensor) -> None:
-        self._own_loss += loss.double().cpu()
+        self._own_loss += float(loss)
 
     def add_step(self, label_count: int, tokens: int) -> None:
         self._lap_labels += label_count
@@ -350,11 +361,8 @@ class _Meter:
 
     def gather(self) -> None:
         """Sum the lap's loss over workers. Collective."""
-        if self._place.world_size > 1:
-            self._own_loss = self._own_loss.to(self._place.device)
-            dist.all_reduce(self._own_loss)
-        self._lap_loss += float(self._own_loss)
-        self._own_loss = torch.zeros((), dtype=torch.float64)
+        self._lap_loss += _over_workers(self._own_loss, self._place, dist.ReduceOp.SUM)
+        self._own_loss = 0.0
 
     @property
     def lap_loss(self) -> float:

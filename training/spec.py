@@ -202,7 +202,9 @@ class TrainingSpec(Spec):
         default_factory=lambda: WorkersSpec.model_validate({}), description="Ray Train's workers."
     )
     checkpoint_every_steps: PositiveInt = Field(
-        100, description="Optimiser steps between checkpoints: what a failure can cost."
+        100,
+        description="Optimiser steps between checkpoints: what a failure can cost. One more is "
+        "saved as soon as the cluster tells that a node of the job will be taken away.",
     )
     checkpoints_kept: PositiveInt = Field(2, description="Older ones are deleted.")
     log_every_steps: PositiveInt = Field(10, description="Optimiser steps between log lines.")

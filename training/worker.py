@@ -231,6 +231,10 @@ class _Adapter:
             "on_log": log,
             "on_evaluation": show,
             "on_checkpoint": save,
+            "count_notices": _count_notices,
+            "on_notice": lambda step: self.tell(
+                f"a node of this job is about to be taken away: step {step} is saved"
+            ),
         }
 
     def result(self, end: Progress, store: Store, job_id: str) -> dict[str, Any]:
@@ -314,6 +318,15 @@ def _checkpoint(store: Store, config: Mapping[str, Any]) -> Generator[Path | Non
     with tempfile.TemporaryDirectory(prefix="graft-checkpoint-") as name:
         runs.fetch_checkpoint(store, key, Path(name))
         yield Path(name)
+
+
+def _count_notices() -> int:
+    """How many of the job's nodes the cluster has told to be taken away. Asked at every step, so of
+    what Ray Train has told this worker: its public call has all workers meet in an actor."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    info = get_train_context().preemption_context.preemption_info
+    return len(info.preempted_node_to_ranks) if info is not None else 0
 
 
 def _metrics(made: Assembly, progress: Progress) -> dict[str, Any]:

@@ -84,6 +84,24 @@ def test_two_workers_then_one_then_two_equal_the_undisturbed_run(
         assert dict(curves[0]) == pytest.approx(dict(curves[1]), rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_notice_has_all_workers_save_at_the_same_step(
+    bases: Callable[[str], Path], tokens: Path, tmp_path: Path
+) -> None:
+    """As soon as one of them knows of it, once for each notice; and it changes nothing else."""
+    settings = spec(bases("llama"), workers=2)
+    told = Case(settings, tmp_path / "told", notices=[(4, 5), (2, 5)])
+    resumed = Case(settings, tmp_path / "resumed", told.folder / "checkpoint-2")
+    calm = Case(settings, tmp_path / "calm")
+    run_cases(2, [told, resumed, calm], tokens)
+    saved = {case.folder: {path.name for path in case.folder.glob("checkpoint-*")}
+             for case in (told, calm)}  # fmt: skip
+    last = f"checkpoint-{STEPS}"
+    assert saved == {told.folder: {"checkpoint-2", "checkpoint-5", last}, calm.folder: {last}}
+    for name in (f"{last}/state.safetensors", "adapter/adapter_model.safetensors"):
+        assert (resumed.folder / name).read_bytes() == (calm.folder / name).read_bytes(), name
+
+
 @pytest.mark.parametrize("row", TRAINED)
 def test_training_lowers_the_loss(
     row: str, bases: Callable[[str], Path], tokens: Path, tmp_path: Path

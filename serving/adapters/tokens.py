@@ -51,33 +51,7 @@ def add_rows(
     """
     changed: set[str] = set()
     for module, rows_KH in rows.items():
-        key = f"{PREFIX}{module}{_ROWS}"
-        shape = shape_of(folder, key, module, target)
-        weight = shape.parameters.get("weight")
-        tokens = _tokens_of(folder, module)
-        if not shape.takes_low_rank or weight is None or shape.kind == "transposed":
-            raise fault(folder.path, WEIGHTS, f"has {key!r}, whose module has no rows of tokens")
-        if shape.is_quantized:
-            raise fault(
-                folder.path,
-                WEIGHTS,
-                f"has {key!r}, rows of a module that the base {target.name} keeps in 4 or 8 bits; "
-                "serve it over the plain base",
-            )
-        size, hidden = weight.shape
-        if tuple(rows_KH.shape) != (len(tokens), hidden) or max(tokens) >= size:
-            raise fault(
-                folder.path,
-                WEIGHTS,
-                f"has {key!r} with shape {tuple(rows_KH.shape)}, where the base {target.name} and "
-                f"its config's {len(tokens)} tokens up to {max(tokens)} need "
-                f"({len(tokens)}, {hidden}) of {size}; the adapter was made for another base "
-                f"({folder.base_model})",
-            )
-        index_K, order_K = torch.tensor(tokens).sort()
-        change_KH = rows_KH.float()[order_K] - weight[index_K.to(weight.device)].float().cpu()
-        places_KH = index_K[:, None] * hidden + torch.arange(hidden)
-        change = Sparse(places_KH.flatten(), change_KH.flatten())
+        weight, change = _change(folder, module, rows_KH, target)
         for tied, _ in sharing(target, weight):
             if tied != module and tied in rows:
                 continue  # PEFT unties what it trained with other tokens
@@ -88,8 +62,7 @@ def add_rows(
                     f"trains tokens of {module!r} and changes {tied!r}, of the same weight, "
                     "otherwise; merge the adapter, or train it without",
                 )
-            sparse = compressed(change, target.modules[tied], target)
-            deltas[tied] = LinearDelta(sparse=sparse)
+            deltas[tied] = LinearDelta(sparse=compressed(change, target.modules[tied], target))
             changed.add(tied)
     asked = _asked(folder)
     names = [str(name) for name in asked] if isinstance(asked, dict) else [""] if asked else []
@@ -101,6 +74,39 @@ def add_rows(
             f"has no rows for the trainable_token_indices of its config ({missing or asked!r}); "
             "save the adapter anew",
         )
+
+
+def _change(
+    folder: AdapterFolder, module: str, rows_KH: torch.Tensor, target: Target
+) -> tuple[torch.Tensor, Sparse]:
+    """The weight of a module, and what its trained rows change of it. Raises AdapterError."""
+    key = f"{PREFIX}{module}{_ROWS}"
+    shape = shape_of(folder, key, module, target)
+    weight = shape.parameters.get("weight")
+    tokens = _tokens_of(folder, module)
+    if not shape.takes_low_rank or weight is None or shape.kind == "transposed":
+        raise fault(folder.path, WEIGHTS, f"has {key!r}, whose module has no rows of tokens")
+    if shape.is_quantized:
+        raise fault(
+            folder.path,
+            WEIGHTS,
+            f"has {key!r}, rows of a module that the base {target.name} keeps in 4 or 8 bits; "
+            "serve it over the plain base",
+        )
+    size, hidden = weight.shape
+    if tuple(rows_KH.shape) != (len(tokens), hidden) or max(tokens) >= size:
+        raise fault(
+            folder.path,
+            WEIGHTS,
+            f"has {key!r} with shape {tuple(rows_KH.shape)}, where the base {target.name} and "
+            f"its config's {len(tokens)} tokens up to {max(tokens)} need "
+            f"({len(tokens)}, {hidden}) of {size}; the adapter was made for another base "
+            f"({folder.base_model})",
+        )
+    index_K, order_K = torch.tensor(tokens).sort()
+    change_KH = rows_KH.float()[order_K] - weight[index_K.to(weight.device)].float().cpu()
+    places_KH = index_K[:, None] * hidden + torch.arange(hidden)
+    return weight, Sparse(places_KH.flatten(), change_KH.flatten())
 
 
 def _asked(folder: AdapterFolder) -> Any:

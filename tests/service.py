@@ -13,16 +13,10 @@ import httpx2
 import uvicorn
 from adapters import make_adapter
 
-from cluster.base_model import load_tokenizer
 from cluster.registry import Registry
-from serving.catalogue import Catalogue
 from serving.engine import EngineStats
-from serving.gateway.access import Door
-from serving.gateway.metrics import Metrics
-from serving.gateway.routes import create_app
+from serving.gateway.assembly import gateway_app
 from serving.gateway.service import Service
-from serving.gateway.tracing import Traces
-from serving.keys import KeyStore
 from serving.replica import Replica
 from serving.spec import EngineSpec, GatewaySpec, ServingSpec
 
@@ -72,15 +66,13 @@ def publish(registry: Registry, base: Path, folder: Path, *variants: str) -> Non
 
 @contextmanager
 def running(
-    base: Path,
-    folder: Path,
-    *,
-    gateway: dict[str, Any] | None = None,
-    traces: Traces | None = None,
-    **engine: Any,
+    base: Path, folder: Path, *, gateway: dict[str, Any] | None = None, **engine: Any
 ) -> Iterator[Running]:
     """Serve `base` and the adapters of the store under `folder`."""
-    limits = {"max_waiting_requests": 512, "max_body_bytes": 2**20, "port": 0}
+    limits = {
+        "max_waiting_requests": 512, "max_body_bytes": 2**20, "port": 0, "imports": False,
+        "catalogue_ttl_s": CATALOGUE_TTL_S,
+    }  # fmt: skip
     registry = Registry(str(folder / "store"))
     spec = ServingSpec(
         name=BASE_NAME,
@@ -90,12 +82,7 @@ def running(
         gateway=GatewaySpec.model_validate(limits | (gateway or {})),
     )
     replica = Replica(spec)
-    catalogue = Catalogue(
-        registry, base_name=BASE_NAME, base_folder=str(base), ttl_s=CATALOGUE_TTL_S
-    )
-    service = Service(replica, catalogue, load_tokenizer(str(base)), spec.gateway, Metrics())
-    keys = None if spec.gateway.keys is None else KeyStore(spec.gateway.keys)
-    app = create_app(service, spec.gateway, Door(keys, ttl_s=CATALOGUE_TTL_S), traces)
+    app = gateway_app(spec, replica)
     port = spec.gateway.port
     config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
@@ -105,8 +92,10 @@ def running(
         assert thread.is_alive()
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Running(f"http://127.0.0.1:{port}", registry, replica, service)
+        yield Running(f"http://127.0.0.1:{port}", registry, replica, app.state.service)
     finally:
         server.should_exit = True
         thread.join()
+        if spec.gateway.imports:
+            app.state.imports.stop()
         replica.stop()

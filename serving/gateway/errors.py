@@ -47,7 +47,7 @@ def error_response(error: Exception) -> JSONResponse:
 
 async def answer_graft_error(request: Request, error: Exception) -> JSONResponse:
     """For FastAPI: whatever a handler raised."""
-    request.app.state.metrics.failed(error)
+    request.app.state.service.metrics.failed(error)
     return error_response(error)
 
 

@@ -65,7 +65,7 @@ def create_app(
 ) -> FastAPI:
     """The app with every route; `door` decides who comes in, `traces` tells of each request."""
     app = FastAPI(title="Graft", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.metrics = service.metrics
+    app.state.service = service
     app.add_middleware(
         Guard,
         door=door,

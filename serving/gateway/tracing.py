@@ -81,10 +81,10 @@ class Traces:
         # By name: the exporter is of the extra alone.
         exporters: Any = import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
         resource = Resource.create({"service.name": service})
-        self._provider = TracerProvider(resource=resource)
+        provider = TracerProvider(resource=resource)
         exporter = exporters.OTLPSpanExporter(endpoint=endpoint)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
-        self._tracer = self._provider.get_tracer("graft.gateway")
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = provider.get_tracer("graft.gateway")
 
     def begin(self, headers: Mapping[str, str], request_id: str) -> RequestTrace:
         """The trace of a request that arrives now, whose headers may name the client's span."""
@@ -99,7 +99,3 @@ class Traces:
             attributes={"graft.request_id": request_id},
         )
         return RequestTrace(self._tracer, span)
-
-    def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,11 @@ from conftest import closing_tokenizer
 from service import ASK, BASE_NAME, CATALOGUE_TTL_S, NAMES, Running, error, events, running
 from starlette.routing import Route
 
-from cluster.registry import Registry
 from serving.engine import Engine, EngineSpec, GenerationRequest
 from serving.gateway import routes
 from serving.gateway.access import Door
 from serving.gateway.answers import embedding_body
 from serving.gateway.routes import create_app
-from serving.import_watch import ImportWatch
 from serving.spec import GatewaySpec
 
 Bases = Callable[[str], Path]
@@ -341,32 +340,32 @@ def test_tokens_and_text(http: httpx2.Client) -> None:
     error(http.post("/tokenize", json={}), 400)
 
 
-def test_a_folder_that_is_dropped_into_the_store_is_served(
-    service: Running, http: httpx2.Client, bases: Bases, tmp_path: Path
-) -> None:
+def test_a_folder_that_is_dropped_into_the_store_is_served(bases: Bases, tmp_path: Path) -> None:
     """Two gateways look; a bad folder beside it is nobody's trouble."""
-    store = service.registry.store.local_path()
-    assert store is not None
-    refresh = service.service.catalogue.refresh
-    watches = [ImportWatch(Registry(str(store)), period_s=0.1, on_import=refresh) for _ in range(2)]
-    try:
-        (store / "imports" / "broken").mkdir(parents=True)
-        (store / "imports" / "broken" / "adapter_config.json").write_text("[]")
-        (store / "imports" / "broken" / "adapter_model.safetensors").write_text("")
-        error(http.post("/v1/completions", json={"model": "dropped", **ASK}), 404)
+    bad, asked = tmp_path / "store/imports/broken", {"model": "dropped", **ASK}
+    with ExitStack() as both:
+        services = [
+            both.enter_context(running(bases("llama"), tmp_path, gateway={"imports": True}))
+            for _ in range(2)
+        ]
+        bad.mkdir(parents=True)
+        (bad / "adapter_config.json").write_text("[]")
+        (bad / "adapter_model.safetensors").write_text("")
+        for service in services:
+            error(httpx2.post(f"{service.url}/v1/completions", json=asked), 404)
         folder = make_adapter("lora", bases("llama"), tmp_path / "lora", seed=5)
-        shutil.copytree(folder, store / "imports" / "dropped")
+        shutil.copytree(folder, bad.parent / "dropped")
         deadline = time.monotonic() + 5
-        while http.post("/v1/completions", json={"model": "dropped", **ASK}).status_code != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        # Whichever gateway was faster: the other's number stays unused.
-        assert http.get("/v1/models/dropped").json()["root"] in ("dropped@1", "dropped@2")
-        error(http.post("/v1/completions", json={"model": "broken", **ASK}), 404)
-    finally:
-        for watch in watches:
-            watch.stop()
-    assert len(service.registry.versions("dropped")) == 1
+        for service in services:
+            while httpx2.post(f"{service.url}/v1/completions", json=asked).status_code != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            # Whichever gateway was faster: the other's number stays unused.
+            card = httpx2.get(f"{service.url}/v1/models/dropped").json()
+            assert card["root"] in ("dropped@1", "dropped@2")
+            broken = {**asked, "model": "broken"}
+            error(httpx2.post(f"{service.url}/v1/completions", json=broken), 404)
+    assert len(services[0].registry.versions("dropped")) == 1
 
 
 @pytest.mark.parametrize("model", [BASE_NAME, "lora", "prefix-tuning"])

@@ -1,6 +1,7 @@
 """Traces as a collector gets them from OpenTelemetry's own exporter (the extra raygraft[otel])."""
 
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,11 +14,12 @@ from service import ASK, BASE_NAME, running
 
 from cluster.errors import SpecError
 from serving.app import checked
-from serving.gateway.tracing import Traces
 from serving.spec import EngineSpec, GatewaySpec, ServingSpec
 
 
-def test_spans_of_a_request(bases: Callable[[str], Path], tmp_path: Path) -> None:
+def test_spans_of_a_request(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
@@ -36,26 +38,34 @@ def test_spans_of_a_request(bases: Callable[[str], Path], tmp_path: Path) -> Non
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
+    def groups() -> list[Any]:
+        found = [ExportTraceServiceRequest.FromString(body) for body in bodies]
+        return [group for part in found for group in part.resource_spans]
+
+    def spans_of(group: Any) -> list[Any]:
+        return [span for scope in group.scope_spans for span in scope.spans]
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    traces = Traces(f"http://127.0.0.1:{server.server_port}/v1/traces", "tiny-service")
+    traces = f"http://127.0.0.1:{server.server_port}/v1/traces"
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # ms
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-    with running(bases("llama"), tmp_path, traces=traces) as service:
+    with running(bases("llama"), tmp_path, gateway={"traces": traces}) as service:
         headers = {"traceparent": f"00-{trace}-{parent}-01", "X-Request-Id": "mine"}
         body = {**ASK, "model": BASE_NAME, "prompt": "secret", "ignore_eos": True}
         url = f"{service.url}/v1/completions"
+        httpx2.get(f"{service.url}/health")
         httpx2.post(url, json=body | {"n": 2}, headers=headers)
         httpx2.post(url, json=body | {"stream": True})
         httpx2.post(url, json=body | {"model": "nobody"})
-        httpx2.get(f"{service.url}/health")
-        traces.close()
+        deadline = time.monotonic() + 30
+        while len(spans := [span for group in groups() for span in spans_of(group)]) < 12:
+            assert time.monotonic() < deadline, spans
+            time.sleep(0.05)
     server.shutdown()
     server.server_close()
-    found = [ExportTraceServiceRequest.FromString(body) for body in bodies]
-    groups = [group for part in found for group in part.resource_spans]
-    names = {a.value.string_value for g in groups for a in g.resource.attributes}
-    assert "tiny-service" in names
-    spans = [span for group in groups for scope in group.scope_spans for span in scope.spans]
+    names = {a.value.string_value for group in groups() for a in group.resource.attributes}
+    assert BASE_NAME in names
     roots = [span for span in spans if span.name == "POST /v1/completions"]
     assert len(spans) == 3 + 2 * 3 + 3
     (named,) = [span for span in roots if span.trace_id.hex() == trace]

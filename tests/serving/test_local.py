@@ -13,11 +13,23 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import structlog
 from service import Running, publish, running
 
-from cluster.errors import BaseModelError, ModelNotFoundError, RequestError, SpecError
+from cluster.errors import (
+    AuthenticationError,
+    BaseModelError,
+    ModelNotFoundError,
+    RequestError,
+    SpecError,
+    UnavailableError,
+)
+from cluster.spec import parse_spec
 from cluster.tables import open_table, write_table
 from serving.client import AsyncClient, Client
+from serving.keys import KeyStore
+from serving.local import local_spec
+from serving.spec import ServingSpec
 
 Bases = Callable[[str], Path]
 GREEDY: Any = {"max_tokens": 6, "ignore_eos": True}
@@ -61,37 +73,134 @@ def test_the_answers_are_the_services(local: Client, service: Running) -> None:
         list(local.stream("x", top_k=-1))
 
 
-def test_a_stream_comes_piece_by_piece(local: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first piece while the engine stands still behind its fourth step."""
-    asked: Any = {"adapter": "lora", "max_tokens": 40, "ignore_eos": True}
-    whole = local.generate_one("hello", **asked).text
+@pytest.fixture
+def gate(local: Client, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The engine stands still behind its fourth step, until this is set."""
     engine = transport(local)._replica._thread.engine
-    step, steps, goes_on, waits = engine.step, 0, threading.Event(), list[bool]()
+    step, steps, goes_on = engine.step, 0, threading.Event()
 
     def halting() -> Any:
         nonlocal steps
         steps += 1
-        if steps > 4:
-            waits.append(goes_on.wait(30))
+        assert steps <= 4 or goes_on.wait(30), "nobody lets the engine go on"
         return step()
 
     monkeypatch.setattr(engine, "step", halting)
+    yield goes_on
+    goes_on.set()
+    is_done(local)
+
+
+def is_done(local: Client) -> None:
+    """Wait until nothing is asked of the engine any more."""
+    service, deadline = transport(local), time.monotonic() + 30
+    while service._calls or local._loop.wait(service._replica.stats).running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def made(local: Client) -> int:
+    return local._loop.wait(transport(local)._replica.stats).generated_tokens
+
+
+def test_a_stream_comes_piece_by_piece(local: Client, gate: threading.Event) -> None:
+    """Its first piece while the engine stands still."""
+    asked: Any = {"adapter": "lora", "max_tokens": 40, "ignore_eos": True}
     stream = local.stream("hello", **asked)
     first = next(stream)
-    goes_on.set()
-    assert first + "".join(stream) == whole
+    assert not gate.is_set()
+    gate.set()
+    whole = first + "".join(stream)
     assert len(first) < len(whole)
-    assert all(waits), "it was not there until the engine went on"
+    assert whole == local.generate_one("hello", **asked).text
 
 
 def test_a_stream_that_is_left_ends_in_the_engine(local: Client) -> None:
     stream: Any = local.stream("hello", max_tokens=100, ignore_eos=True)
     next(stream)
     stream.close()
-    service, deadline = transport(local), time.monotonic() + 30
-    while service._calls or local._loop.wait(service._replica.stats).running:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    is_done(local)
+
+
+def test_what_is_given_up_ends_in_the_engine(local: Client, gate: threading.Event) -> None:
+    """By who asked, or because it took too long; before it has begun to answer."""
+    asked: Any = {"adapter": "lora", "max_tokens": 100, "ignore_eos": True}
+    service, before = transport(local), made(local)
+
+    async def hasty(timeout_s: float) -> None:
+        client = AsyncClient(transport=service, timeout_s=timeout_s, max_attempts=1)
+        await client.generate_one("hello", **asked)
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(hasty(60))
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with pytest.raises(UnavailableError, match=r"no answer within 0\.2 s"):
+        local._loop.wait(lambda: hasty(0.2))
+    local._loop.wait(cancelled)
+    gate.set()
+    is_done(local)
+    assert made(local) - before < 50
+
+
+def test_an_answer_that_breaks_off_is_told(local: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def breaks(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{", "more_body": True})
+        raise RuntimeError("a fault of ours")
+
+    async def ask() -> None:
+        client = AsyncClient(transport=transport(local), timeout_s=30, max_attempts=1)
+        await client.generate_one("hello", adapter="lora")
+
+    monkeypatch.setattr(transport(local), "_app", breaks)
+    with (
+        structlog.testing.capture_logs() as lines,
+        pytest.raises(UnavailableError, match="ended before it was whole"),
+    ):
+        local._loop.wait(ask)
+    is_done(local)
+    assert [line["error"] for line in lines] == ["RuntimeError: a fault of ours"]
+
+
+def spec_of(base: Path, folder: Path, **gateway: Any) -> ServingSpec:
+    tree = {
+        "name": "tiny", "store": str(folder / "store"), "engine": {"base_model": str(base)},
+        "gateway": gateway,
+    }  # fmt: skip
+    return parse_spec(ServingSpec, tree)
+
+
+def test_a_spec_counts_as_in_a_service(bases: Bases, tmp_path: Path) -> None:
+    """Its keys, say; but who only asks does not write to the store."""
+    _, key = KeyStore(str(tmp_path / "keys")).create("someone")
+    spec = spec_of(bases("llama"), tmp_path, keys=str(tmp_path / "keys"))
+    before = {thread.name for thread in threading.enumerate()}
+    with Client.local(spec, api_key=key) as client:
+        assert client.generate_one("hello", **GREEDY).completion_tokens == 6
+        assert [card.id for card in client.models()] == ["tiny"]
+        assert "imports" not in {thread.name for thread in threading.enumerate()} - before
+        client._async._connection._http.headers["Authorization"] = f"Bearer {key}x"
+        with pytest.raises(AuthenticationError):
+            client.generate_one("hello", **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("gateway", "fault"),
+    [({"traces": "http://127.0.0.1:9"}, r"raygraft\[otel\]"), ({"keys": "gone://keys"}, "gone")],
+)
+def test_a_start_that_fails_leaves_no_engine_behind(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gateway: Any, fault: str
+) -> None:
+    monkeypatch.setattr("serving.app._can_trace", lambda: False)
+    gc.collect()
+    before = engines()
+    with pytest.raises(SpecError, match=fault):
+        Client.local(spec_of(bases("llama"), tmp_path, **gateway))
+    assert engines() == before
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -151,6 +260,23 @@ def test_what_is_no_base_and_no_spec_is_named(tmp_path: Path) -> None:
         Client.local(tmp_path / "empty")
     with pytest.raises(SpecError, match=r"gone\.yaml: cannot be read"):
         Client.local(tmp_path / "gone.yaml")
+
+
+def test_a_spec_is_read_from_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base's folder or a YAML, of the home folder too, or a spec that is there already; what
+    overrides it is checked in each."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "spec.yaml").write_text("engine: {base_model: /base}\nname: mine\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    of_folder, of_file = local_spec("~/base"), local_spec("~/spec.yaml")
+    assert (of_folder.name, of_folder.engine.base_model) == ("base", "~/base")
+    assert (of_file.name, of_file.engine.base_model) == ("mine", "/base")
+    for source in ("~/base", "~/spec.yaml", of_file):
+        assert local_spec(source, ["store=s3://elsewhere"]).store == "s3://elsewhere"
+        with pytest.raises(SpecError, match="stores"):
+            local_spec(source, ["stores=elsewhere"])
 
 
 def test_on_the_command_line(bases: Bases, service: Running, tmp_path: Path) -> None:

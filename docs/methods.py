@@ -30,14 +30,16 @@ from cluster.spec import load_spec
 from cluster.tables import open_table
 from serving.engine import Engine, EngineSpec, GenerationRequest
 from training.command import resolved, submit
+from training.method_spec import DyLoraSpec
 from training.spec import TrainingSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 NUM_CPUS, MAX_TOKENS, CONTEXT_TOKENS = 4, 24, 512
+RANKS = (None, 8, 4, 2, 1)  # at which a DyLoRA is asked; None is its own
 HEAD = f"""# Methods, measured
 
-Written by `python docs/methods.py` up to {date.today()}; do not edit. Each row is a preset of [configs/training](../configs/training) as it stands, run by `graft train` on the demo's data: two workers on {os.cpu_count()} CPU cores, no GPU, about 2,000 rows. Accuracy is the exact match of 200 held-out rows, answered greedily by the engine; a classifier is asked in plain PEFT, and the base beside it is the share of the commonest class. Seconds are those of the training loop, and of the job with its start-up, on a machine that had other work as well, so they compare nothing; memory is the peak of one worker, of which about 600 MiB are libraries.
+Written by `python docs/methods.py` up to {date.today()}; do not edit. Each row is a preset of [configs/training](../configs/training) as it stands, run by `graft train` on the demo's data: two workers on {os.cpu_count()} CPU cores, no GPU, about 2,000 rows. Accuracy is the exact match of 200 held-out rows, answered greedily by the engine; a classifier is asked in plain PEFT, and the base beside it is the share of the commonest class; a DyLoRA is asked at lower ranks too. Seconds are those of the training loop, and of the job with its start-up, on a machine that had other work as well, so they compare nothing; memory is the peak of one worker, of which about 600 MiB are libraries.
 
 | preset | task | trained | of all | base | adapter | training, s | job, s | tokens/s | peak memory, MiB |
 |---|---|---|---|---|---|---|---|---|---|
@@ -74,8 +76,10 @@ class HeldOut:
         self._engines: dict[str, Engine] = {}
         self._plain: dict[tuple[str, Path, str], float] = {}
 
-    def adapter(self, spec: TrainingSpec, version: AdapterVersion, store: Registry) -> float:
-        """The share that an adapter answers as they are."""
+    def adapter(
+        self, spec: TrainingSpec, version: AdapterVersion, store: Registry, rank: int | None
+    ) -> float:
+        """The share that an adapter, of which a rank may be chosen, answers as they are."""
         rows = open_table(held_out(spec)).to_pylist()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder)
@@ -86,7 +90,7 @@ class HeldOut:
             engine = self._engine(spec)
             engine.add_adapter(version.name, path)
             try:
-                return matches(rows, answers(engine, rows, version.name))
+                return matches(rows, answers(engine, rows, version.name, rank))
             finally:
                 engine.remove_adapter(version.name)
 
@@ -127,10 +131,17 @@ def prompt_of(row: dict[str, str]) -> str:
     return f"{head}\n\n### Response:\n"
 
 
-def answers(engine: Engine, rows: list[dict[str, str]], adapter: str | None = None) -> list[str]:
+def answers(
+    engine: Engine,
+    rows: list[dict[str, str]],
+    adapter: str | None = None,
+    rank: int | None = None,
+) -> list[str]:
     """What an engine answers greedily."""
     requests = [
-        GenerationRequest(prompt=prompt_of(row), adapter=adapter, max_tokens=MAX_TOKENS)
+        GenerationRequest(
+            prompt=prompt_of(row), adapter=adapter, adapter_rank=rank, max_tokens=MAX_TOKENS
+        )
         for row in rows
     ]
     return [answer.text for answer in engine.generate(requests)]
@@ -161,12 +172,14 @@ def measure(preset: Path, ray: Session, store: Path, answered: HeldOut) -> Itera
     registry = Registry(str(store))
     for name, own in spec.each().items():
         version = registry.resolve(name)
-        adapter = answered.adapter(own, version, registry)
         task = held_out(own).name.removesuffix("-heldout.arrow")
         if own.task != "causal_lm":
             task += f" ({own.task.replace('_', ' ')})"
         label, metrics = f": {name}" if spec.adapters else "", dict(version.card["metrics"])
-        yield Row(preset.stem, label, task, answered.base(own), adapter, metrics, job_s)
+        for rank in RANKS if isinstance(own.method, DyLoraSpec) else (None,):
+            adapter = answered.adapter(own, version, registry, rank)
+            at = label if rank is None else f"{label} at rank {rank}"
+            yield Row(preset.stem, at, task, answered.base(own), adapter, metrics, job_s)
 
 
 def rows_of(page: Path) -> dict[str, list[str]]:

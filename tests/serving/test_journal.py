@@ -210,7 +210,7 @@ def test_a_call_killed_before_its_output_has_its_name_writes_it_again(
 
 def test_the_last_answer_of_a_row_counts(tmp_path: Path) -> None:
     """Answers are kept from call to call, errors are not."""
-    path, other = tmp_path / "out.partial", tmp_path / "other"
+    path = tmp_path / "out.partial"
     with suppress(KeyboardInterrupt), journal(path, "asked", 3) as first:
         first.add(RowResult(0, error="too long"))
         first.add(RowResult(2, "a", "stop", 1, 2))
@@ -221,12 +221,42 @@ def test_the_last_answer_of_a_row_counts(tmp_path: Path) -> None:
         second.add(RowResult(0, "b"))
         assert [second[row].completion for row in (0, 2)] == ["b", "a"]
         raise KeyboardInterrupt
-    other.write_text("x")
     with journal(path, "asked", 3) as third:
         assert third.kept == 2
         assert third[2] == RowResult(2, "a", "stop", 1, 2)
-        assert not third.is_sealed(other)
     assert not path.exists()
+
+
+def test_an_output_is_known_by_any_name(tmp_path: Path) -> None:
+    """And no other is, though it has the same content; nor is one that was touched."""
+    path, whole, other = tmp_path / "out.partial", tmp_path / "whole", tmp_path / "other"
+    for file in (whole, other):
+        file.write_text("the same")
+        os.utime(file, (1, 1))
+    with suppress(KeyboardInterrupt), journal(path, "asked", 1) as kept:
+        assert not kept.is_sealed(whole)
+        kept.seal(whole)
+        raise KeyboardInterrupt
+    named = whole.rename(tmp_path / "named")
+    with journal(path, "asked", 1) as kept:
+        known = [file for file in (whole, other, named) if kept.is_sealed(file)]
+        assert known == [named]
+        os.utime(named, (2, 2))
+        assert not kept.is_sealed(named)
+
+
+def test_a_line_that_was_cut_does_not_spoil_the_next_one(tmp_path: Path) -> None:
+    """Which goes where it was, so that a third call can read both."""
+    path = tmp_path / "out.partial"
+    for row in range(3):
+        with suppress(KeyboardInterrupt), journal(path, "asked", 4) as kept:
+            assert kept.kept == row
+            kept.add(RowResult(row, "x" * 20, "stop", 1, 2))
+            kept.add(RowResult(3, "long " * 20, "stop", 1, 2))
+            raise KeyboardInterrupt
+        os.truncate(path, path.stat().st_size - 30)
+    with journal(path, "asked", 4) as kept:
+        assert [row in kept for row in range(4)] == [True, True, True, False]
 
 
 def test_a_journal_of_other_options_is_not_mixed_in(client: Client, tmp_path: Path) -> None:
@@ -237,11 +267,22 @@ def test_a_journal_of_other_options_is_not_mixed_in(client: Client, tmp_path: Pa
         client.generate_file(
             tmp_path / "in.arrow", tmp_path / "out.arrow", adapter="lora", progress=False
         )
-    journal.write_text("not a journal\n")
-    with pytest.raises(ConflictError, match="not a journal of ours"):
-        client.generate_file(
-            tmp_path / "in.arrow", tmp_path / "out.arrow", adapter="lora", progress=False
-        )
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["not JSON"], ["[]"], ['{"asked": 1}'], ['{"fingerprint": "asked"}', "5"],
+        ['{"fingerprint": "asked"}', '{"row": -1}'], ['{"fingerprint": "asked"}', '{"row": 3}'],
+        ['{"fingerprint": "asked"}', '{"row": 1, "text": "x"}'],
+    ],
+)  # fmt: skip
+def test_a_file_of_somebody_else_is_no_journal(tmp_path: Path, lines: list[str]) -> None:
+    path = tmp_path / "out.arrow.partial"
+    path.write_text("\n".join([*lines, ""]))
+    with pytest.raises(ConflictError, match="not a journal of ours"), journal(path, "asked", 3):
+        pass
+    assert path.read_text() == "\n".join([*lines, ""])
 
 
 def test_two_calls_on_one_output_refuse_each_other(client: Client, tmp_path: Path) -> None:
@@ -249,22 +290,31 @@ def test_two_calls_on_one_output_refuse_each_other(client: Client, tmp_path: Pat
     journal = tmp_path / "out.arrow.partial"
     options: Any = {"adapter": "lora", "progress": False, **GREEDY}
     with journal.open("a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+        # The weakest that keeps others out: who only shares it would get it too.
+        fcntl.flock(other, fcntl.LOCK_SH)
         with pytest.raises(ConflictError, match="another call is writing this output"):
             client.generate_file(tmp_path / "in.arrow", tmp_path / "out.arrow", **options)
     client.generate_file(tmp_path / "in.arrow", tmp_path / "out.arrow", **options)
     assert not journal.exists()
 
 
+@pytest.mark.parametrize("is_made_anew", [False, True])
 def test_a_call_that_another_has_just_finished_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_made_anew: bool
 ) -> None:
-    """It opened the journal, and the other one removed it before it was locked."""
+    """It opened the journal, and the other one removed it before it was locked; and a third one
+    may have begun one of its own."""
     path = tmp_path / "out.arrow.partial"
-    monkeypatch.setattr("serving.journal.fcntl.flock", lambda *_: path.unlink())
+
+    def late(*_: object) -> None:
+        path.unlink()
+        if is_made_anew:
+            path.write_text("another's")
+
+    monkeypatch.setattr("serving.journal.fcntl.flock", late)
     with pytest.raises(ConflictError, match="has just written"), journal(path, "asked", 1):
         pass
-    assert not path.exists()
+    assert path.exists() == is_made_anew
 
 
 def test_a_line_cut_short_is_asked_again(client: Client, tmp_path: Path) -> None:

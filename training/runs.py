@@ -62,7 +62,8 @@ def checkpoint_name(step: int) -> str:
 def record_run(store: Store, run: Run) -> None:
     """Make the job known. Raises ConflictError if another continues the same one."""
     document = {"spec": run.spec.model_dump(mode="json"), "continues": run.continues}
-    store.create(f"runs/{run.job_id}/job.json", json.dumps(document).encode())
+    with suppress(ConflictError):  # the id is this job's alone: an answer was lost
+        store.create(f"runs/{run.job_id}/job.json", json.dumps(document).encode())
     if run.continues is not None:
         try:
             _conclude(store, run.continues, {"continued_by": run.job_id})
@@ -228,4 +229,10 @@ def finish(store: Store, run: Run, published: str) -> None:
 
 
 def _conclude(store: Store, job_id: str, outcome: dict[str, str]) -> None:
-    store.create(f"runs/{job_id}/outcome.json", json.dumps(outcome).encode())
+    """Raises ConflictError if it ended otherwise."""
+    key = f"runs/{job_id}/outcome.json"
+    try:
+        store.create(key, json.dumps(outcome).encode())
+    except ConflictError:
+        if json.loads(store.read(key)) != outcome:  # else an answer was lost
+            raise

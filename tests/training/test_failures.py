@@ -5,15 +5,16 @@ import pickle
 import re
 import resource
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
+from itertools import chain, cycle, repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray.train
 import torch
+from adapters import make_adapter
 from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
     MotoRequestHandler,
@@ -24,7 +25,8 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from werkzeug.serving import make_server
 
-from cluster.errors import StoreError
+from cluster.errors import ConflictError, StoreError
+from cluster.registry import Registry
 from cluster.store import open_store
 from training import job, worker
 from training import reporter as reporter_module
@@ -36,6 +38,7 @@ from training.runs import (
     Run,
     checkpoint_name,
     fetch_folder,
+    finish,
     own_checkpoint,
     record_run,
     upload_folder,
@@ -157,18 +160,18 @@ def test_a_failed_upload_leaves_no_local_folder(reporter: Reporter, tmp_path: Pa
 
 
 class Faults:
-    """S3 whose next `left` requests by one of `methods` are answered by `status`; those of them
-    that write are done nevertheless if `are_done`."""
+    """S3 that answers requests by one of `methods` with `status` as often as `fails` says so; those
+    of them that write are done nevertheless if `are_done`."""
 
     def __init__(self, application: Any) -> None:
         self._application = application
-        self.status, self.methods, self.left, self.are_done = "503 Slow Down", {"PUT"}, 0, False
+        self.status, self.methods, self.are_done = "503 Slow Down", {"PUT"}, False
+        self.fails: Iterator[bool] = repeat(False)
         self.given = 0
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
-        if environ["REQUEST_METHOD"] not in self.methods or not self.left:
+        if environ["REQUEST_METHOD"] not in self.methods or not next(self.fails):
             return self._application(environ, start_response)
-        self.left -= 1
         self.given += 1
         if self.are_done:
             [*self._application(environ, lambda *_: None)]
@@ -215,13 +218,31 @@ def test_a_store_that_does_not_answer_for_a_while_costs_nothing(
     """Whether what it answers so is done or not."""
     store = open_store(job_in_s3.spec.output.store)
     reporter = Reporter(store, "job", Place())
-    faults.left, faults.are_done = 3, are_done
+    faults.fails, faults.are_done = chain(repeat(True, 3), repeat(False)), are_done
     name = upload(reporter, tmp_path / "10", 10)
     assert faults.given == 3
     assert own_checkpoint(store, "job") == f"runs/job/{name}"
     fetch_folder(store, f"runs/job/{name}", tmp_path / "fetched")
     state, progress = read_checkpoint(tmp_path / "fetched")
     assert (state["param/a"].tolist(), progress.step) == ([10.0] * 4, 10)
+
+
+def test_a_job_whose_every_write_seems_lost_is_published_all_the_same(
+    job_in_s3: Run, faults: Faults, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Each first answer is 503, and what it asked for is done: a job that goes on from another."""
+    store = open_store(job_in_s3.spec.output.store)
+    adapter = make_adapter("lora", bases("llama"), tmp_path / "adapter")
+    faults.fails, faults.are_done = cycle([True, False]), True
+    run = Run("next", job_in_s3.spec, continues="job")
+    record_run(store, job_in_s3)
+    record_run(store, run)
+    version = Registry(store).publish("mine", adapter)
+    finish(store, run, version.ref)
+    assert faults.given >= 8
+    assert Registry(store).resolve("mine") == version
+    with pytest.raises(ConflictError, match="continued by next already"):
+        record_run(store, Run("another", job_in_s3.spec, continues="job"))
 
 
 def test_a_store_that_takes_nothing_more_ends_the_job_and_keeps_its_checkpoint(
@@ -231,7 +252,7 @@ def test_a_store_that_takes_nothing_more_ends_the_job_and_keeps_its_checkpoint(
     record_run(store, job_in_s3)
     reporter = Reporter(store, "job", Place())
     upload(reporter, tmp_path / "10", 10)
-    faults.status, faults.left = "403 Forbidden", sys.maxsize
+    faults.status, faults.fails = "403 Forbidden", repeat(True)
     with pytest.raises(StoreError) as caught:
         upload(reporter, tmp_path / "20", 20)
     failure = WorkerGroupError("", {0: caught.value})
@@ -243,6 +264,6 @@ def test_a_store_that_takes_nothing_more_ends_the_job_and_keeps_its_checkpoint(
 
 def test_a_store_that_cannot_be_read_hides_no_reason(job_in_s3: Run, faults: Faults) -> None:
     store = open_store(job_in_s3.spec.output.store)
-    faults.status, faults.methods, faults.left = "403 Forbidden", {"GET", "HEAD"}, sys.maxsize
+    faults.status, faults.methods, faults.fails = "403 Forbidden", {"GET", "HEAD"}, repeat(True)
     assert job._reason(StoreError("no room"), store, job_in_s3) == "no room"
     assert "can be read again: graft train --resume job" in job._advice(store, job_in_s3)

@@ -155,6 +155,26 @@ async def failovers(http: httpx2.AsyncClient) -> float:
     return sum(map(float, told))
 
 
+def until_all_are_up(service: Service) -> None:
+    """Each gateway shows figures of as many engines as have a process, one of which has answered:
+    none is coming up or leaving, and the gateways are all there."""
+
+    async def scraped() -> list[str]:
+        await answer_some(service)  # with nothing to do they would go before they told
+        async with connected(service) as http:
+            return list((await pages(http)).values())
+
+    def are_up() -> bool:
+        for page in asyncio.run(scraped()):
+            lines = page.splitlines()
+            steps = [line for line in lines if line.startswith("graft_engine_steps_total{replica=")]
+            if len(steps) != len(replicas()) or all(step.endswith(" 0.0") for step in steps):
+                return False
+        return True
+
+    until(are_up, timeout_s=60, what="replicas whose figures are not shown")
+
+
 async def grow(service: Service, count: int) -> None:
     """Waves of requests until there are so many replicas; every answer is checked."""
     async with connected(service) as http:
@@ -193,20 +213,7 @@ def test_more_load_more_replicas_and_no_answer_changes(service: Service) -> None
 
 
 def test_each_gateway_shows_the_figures_of_every_replica(service: Service) -> None:
-    async def scraped() -> list[str]:
-        await answer_some(service)  # with nothing to do they would go before they told
-        async with connected(service) as http:
-            return list((await pages(http)).values())
-
-    def told() -> bool:
-        for page in asyncio.run(scraped()):
-            lines = page.splitlines()
-            steps = [line for line in lines if line.startswith("graft_engine_steps_total{replica=")]
-            if len(steps) != len(replicas()) or all(step.endswith(" 0.0") for step in steps):
-                return False
-        return True
-
-    until(told, timeout_s=30, what="replicas whose figures are not shown")
+    until_all_are_up(service)
 
 
 def test_killed_replicas_cost_nobody_a_token(service: Service) -> None:
@@ -392,9 +399,6 @@ def test_a_terminated_service_finishes_what_runs_and_leaves_no_process(service: 
 
     async def last() -> list[str]:
         async with connected(service) as http:
-            # Serve ends a replica that is coming up when it has come up: there must be none, and
-            # so few requests that none is wanted.
-            await pages(http)
             asked = [asyncio.create_task(ask(http, n)) for n in range(20)]
             await asyncio.sleep(0.3)
             assert not all(task.done() for task in asked), "nothing ran when it was terminated"
@@ -403,7 +407,9 @@ def test_a_terminated_service_finishes_what_runs_and_leaves_no_process(service: 
             return await asyncio.gather(*asked)
 
     own: list[psutil.Process] = []
-    asyncio.run(answer_some(service))
+    # Serve ends a replica that is coming up when it has come up: there must be none, and so few
+    # requests that none is wanted.
+    until_all_are_up(service)
     assert asyncio.run(last()) == service.expected[:20]
 
     def is_gone() -> bool:

@@ -103,10 +103,9 @@ class Journal:
     def _keep(self, result: RowResult, begin: int) -> None:
         if result.row < 0:
             raise IndexError(result.row)
-        is_new = self._begins[result.row] == _NONE
         if result.error is None:
             self._begins[result.row] = begin
-            self.kept += is_new
+            self.kept += 1
 
     def _check(self, found: str, fingerprint: str) -> None:
         if found != fingerprint:

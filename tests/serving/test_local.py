@@ -178,11 +178,10 @@ def test_a_spec_counts_as_in_a_service(bases: Bases, tmp_path: Path) -> None:
     """Its keys, say; but who only asks does not write to the store."""
     _, key = KeyStore(str(tmp_path / "keys")).create("someone")
     spec = spec_of(bases("llama"), tmp_path, keys=str(tmp_path / "keys"))
-    before = {thread.name for thread in threading.enumerate()}
     with Client.local(spec, api_key=key) as client:
         assert client.generate_one("hello", **GREEDY).completion_tokens == 6
         assert [card.id for card in client.models()] == ["tiny"]
-        assert "imports" not in {thread.name for thread in threading.enumerate()} - before
+        assert "imports" not in {thread.name for thread in threading.enumerate()}
         client._async._connection._http.headers["Authorization"] = f"Bearer {key}x"
         with pytest.raises(AuthenticationError):
             client.generate_one("hello", **GREEDY)

@@ -68,7 +68,10 @@ class LocalCopies:
         except OSError as error:
             # Otherwise somebody beside us was faster, with the same bytes.
             if not self._is_sound(version, target, pause):
-                raise StoreError(f"cache {target}: {error.strerror}") from error
+                raise StoreError(
+                    f"cache {target}: cannot be made ({error.strerror}); free room there, or name "
+                    "another folder"
+                ) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return target

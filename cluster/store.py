@@ -141,26 +141,35 @@ class Store:
             return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in result["common_prefixes"])
 
     def download(self, key: str, to: Path, pause: Callable[[], None] = lambda: None) -> None:
-        """Copy `key` into the file `to` (its folder exists). Raises NotFoundError.
+        """Copy `key` into the file `to` (its folder exists). Raises NotFoundError, and StoreError
+        where either cannot be read or written.
 
         Args:
             pause: Called after each small piece, for who downloads beside other work.
         """
-        with storage_faults(f"{self.uri}/{key}"), to.open("wb") as file:
-            for piece in self._pieces(_checked(key)):
-                file.write(piece)
-                pause()
+        pieces = self._pieces(_checked(key))
+        try:
+            with to.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                    pause()
+        except OSError as error:  # the store's own come as StoreError
+            raise StoreError(
+                f"{to}: cannot be written ({error.strerror}); free room there, or name another "
+                "folder"
+            ) from error
 
     def _pieces(self, key: str) -> Iterator[Any]:
         """The bytes of a key, as buffers of 64 KiB or so."""
         folder = self.local_path()
-        if folder is None:
-            yield from obstore.get(self._store, key).stream(min_chunk_size=_PIECE_BYTES)
-            return
-        # obstore streams a file in 8 KiB, each through another thread (docs/log.md).
-        with (folder / key).open("rb") as file:
-            while piece := file.read(_PIECE_BYTES):
-                yield piece
+        with storage_faults(f"{self.uri}/{key}"):
+            if folder is None:
+                yield from obstore.get(self._store, key).stream(min_chunk_size=_PIECE_BYTES)
+                return
+            # obstore streams a file in 8 KiB, each through another thread (docs/log.md).
+            with (folder / key).open("rb") as file:
+                while piece := file.read(_PIECE_BYTES):
+                    yield piece
 
     def delete(self, key: str) -> None:
         """Remove `key`; absent is fine."""

@@ -113,9 +113,10 @@ async def run_batch(
     schema, num_rows = _checked(table, target), table.num_rows()
     asked = _Asked(column, adapter, adapter_column, options)
     partial = target.with_name(f"{target.name}.partial")
+    fingerprint = _fingerprint(source, asked)  # takes long: another call may end meanwhile
     if not partial.exists():
         _check_free(target, overwrite)
-    with journal(partial, _fingerprint(source, asked), num_rows) as kept:
+    with journal(partial, fingerprint, num_rows) as kept:
         resumed = kept.kept
         if kept.is_sealed(target):
             counts = Counter(failed=num_rows - resumed)

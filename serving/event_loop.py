@@ -6,6 +6,7 @@ Knows nothing of what runs in it; `serving.client` does.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
@@ -25,12 +26,23 @@ class EventLoop:
             begun.set_result((asyncio.get_running_loop(), closing))
             await closing.wait()
 
-        self._thread = threading.Thread(target=lambda: asyncio.run(live()), daemon=True)
+        def run() -> None:
+            try:
+                asyncio.run(live())
+            except BaseException as error:  # as where no more files may be open
+                if begun.done():
+                    raise
+                begun.set_exception(error)
+
+        self._leaving = set[asyncio.Future[None]]()
+        self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
         self._loop, self._closing = begun.result()
+        atexit.register(self.close)  # later the thread stands still, and who waits for it too
 
     def close(self) -> None:
         """End, and whatever still runs."""
+        atexit.unregister(self.close)
         self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join()
 
@@ -60,5 +72,9 @@ class EventLoop:
             while (item := self.wait(lambda: anext(items, None))) is not None:
                 yield item
         finally:
-            if not self._loop.is_closed():  # with the loop every generator has ended
+            if threading.current_thread() is self._thread:  # the collector came by here
+                leaving = asyncio.ensure_future(items.aclose(), loop=self._loop)
+                self._leaving.add(leaving)
+                leaving.add_done_callback(self._leaving.discard)
+            elif not self._loop.is_closed():  # with the loop every generator has ended
                 self.wait(items.aclose)

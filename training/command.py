@@ -107,7 +107,7 @@ def train(
         if not follow and not ray.started_here:
             typer.echo(f"follow it with: graft jobs logs {job_id} --follow")
             return
-        _follow(ray, job_id)
+        _follow(ray, job_id, job.output.store)
 
 
 def _show(path: Path, planned: Mapping[str, Plan]) -> None:
@@ -122,8 +122,8 @@ def _show(path: Path, planned: Mapping[str, Plan]) -> None:
             typer.echo(f"row {number}, what is learned in ⟦⟧: {text}")
 
 
-def _follow(session: Session, job_id: str) -> None:
-    """Print the log until the job ends; Ctrl+C stops the job."""
+def _follow(session: Session, job_id: str, store: str) -> None:
+    """Print the log until the job ends; Ctrl+C stops the job, SIGTERM one on our own cluster."""
     from cluster import jobs
 
     try:
@@ -131,8 +131,17 @@ def _follow(session: Session, job_id: str) -> None:
             text = readable(line)
             if text is not None:
                 typer.echo(text)
-    except KeyboardInterrupt:
-        jobs.stop(session, job_id)
+    except (KeyboardInterrupt, SystemExit) as end:  # the second is what SIGTERM makes
+        if isinstance(end, KeyboardInterrupt):
+            jobs.stop(session, job_id)
+        elif not session.started_here:
+            raise
+        # The store is not asked: it may take minutes not to answer.
+        typer.echo(
+            f"job {job_id} ends here; if it has a checkpoint, it goes on with: "
+            f"graft train --resume {job_id} --store {store}",
+            err=True,
+        )
         raise
     jobs.wait(session, job_id)
 

@@ -170,7 +170,16 @@ def as_work(
             is_packed=is_packed,
         )
 
-    count_notices, noticed = options.get("count_notices", int), 0
+    noticed = 0
+
+    def is_noticed() -> bool:
+        """Whether one more machine will be taken away. Workers learn of it at different moments;
+        whoever was first has all save at this step."""
+        nonlocal noticed
+        known, count = noticed, options.get("count_notices", int)()
+        noticed = int(_over_workers(count, place, dist.ReduceOp.MAX))
+        return noticed > known
+
     for step in range(progress.step, steps):
         if evaluator and evaluator.is_over:
             break
@@ -187,9 +196,7 @@ def as_work(
             told = scale.value if scale.is_dynamic else None
             options.get("on_log", print)(replace(line, loss_scale=told))
         is_saved = (step + 1) % spec.checkpoint_every_steps == 0 or is_last
-        # Workers learn of it at different moments; whoever was first has all save at this step.
-        known, noticed = noticed, int(_over_workers(count_notices(), place, dist.ReduceOp.MAX))
-        if noticed > known:
+        if is_noticed():
             is_saved = True
             options.get("on_notice", print)(step + 1)
         if is_saved:

@@ -123,3 +123,12 @@ def test_a_folder_without_rights(tmp_path: Path) -> None:
     (tmp_path / "store" / "sub").write_text("a file where a folder should be")
     with pytest.raises(StoreError):
         store.create("sub/key", b"")
+
+
+def test_a_file_that_cannot_be_written_is_told_by_its_own_name(
+    store: Store, tmp_path: Path
+) -> None:
+    store.create("key", b"bytes")
+    file = tmp_path / "full" / "file"
+    with pytest.raises(StoreError, match=f"^{file}: cannot be written .*; free room there"):
+        store.download("key", file)

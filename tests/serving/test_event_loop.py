@@ -1,7 +1,10 @@
 """An event loop for code that has none: what it is given runs, ends, and can be interrupted."""
 
 import asyncio
+import gc
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
@@ -98,3 +101,69 @@ def test_what_fails_fails_here() -> None:
     with pytest.raises(TypeError, match="no such argument"):
         loop.wait(refuse)
     loop.close()
+
+
+def test_an_iteration_that_the_collector_ends_in_the_loops_own_thread_stops_nobody() -> None:
+    ended = threading.Event()
+
+    async def count() -> AsyncGenerator[int]:
+        try:
+            yield 1
+        finally:
+            await asyncio.sleep(0)
+            ended.set()
+
+    class Holder:
+        items: Any
+
+    async def collect() -> int:
+        return gc.collect()
+
+    loop, holder = EventLoop(), Holder()
+    holder.items = [holder, loop.iterate(count())]
+    assert next(holder.items[1]) == 1
+    gc.disable()
+    try:
+        del holder
+        loop.wait(collect)
+    finally:
+        gc.enable()
+    assert ended.wait(10)
+    loop.close()
+
+
+LEFT = """
+import asyncio
+from serving.event_loop import EventLoop
+
+async def count():
+    try:
+        yield 1
+        yield 2
+    finally:
+        await asyncio.sleep(0)
+        print("in order", flush=True)
+
+items = EventLoop().iterate(count())
+print(next(items))
+"""
+NO_FILES = """
+import asyncio, resource
+from serving.event_loop import EventLoop
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+try:
+    EventLoop()
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "said"), [(LEFT, "1\nin order\n"), (NO_FILES, "Too many open files\n")]
+)
+def test_a_program_ends_whatever_it_leaves_behind(script: str, said: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.stdout, ended.returncode) == (said, 0), ended.stderr

@@ -99,7 +99,8 @@ def test_a_notice_has_all_workers_save_at_the_same_step(
     last = f"checkpoint-{STEPS}"
     assert saved == {told.folder: {"checkpoint-2", "checkpoint-5", last}, calm.folder: {last}}
     for name in (f"{last}/state.safetensors", "adapter/adapter_model.safetensors"):
-        assert (resumed.folder / name).read_bytes() == (calm.folder / name).read_bytes(), name
+        for case in (told, resumed):
+            assert (case.folder / name).read_bytes() == (calm.folder / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("row", TRAINED)

@@ -12,8 +12,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,11 @@ def request(number: int) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def service(
-    ray_cluster: RayCluster, bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("service")
+@contextmanager
+def serving(
+    ray_cluster: RayCluster, bases: Callable[[str], Path], folder: Path
+) -> Generator[Service]:
+    """Until it has ended, after SIGTERM if it has none yet."""
     base = shutil.copytree(bases("llama"), folder / "base")
     registry = Registry(str(folder / "store"))
     engine = Engine(EngineSpec(base_model=str(base)))
@@ -91,6 +91,14 @@ def service(
         process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 0, output
+
+
+@pytest.fixture(scope="module")
+def service(
+    ray_cluster: RayCluster, bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    with serving(ray_cluster, bases, tmp_path_factory.mktemp("service")) as service:
+        yield service
 
 
 def replicas() -> list[int]:
@@ -141,7 +149,7 @@ def until(condition: Callable[[], object], *, timeout_s: float, what: str) -> No
 async def pages(http: httpx2.AsyncClient) -> dict[str, str]:
     """/metrics of every gateway, by its id: each answers for itself, and so many at once reach the
     busier one too."""
-    found, deadline = dict[str, str](), time.monotonic() + 30
+    found, deadline = dict[str, str](), time.monotonic() + 90
     while len(found) < GATEWAYS:
         assert time.monotonic() < deadline, "a gateway is never asked"
         for page in await asyncio.gather(*(http.get("/metrics") for _ in range(20))):
@@ -390,31 +398,39 @@ def test_requests_pass_without_serves_controller(service: Service) -> None:
     until(lambda: bool(processes("ServeController")), timeout_s=30, what="no controller")
 
 
-def test_a_terminated_service_finishes_what_runs_and_leaves_no_process(service: Service) -> None:
-    """The last one: SIGTERM while answers are on their way."""
+def test_a_terminated_service_finishes_what_runs_and_leaves_no_process(
+    service: Service, ray_cluster: RayCluster, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """SIGTERM while answers are on their way; to a new one with all its parts, as Serve ends a
+    replica that is coming up only when it has come up."""
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(90) == 0
+    with serving(ray_cluster, bases, tmp_path) as fresh:
+        terminate(fresh)
+
+
+def terminate(service: Service) -> None:
     kinds = ("ServeReplica", "ProxyActor", "ServeController")
 
-    def there() -> list[int]:
-        return [pid for kind in kinds for pid in processes(kind)]
+    def there() -> list[psutil.Process]:
+        return [psutil.Process(pid) for kind in kinds for pid in processes(kind)]
 
     async def last() -> list[str]:
         async with connected(service) as http:
             asked = [asyncio.create_task(ask(http, n)) for n in range(20)]
             await asyncio.sleep(0.3)
             assert not all(task.done() for task in asked), "nothing ran when it was terminated"
-            own.extend(map(psutil.Process, there()))
+            own.extend(there())
             service.process.send_signal(signal.SIGTERM)
             return await asyncio.gather(*asked)
 
     own: list[psutil.Process] = []
-    # Serve ends a replica that is coming up when it has come up: there must be none, and so few
-    # requests that none is wanted.
-    until_all_are_up(service)
+    until_all_are_up(service)  # and with so few requests no more are wanted
     assert asyncio.run(last()) == service.expected[:20]
 
-    def is_gone() -> bool:
-        # A process that has ended and whom nobody has waited for counts as running.
-        return not there() and not any(process.is_running() for process in own)
-
-    until(is_gone, timeout_s=10, what="processes are left")
+    deadline = time.monotonic() + 10
+    # A process that has ended and whom nobody has waited for counts as running.
+    while left := {*there(), *(process for process in own if process.is_running())}:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
     assert service.process.wait(10) == 0

@@ -61,10 +61,10 @@ def submit(
     The job runs with this Python where its path exists on the cluster's head (the same machine or
     image), else with the head's `python`; GRAFT_PYTHON names another.
     """
-    runtime_env = {
-        **our_code(),
-        "env_vars": {**store_credentials(), **(env or {})},
-    }
+    # Ray would leave out lines that are like another process's but for their numbers, as those of
+    # a job's next worker are.
+    env_vars = {"RAY_DEDUP_LOGS": "0", **store_credentials(), **(env or {})}
+    runtime_env = {**our_code(), "env_vars": env_vars}
     python = shlex.quote(os.environ.get("GRAFT_PYTHON", sys.executable))
     entrypoint = (
         f'P={python}; command -v "$P" >/dev/null || P=python; '

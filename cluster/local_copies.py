@@ -19,6 +19,7 @@ from pathlib import Path
 from cluster.adapter_folder import CONTENT, marks
 from cluster.errors import CopyChangedError, StoreError
 from cluster.registry import AdapterVersion, Registry, file_entry
+from cluster.store import unwritable
 
 _log = logging.getLogger("graft.copies")
 
@@ -51,10 +52,7 @@ class LocalCopies:
             self._cache.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=self._cache))
         except OSError as error:
-            raise StoreError(
-                f"cache {self._cache}: cannot be written ({error.strerror}); free room there, or "
-                "name another folder"
-            ) from error
+            raise unwritable(f"cache {self._cache}", error) from error
         try:
             fresh = scratch / "fresh"
             fresh.mkdir(mode=0o700)
@@ -68,10 +66,7 @@ class LocalCopies:
         except OSError as error:
             # Otherwise somebody beside us was faster, with the same bytes.
             if not self._is_sound(version, target, pause):
-                raise StoreError(
-                    f"cache {target}: cannot be made ({error.strerror}); free room there, or name "
-                    "another folder"
-                ) from error
+                raise unwritable(f"cache {target}", error) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return target

@@ -154,10 +154,7 @@ class Store:
                     file.write(piece)
                     pause()
         except OSError as error:  # the store's own come as StoreError
-            raise StoreError(
-                f"{to}: cannot be written ({error.strerror}); free room there, or name another "
-                "folder"
-            ) from error
+            raise unwritable(to, error) from error
 
     def _pieces(self, key: str) -> Iterator[Any]:
         """The bytes of a key, as buffers of 64 KiB or so."""
@@ -272,6 +269,13 @@ def storage_faults(what: str) -> Generator[None]:
             f"{what}: storage failed: {_first_line(error)}; see that it answers and has room, then "
             "try again"
         ) from error
+
+
+def unwritable(what: object, error: OSError) -> StoreError:
+    """The error for a file or folder of this machine that cannot be written."""
+    return StoreError(
+        f"{what}: cannot be written ({error.strerror}); free room there, or name another folder"
+    )
 
 
 def _first_line(error: BaseException) -> str:

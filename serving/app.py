@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +15,8 @@ from cluster.errors import ClusterError, ConflictError, NotFoundError, SpecError
 from cluster.names import absolute_path
 from cluster.session import Session
 from serving.spec import ServingSpec
+
+_NAMESPACE = "serve"  # of Ray Serve's actors
 
 
 def checked(spec: ServingSpec) -> ServingSpec:
@@ -51,31 +54,90 @@ def running(spec: ServingSpec, session: Session) -> Generator[str]:
     """
     port = _port(spec)
     serve = _serve(session)
-    from serving.deployment import CONTROLLER, PROXY, engines_of
+    from serving.deployment import CONTROLLER, PROXY
 
-    others = list(serve.status().applications)
-    if others:
+    if _controller() is not None:
+        there = ", ".join(serve.status().applications) or "no application"
         raise ConflictError(
-            f"Ray Serve runs {', '.join(others)} on this cluster already, and Graft's service "
-            "needs its port and route; stop that, give --update if it is this service, or use "
-            "another cluster"
+            f"Ray Serve runs {there} on this cluster already, and Graft's service needs its port, "
+            "route and settings; stop that with `serve shutdown`, give --update if it is this "
+            "service, or use another cluster"
         )
-    serve.start(
-        http_options={"host": spec.gateway.host, "port": port},
-        controller_options={
-            "runtime_env": {"env_vars": CONTROLLER | (PROXY if session.started_here else {})}
-        },
-    )
+    variables = CONTROLLER | (PROXY if session.started_here else {})
     try:
-        _deploy(serve, spec)
+        with _starting(spec):
+            serve.start(
+                http_options={"host": spec.gateway.host, "port": port},
+                controller_options={"runtime_env": {"env_vars": variables}},
+            )
+            _deploy(serve, spec)
         yield _url(spec.gateway.host, port)
     finally:
-        # In this order: the gateways finish what they have taken, and need the engines for it.
-        serve.delete(spec.name)
-        serve.delete(engines_of(spec))
+        if _controller() is not None:
+            _take_down(serve, spec, session)
+
+
+def _controller() -> Any:
+    """Ray Serve's controller on this cluster, None if there is none."""
+    import ray
+
+    try:
+        return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace=_NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _take_down(serve: Any, spec: ServingSpec, session: Session) -> None:
+    """Once the gateways have finished what they have taken, for which they need the engines."""
+    from serving.deployment import engines_of
+
+    try:
+        _delete(serve, spec.name)
+    finally:  # a second signal breaks that off
+        for application in (spec.name, engines_of(spec)):
+            _delete(serve, application, at_once=True)
         # A cluster of our own ends with the session; on another, Serve may have other work.
         if not session.started_here and not serve.status().applications:
-            serve.shutdown()
+            _end(serve)
+
+
+def _delete(serve: Any, application: str, *, at_once: bool = False) -> None:
+    """Returns when its replicas have ended. Serve's own waiting gives up after a minute, which a
+    stream may well take longer than.
+
+    Args:
+        at_once: kill them: Serve would wait for what runs, and for an engine that loads its base.
+    """
+    serve.delete(application, _blocking=False)
+    while application in serve.status().applications:
+        if at_once:
+            _kill_actors(f"SERVE_REPLICA::{application}#")
+        time.sleep(0.5)
+
+
+def _end(serve: Any) -> None:
+    """End Serve on the cluster, whose own call does nothing, and says so nowhere, if its controller
+    is busy for some seconds. Raises ClusterError if it is for a minute."""
+    deadline = time.monotonic() + 60
+    while _controller() is not None:
+        if time.monotonic() > deadline:
+            raise ClusterError("Ray Serve does not end; see its controller's log, `serve shutdown`")
+        serve.shutdown()
+        time.sleep(0.2)
+    # A controller that was started again knows nothing of a proxy that its node needs no more.
+    _kill_actors("SERVE_PROXY_ACTOR")
+
+
+def _kill_actors(prefix: str) -> None:
+    """End Serve's actors whose names begin so."""
+    import ray
+
+    # Any: of all namespaces its items are no names, which its own types do not tell.
+    actors: Any = ray.util.list_named_actors(all_namespaces=True)
+    for actor in actors:
+        if actor["namespace"] == _NAMESPACE and actor["name"].startswith(prefix):
+            with suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(**actor))
 
 
 def _can_trace() -> bool:
@@ -127,7 +189,8 @@ def roll_over(spec: ServingSpec, session: Session) -> str:
             f"{bases_of(spec)}, and no update changes them under running requests; stop and start "
             "it, or start the other one on another cluster"
         )
-    _deploy(serve, spec)
+    with _starting(spec):
+        _deploy(serve, spec)
     return _url(host, port)
 
 
@@ -149,21 +212,28 @@ def _serve(session: Session) -> Any:
 
 def _deploy(serve: Any, spec: ServingSpec) -> None:
     """Bring both applications to `spec`; returns when every part answers."""
-    from ray.serve.exceptions import RayServeException
-
     from serving.deployment import build, engines_of
 
+    engines, gateways = build(spec)
+    serve.run(engines, name=engines_of(spec), route_prefix=None)
+    if not spec.replicas.min:
+        # There may be no engine yet, and the first one is started by a request: whatever keeps it
+        # from coming up then, a later one must find it mended. Not before: an update whose engines
+        # do not come up has to end.
+        patient, _ = build(spec, patiently=True)
+        serve.run(patient, name=engines_of(spec), route_prefix=None)
+    serve.run(gateways, name=spec.name, route_prefix="/")
+
+
+@contextmanager
+def _starting(spec: ServingSpec) -> Generator[None]:
+    """What Serve and Ray raise of parts that do not come up, as ClusterError."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
     try:
-        engines, gateways = build(spec)
-        serve.run(engines, name=engines_of(spec), route_prefix=None)
-        if not spec.replicas.min:
-            # There may be no engine yet, and the first one is started by a request: whatever keeps
-            # it from coming up then, a later one must find it mended. Not before: an update whose
-            # engines do not come up has to end.
-            patient, _ = build(spec, patiently=True)
-            serve.run(patient, name=engines_of(spec), route_prefix=None)
-        serve.run(gateways, name=spec.name, route_prefix="/")
-    except (RuntimeError, RayServeException) as error:
+        yield
+    except (RuntimeError, TimeoutError, RayError, RayServeException) as error:
         raise ClusterError(f"service {spec.name!r} did not come up: {error}") from error
 
 

@@ -41,6 +41,7 @@ def serve(
 ) -> None:
     """Serve a base model and every adapter of a store over HTTP, until interrupted."""
     import signal
+    import sys
     import threading
 
     from cluster.session import session
@@ -61,7 +62,9 @@ def serve(
         typer.echo(f"{service.name} and the adapters of {service.store}: {url}/v1")
         while not stop.wait(0.5):
             pass
-        typer.echo("stopping")
+        typer.echo("stopping; what runs is finished first, a second signal cuts it off")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
 
 
 def generate(

@@ -45,7 +45,15 @@ _TRANSPORT = {
 # Of Serve's controller, whose environment its proxies have too. A deployment that never had a
 # replica counts as failed, for good, after so many failed starts for each that it should have, or
 # after its own max_constructor_retry_count if that is less; that alone shall decide here.
-CONTROLLER = {**_TRANSPORT, "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000"}
+CONTROLLER = {
+    **_TRANSPORT,
+    "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",
+    # A proxy asks the gateways of its own node alone as long as they take requests, and they take
+    # thousands: whoever knows one node's address would never reach the others.
+    "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
+    # On a machine that starts other things too, a proxy may well need more than its own 5 s.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
 # On a cluster of our own: on another its proxies may serve others, and have a callback of theirs.
 PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.ingress:middleware"}
 _STARTS = 3

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import uuid
@@ -227,17 +226,6 @@ def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
     return make
 
 
-def served_at(process: subprocess.Popen[str]) -> str:
-    """The URL that `graft serve` in `process` tells once it answers; fails if it ends before."""
-    assert process.stdout is not None
-    lines: list[str] = []
-    for line in process.stdout:
-        lines.append(line)
-        if found := re.search(r"(http://\S+)/v1", line):
-            return found[1]
-    pytest.fail("".join(lines))
-
-
 @dataclass(frozen=True)
 class RayCluster:
     """A cluster in a process of its own. `env` is what a caller needs to be let in."""
@@ -274,7 +262,10 @@ def running_cluster(*cpus: int) -> Iterator[RayCluster]:
         where = next((line for line in process.stdout if line.startswith("{")), None)
         assert where is not None, "the cluster did not start; its error is above"
         yield RayCluster(**json.loads(where), env=secret, process=process)
-        process.communicate(timeout=60)
+        try:
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 Some run at the same time: most of a job this small is start-up, and some of that is waiting.
 """
 
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-from commands import Ended, finish, graft, kill_worker, overrides, read_until, start
+from commands import Command, Ended, graft, kill_worker, overrides, run
 
 from cluster.registry import Registry
 from cluster.tables import write_table
@@ -79,15 +78,15 @@ def started(dashboard: str, base: Path, folder: Path) -> Iterator[Jobs]:
              "data.format=prompt_completion", "checkpoint_every_steps=10",
              "log_every_steps=5")  # fmt: skip
     bad = ("data.format=prompt_completion", f"data.train={folder}/bad.arrow")
-    running: list[subprocess.Popen[str]] = []
+    running: list[Command] = []
     train = partial(_train, dashboard, running)
     middle = "category-lora-16: step 15/60"
     goes_on = ("bitfit", "stopped", *small, "max_steps=100000", "workers.count=[1, 2]",
                "precision=fp16")  # fmt: skip
     with ThreadPoolExecutor(max_workers=AT_ONCE) as threads:
         do = threads.submit
-        lora = do(lambda: finish(train("lora", "lora", "workers.cpus=4")))
-        failed = do(lambda: finish(train("lora", "failed", *bad)))
+        lora = do(lambda: train("lora", "lora", "workers.cpus=4").finish())
+        failed = do(lambda: train("lora", "failed", *bad).finish())
         killed = do(lambda: _kill_and_look(
             train("prompt_tuning", "killed", *small, *EVALUATED, "max_steps=200")))  # fmt: skip
         several = do(lambda: _kill(train("sweep", "sweep", *small, *SWEEP), middle))
@@ -95,20 +94,21 @@ def started(dashboard: str, base: Path, folder: Path) -> Iterator[Jobs]:
         tamed = do(lambda: _go_on(dashboard, several.result().job, *TAME))
         yield Jobs(lora, killed, several, tamed, failed, stopped)
         threads.shutdown(wait=False, cancel_futures=True)
-        for process in running:  # only after a test that failed
-            process.kill()
+        for job in running:  # only after a test that failed
+            job.process.kill()
 
 
-def _kill(job: subprocess.Popen[str], at: str) -> Ended:
-    return finish(job, kill_worker(job, at, _has_checkpoint))
+def _kill(job: Command, at: str) -> Ended:
+    kill_worker(job, at, _has_checkpoint)
+    return job.finish()
 
 
-def _kill_and_look(job: subprocess.Popen[str]) -> Killed:
+def _kill_and_look(job: Command) -> Killed:
     """The store is looked at when most of what the job saves was saved."""
-    said = kill_worker(job, "step 15/200", _has_checkpoint)
-    said += read_until(job, "step 180/200")
-    kept = Registry(STORE).store.list(f"runs/{Ended(said, 0).job}")
-    return Killed(finish(job, said), kept)
+    kill_worker(job, "step 15/200", _has_checkpoint)
+    job.read_until("step 180/200")
+    kept = Registry(STORE).store.list(f"runs/{job.job}")
+    return Killed(job.finish(), kept)
 
 
 def _has_checkpoint(job: str) -> bool:
@@ -117,29 +117,29 @@ def _has_checkpoint(job: str) -> bool:
 
 
 def _train(
-    dashboard: str, running: list[subprocess.Popen[str]], preset: str, name: str, *settings: str
-) -> subprocess.Popen[str]:
+    dashboard: str, running: list[Command], preset: str, name: str, *settings: str
+) -> Command:
     options = overrides(*FAST, f"output.name={name}", *settings)
     document = f"configs/training/{preset}.yaml"
-    running.append(start("train", document, "--address", dashboard, "--follow", *options))
+    running.append(Command("train", document, "--address", dashboard, "--follow", *options))
     return running[-1]
 
 
 def _go_on(dashboard: str, job: str, *settings: str) -> Ended:
     options = ("--address", dashboard, "--store", STORE, "--follow", *overrides(*settings))
-    return finish(start("train", "--resume", job, *options))
+    return run("train", "--resume", job, *options)
 
 
-def _stop_and_go_on(dashboard: str, following: subprocess.Popen[str]) -> Stopped:
+def _stop_and_go_on(dashboard: str, following: Command) -> Stopped:
     """On two workers, or one if there is no room; then for a few steps on one."""
-    said = read_until(following, "step 15/100000")
-    job = Ended(said, 0).job
+    following.read_until("step 15/100000")
+    job = following.job
     address = ("--address", dashboard)
-    too_early = finish(start("train", "--resume", job, *address))
+    too_early = run("train", "--resume", job, *address)
     stop = graft("jobs", "stop", job, *address)
-    followed = finish(following, said)
+    followed = following.finish()
     kept = Registry(STORE).store.list(f"runs/{job}")
     last = max(int(k.split("/step-")[1][:8]) for k in kept if k.endswith("progress.json"))
     resumed = _go_on(dashboard, job, "workers.count=1", f"max_steps={last + 15}")
-    too_late = finish(start("train", "--resume", job, *address))
+    too_late = run("train", "--resume", job, *address)
     return Stopped(job, too_early, stop, followed, kept, last, resumed, too_late)

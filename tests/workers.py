@@ -26,8 +26,10 @@ from torch.utils._pytree import tree_leaves
 from cluster.spec import parse_spec
 from training.assembly import Assembly, assemble
 from training.checkpoint import read_checkpoint, write_checkpoint
-from training.loop import LogLine, Place, as_work, run
+from training.loop import as_work, run
+from training.meter import LogLine
 from training.methods import METHODS
+from training.place import Place
 from training.rows import TokenRows, split
 from training.several import Rows, Runner, assemble_several, run_several
 from training.spec import TrainingSpec

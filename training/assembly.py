@@ -18,11 +18,11 @@ from cluster.errors import BaseModelError
 from training.backend import PARTS, Backend, PlainBackend
 from training.checkpoint import BEST, COURSE, Progress, read_checkpoint, run_state
 from training.evaluation import Evaluator
-from training.loop import Place
 from training.methods import METHODS, trainable_parameters
 from training.methods.course import Course
 from training.methods.layernorm import norm_modules
 from training.methods.placement import check_saved_modules
+from training.place import Place
 from training.rows import TokenRows
 from training.spec import TrainingSpec
 from training.step import DTYPES, Batch, LossModel

@@ -8,9 +8,8 @@ that was never disturbed. Knows a Backend and rows; no Ray, no DeepSpeed.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypedDict, Unpack
 
@@ -23,43 +22,13 @@ from training.backend import Backend
 from training.checkpoint import Progress, run_state
 from training.evaluation import Answer, Evaluation, Evaluator
 from training.loss_scale import LossScale
+from training.meter import LogLine, Meter
 from training.methods.course import Course
+from training.place import Place
 from training.rows import IGNORE, TokenRows, epoch_batches, micro_batches
 from training.spec import OptimizerSpec, TrainingSpec
 from training.step import Batch
 from training.tasks import TASK_PARTS
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which worker this is."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-
-@dataclass(frozen=True)
-class LogLine:
-    """What the log tells every few steps. `tokens_per_s` counts real tokens of all workers;
-    `loss_scale` is fp16's, None in other precisions."""
-
-    step: int
-    steps: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    tokens_per_s: float
-    eta_s: float
-    loss_scale: float | None = None
-
-    def __str__(self) -> str:
-        scale = "" if self.loss_scale is None else f"loss scale {self.loss_scale:,.0f}  "
-        return (
-            f"step {self.step}/{self.steps}  loss {self.loss:.4f}  lr {self.learning_rate:.2e}  "
-            f"grad norm {self.grad_norm:.3f}  {scale}{self.tokens_per_s:,.0f} tokens/s  "
-            f"{self.eta_s:.0f} s left"
-        )
 
 
 @dataclass(frozen=True)
@@ -139,7 +108,7 @@ def as_work(
     place, progress = options.get("place") or Place(), options.get("start") or Progress()
     course, evaluator = options.get("course") or Course(), options.get("evaluator")
     steps = count_steps(spec, len(rows))
-    meter = _Meter(place, progress, steps)
+    meter = Meter(place, progress, steps)
     scale = LossScale(
         is_dynamic=spec.precision == "fp16",
         value=progress.loss_scale,
@@ -148,8 +117,9 @@ def as_work(
     # A run goes on in the order that it began in, whatever the base allows by now.
     is_packed = progress.is_packed
     if not progress.step:
-        is_packed = bool(_over_workers(backend.model.is_packed, place, dist.ReduceOp.MIN))
+        is_packed = bool(place.over_workers(backend.model.is_packed, dist.ReduceOp.MIN))
     train_step = _Stepper(spec, backend, rows, course, place, meter, scale, is_packed=is_packed)
+    is_noticed = _Notices(place, options.get("count_notices", int))
 
     def evaluate(step: int) -> None:
         if evaluator is None:
@@ -169,16 +139,6 @@ def as_work(
             good_steps=scale.good_steps,
             is_packed=is_packed,
         )
-
-    noticed = 0
-
-    def is_noticed() -> bool:
-        """Whether one more machine will be taken away. Workers learn of it at different moments;
-        whoever was first has all save at this step."""
-        nonlocal noticed
-        known, count = noticed, options.get("count_notices", int)()
-        noticed = int(_over_workers(count, place, dist.ReduceOp.MAX))
-        return noticed > known
 
     for step in range(progress.step, steps):
         if evaluator and evaluator.is_over:
@@ -211,6 +171,19 @@ def as_work(
     return progress
 
 
+class _Notices:
+    """Whether one more machine of the run is about to be taken away since it was last asked.
+    Collective: workers learn of it at different moments, and whoever is first has all save."""
+
+    def __init__(self, place: Place, count: Callable[[], int]) -> None:
+        self._place, self._count, self._known = place, count, 0
+
+    def __call__(self) -> bool:
+        before = self._known
+        self._known = int(self._place.over_workers(self._count(), dist.ReduceOp.MAX))
+        return self._known > before
+
+
 class _Stepper:
     """One optimiser step after the other: its rows, its micro-batches, its update."""
 
@@ -221,7 +194,7 @@ class _Stepper:
         rows: TokenRows,
         course: Course,
         place: Place,
-        meter: _Meter,
+        meter: Meter,
         scale: LossScale,
         *,
         is_packed: bool,
@@ -281,7 +254,7 @@ class _Stepper:
     def _lower_scale(self, step: int, losses: Sequence[torch.Tensor]) -> None:
         """A step overflowed: make it ready for another try, or raise JobFailedError where no scale
         would help. Collective."""
-        loss = _over_workers(sum(map(float, losses)), self._place, dist.ReduceOp.SUM)
+        loss = self._place.over_workers(sum(map(float, losses)), dist.ReduceOp.SUM)
         if not math.isfinite(loss):
             reason = f"the loss is {loss}: the forward pass overflowed, which no scale helps"
         elif not self._scale.halve():
@@ -299,15 +272,6 @@ class _Stepper:
         if penalty is not None:
             share = share + penalty / (self._place.world_size * self._accumulation)
         return share * self._scale.value
-
-
-def _over_workers(value: float, place: Place, reduction: Any) -> float:
-    """What `reduction` makes of every worker's value. Collective."""
-    if place.world_size == 1:
-        return value
-    told = torch.tensor(value, dtype=torch.float64, device=place.device)
-    dist.all_reduce(told, op=reduction)
-    return float(told)
 
 
 def _weights(backend: Backend, course: Course) -> dict[str, torch.Tensor]:
@@ -344,60 +308,6 @@ class _Plan:
             )
             self._epoch = epoch
         return self._batches[index]
-
-
-class _Meter:
-    """Losses and tokens since the last log line and since the run's first step."""
-
-    def __init__(self, place: Place, start: Progress, steps: int) -> None:
-        self._place, self._start, self._steps = place, start, steps
-        self._began = self._lap = time.monotonic()
-        self._curve = list(start.curve)
-        self._tokens = self._lap_tokens = 0
-        # Of the lap: what all workers learned until it was last summed, and this one's own since.
-        self._lap_loss, self._lap_labels = start.lap_loss, start.lap_labels
-        self._own_loss = 0.0
-
-    def add_loss(self, loss: torch.Tensor) -> None:
-        self._own_loss += float(loss)
-
-    def add_step(self, label_count: int, tokens: int) -> None:
-        self._lap_labels += label_count
-        self._lap_tokens += tokens
-        self._tokens += tokens
-
-    def gather(self) -> None:
-        """Sum the lap's loss over workers. Collective."""
-        self._lap_loss += _over_workers(self._own_loss, self._place, dist.ReduceOp.SUM)
-        self._own_loss = 0.0
-
-    @property
-    def lap_loss(self) -> float:
-        """Summed over workers, up to the last `gather`."""
-        return self._lap_loss
-
-    def line(self, step: int, rate: float, grad_norm: float) -> LogLine:
-        """Close the lap. Collective: the loss is summed over workers."""
-        self.gather()
-        loss = self._lap_loss / max(1, self._lap_labels)
-        self._curve.append((step, loss))
-        now = time.monotonic()
-        speed = self._lap_tokens / max(now - self._lap, 1e-9)
-        per_step = (now - self._began) / (step - self._start.step)
-        self._lap, self._lap_tokens = now, 0
-        self._lap_loss, self._lap_labels = 0.0, 0
-        left = (self._steps - step) * per_step
-        return LogLine(step, self._steps, loss, rate, grad_norm, speed, left)
-
-    def progress(self, step: int) -> Progress:
-        return Progress(
-            step=step,
-            tokens=self._start.tokens + self._tokens,
-            seconds=self._start.seconds + time.monotonic() - self._began,
-            curve=tuple(self._curve),
-            lap_loss=self._lap_loss,
-            lap_labels=self._lap_labels,
-        )
 
 
 def _load(spec: TrainingSpec, rows: TokenRows, part: np.ndarray, device: torch.device) -> Any:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from cluster.errors import StoreError
 from cluster.store import Store
 from training import runs
-from training.loop import Place
+from training.place import Place
 
 if TYPE_CHECKING:
     import ray.train
@@ -35,6 +35,10 @@ class Reporter:
         # What was there before this worker: it goes as soon as there is a newer checkpoint.
         self._unknown: list[str] = []
         self._bests: set[str] = set()
+        self._folders = f"graft-checkpoint-{job_id}-"
+        if place.rank == 0:  # nobody else has any, and who had them on this machine was killed
+            for left in Path(tempfile.gettempdir()).glob(f"{self._folders}*"):
+                shutil.rmtree(left, ignore_errors=True)
         if place.rank == 0 and (before := runs.own_checkpoints(store, job_id)):
             known = _known_to_ray_train()
             self._unknown = [key for key in before if key.rsplit("/", 1)[-1] not in known]
@@ -51,7 +55,7 @@ class Reporter:
         self._uploaded.wait()
         self._uploaded.clear()
         # Ray Train deletes the folder when its upload has ended well.
-        folder = Path(tempfile.mkdtemp(prefix="graft-checkpoint-"))
+        folder = Path(tempfile.mkdtemp(prefix=self._folders))
         try:
             write(folder)
         except (OSError, SafetensorError) as error:  # the second is what tensors' files raise

@@ -17,7 +17,8 @@ import torch
 from cluster.errors import JobFailedError
 from training.assembly import Assembly, assemble, load_model
 from training.checkpoint import PROGRESS, Progress, write_checkpoint
-from training.loop import MicroBatch, Place, Work
+from training.loop import MicroBatch, Work
+from training.place import Place
 from training.rows import TokenRows
 from training.shared_pass import Draws, SharedPass, sharing
 from training.spec import TrainingSpec

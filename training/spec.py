@@ -84,8 +84,9 @@ class WorkersSpec(Spec):
 
     count: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
         1,
-        description="Number of data-parallel workers; `[least, most]` follows what the cluster has "
-        "free while the job runs, going on from the last checkpoint at each change.",
+        description="Number of data-parallel workers; `[least, most]` follows the cluster's "
+        "nodes as they come and go, going on from the last checkpoint at each change; what other "
+        "training jobs have is left to them, what a service has is not known.",
     )
     cpus: PositiveFloat = Field(1, description="CPU cores of each, also its threads.")
     gpus: Literal[0, 1] = Field(0, description="GPUs of each; 0 trains on CPU.")

@@ -19,7 +19,7 @@ from cluster.errors import SpecError
 from cluster.store import Store
 from training.checkpoint import Progress
 from training.events import EventParts, Figures
-from training.loop import LogLine
+from training.meter import LogLine
 from training.spec import TrainingSpec
 from training.tracking_spec import MlflowSpec, TrackingSpec, WandbSpec
 

@@ -25,8 +25,10 @@ from training import runs
 from training.assembly import Assembly, assemble
 from training.checkpoint import Progress, write_checkpoint
 from training.evaluation import Answer, Evaluation
-from training.loop import LogLine, Place, RunOptions, as_work, count_steps, run
+from training.loop import RunOptions, as_work, count_steps, run
+from training.meter import LogLine
 from training.methods import METHODS, count_parameters
+from training.place import Place
 from training.reporter import Reporter
 from training.rows import TokenRows, split
 from training.runs import ADAPTER, FAILURE, RESULTS

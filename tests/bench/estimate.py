@@ -107,7 +107,8 @@ def work(rank: int, port: int, spec: Any, tokens: int) -> None:
     from cluster.spec import parse_spec
     from training.assembly import assemble
     from training.checkpoint import write_checkpoint
-    from training.loop import Place, run
+    from training.loop import run
+    from training.place import Place
     from training.rows import TokenRows, row_hash, write_rows
     from training.spec import TrainingSpec
 

@@ -55,7 +55,8 @@ def run_these(base: Path, numbers: list[int], chosen: argparse.Namespace) -> flo
     """Seconds of the loop: of the shared pass for several adapters, of `run` for one."""
     from cluster.memory import keep_freed_memory
     from training.assembly import assemble
-    from training.loop import Place, as_work, run
+    from training.loop import as_work, run
+    from training.place import Place
     from training.rows import TokenRows, row_hash, write_rows
     from training.several import Rows, Runner, assemble_several, run_several
 

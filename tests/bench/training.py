@@ -95,7 +95,8 @@ def run_graft(base: Path, rows: Rows, dtype: str) -> Measured:
     """Graft's bare loop: what each Ray worker runs."""
     from cluster.memory import keep_freed_memory
     from training.assembly import assemble
-    from training.loop import Place, run
+    from training.loop import run
+    from training.place import Place
     from training.rows import TokenRows, row_hash, write_rows
 
     keep_freed_memory()  # as the worker does

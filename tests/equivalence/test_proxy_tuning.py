@@ -21,8 +21,8 @@ from serving.engine import Engine, EngineSpec, GenerationRequest, ScoreRequest
 from training import load_adapter
 from training.command import plan, resolved
 from training.data import tokenize
-from training.loop import Place
 from training.methods import METHODS
+from training.place import Place
 from training.spec import TrainingSpec
 
 Bases = Callable[[str], Path]

@@ -1,18 +1,14 @@
 """`graft generate --offline` on a real cluster: killed in the middle, begun twice, done once."""
 
-import os
-import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from adapters import make_adapter
-from commands import finish, overrides, start
+from commands import Command, overrides, processes, run
 from conftest import RayCluster
 
 from cluster.registry import Registry
@@ -43,29 +39,27 @@ def test_killed_in_the_middle_it_ends_with_every_row_once(
         "replicas.min=1", "replicas.max=2",
     )  # fmt: skip
 
-    def run() -> subprocess.Popen[str]:
-        return start(
+    def generate() -> Command:
+        return Command(
             "generate", tmp_path / "in.parquet", tmp_path / "out", "--adapter-column", "model",
             "--max-tokens", TOKENS, "--part-rows", PART_ROWS,
             "--offline", "configs/serving/local.yaml", "--address", ray_cluster.address, *settings,
         )  # fmt: skip
 
     marks = tmp_path / "out/_graft/parts"
-    first = run()
-    until(lambda: (tmp_path / "out/_graft/plan.json").exists(), first)
-    second = finish(run())
-    assert (second.code, "another call is writing it now" in second.output) == (4, True)
-    until(lambda: len(list(marks.glob("*"))) >= 3, first)
-    engines = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in p.name()]
-    os.kill(engines[0].pid, signal.SIGKILL)  # its part goes to another
-    done = len(list(marks.glob("*")))
-    until(lambda: len(list(marks.glob("*"))) > done + 2, first)
-    first.kill()
-    first.communicate()
+    with generate() as first:
+        until(lambda: (tmp_path / "out/_graft/plan.json").exists(), first)
+        second = generate().finish()
+        assert (second.code, "another call is writing it now" in second.output) == (4, True)
+        until(lambda: len(list(marks.glob("*"))) >= 3, first)
+        processes("MapWorker")[0].kill()  # its part goes to another
+        done = len(list(marks.glob("*")))
+        until(lambda: len(list(marks.glob("*"))) > done + 2, first)
+        first.process.kill()
     kept = {path.name: path.stat().st_mtime_ns for path in marks.glob("*")}
     assert 0 < len(kept) < ROWS // PART_ROWS
 
-    ended = finish(run())
+    ended = generate().finish()
     assert ended.code == 5, ended.output
     assert f"{ROWS} rows, " in ended.output
     assert "of them kept from before" in ended.output
@@ -93,18 +87,18 @@ def test_what_an_engine_raises_reaches_the_caller(
         f"store={tmp_path}/store", f"engine.base_model={bases('llama')}", "replicas.min=1",
         "engine.max_context_tokens=1000000",
     )  # fmt: skip
-    ended = finish(start(
+    ended = run(
         "generate", tmp_path / "in.parquet", tmp_path / "out", "--address", ray_cluster.address,
         "--offline", "configs/serving/local.yaml", *settings,
-    ))  # fmt: skip
+    )  # fmt: skip
     assert ended.code == 2, ended.output
     assert "engine.max_context_tokens is 1000000, but base_model" in ended.output
     assert "Traceback" not in ended.output
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def until(condition: Callable[[], bool], command: Command) -> None:
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
+        assert not command.is_over(), command.said
+        assert time.monotonic() < deadline, command.said
         time.sleep(0.05)

@@ -19,7 +19,8 @@ from training.assembly import assemble
 from training.checkpoint import read_checkpoint
 from training.data_spec import EvaluationSpec
 from training.evaluation import Evaluation, best_of, is_over, question_of, rouge_l
-from training.loop import Place, run
+from training.loop import run
+from training.place import Place
 from training.rows import IGNORE, TokenRows, row_hash, split, write_rows
 from training.spec import TrainingSpec
 from training.step import Continuation, LossModel, collate

@@ -15,7 +15,7 @@ from workers import Case, Workers, difference, run_case, run_cases, state_of, we
 
 from cluster.errors import JobFailedError
 from training.checkpoint import read_checkpoint
-from training.loop import Place
+from training.place import Place
 from training.rows import epoch_batches
 
 # Far from the loss at their start: one embedding, or behind a gate that is shut.

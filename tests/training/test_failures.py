@@ -5,7 +5,6 @@ import pickle
 import re
 import resource
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from itertools import chain, cycle, repeat
 from pathlib import Path
@@ -15,15 +14,10 @@ import pytest
 import ray.train
 import torch
 from adapters import make_adapter
-from moto.moto_server.werkzeug_app import (
-    DomainDispatcherApplication,
-    MotoRequestHandler,
-    create_backend_app,
-)
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from werkzeug.serving import make_server
+from s3 import Application, s3_behind
 
 from cluster.errors import ConflictError, StoreError
 from cluster.registry import Registry
@@ -31,7 +25,7 @@ from cluster.store import open_store
 from training import job, worker
 from training import reporter as reporter_module
 from training.checkpoint import Progress, read_checkpoint, write_checkpoint
-from training.loop import Place
+from training.place import Place
 from training.reporter import Reporter
 from training.runs import (
     FAILURE,
@@ -163,7 +157,7 @@ class Faults:
     """S3 that answers requests by one of `methods` with `status` as often as `fails` says so; those
     of them that write are done nevertheless if `are_done`."""
 
-    def __init__(self, application: Any) -> None:
+    def __init__(self, application: Application) -> None:
         self._application = application
         self.status, self.methods, self.are_done = "503 Slow Down", {"PUT"}, False
         self.fails: Iterator[bool] = repeat(False)
@@ -184,17 +178,9 @@ class Faults:
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch, s3_bucket: Callable[[], str]) -> Iterator[Faults]:
     """In front of the endpoint that AWS_ENDPOINT_URL names from here on; none yet."""
-    application = Faults(DomainDispatcherApplication(create_backend_app))
-    server = make_server(
-        "127.0.0.1", 0, application, threaded=True, request_handler=MotoRequestHandler
-    )
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield application
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with s3_behind(Faults) as (url, application):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        yield application
 
 
 @pytest.fixture

@@ -27,9 +27,10 @@ from cluster.spec import parse_spec
 from training import loss_scale
 from training.assembly import assemble, check_base
 from training.checkpoint import PROGRESS, Progress, read_checkpoint
-from training.loop import Place, run
+from training.loop import run
 from training.loss_scale import LossScale
 from training.methods.course import Course
+from training.place import Place
 from training.rows import TokenRows
 from training.spec import TrainingSpec
 from training.step import LossModel

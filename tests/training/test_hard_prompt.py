@@ -15,7 +15,7 @@ from cluster.errors import SpecError
 from cluster.spec import parse_spec
 from training.command import plan, resolved
 from training.data import tokenize
-from training.loop import Place
+from training.place import Place
 from training.spec import TrainingSpec
 
 Bases = Callable[[str], Path]

@@ -18,9 +18,9 @@ from cluster.quantization import QuantizationSpec
 from cluster.spec import parse_spec
 from training.assembly import assemble
 from training.command import plan, resolved
-from training.loop import Place
 from training.method_spec import MethodSpec
 from training.methods import METHODS, count_parameters
+from training.place import Place
 from training.rows import TokenRows
 from training.spec import TrainingSpec
 

@@ -23,7 +23,7 @@ from workers import (
 from cluster.errors import SpecError
 from cluster.spec import parse_spec
 from training.checkpoint import read_checkpoint, write_checkpoint
-from training.loop import Place
+from training.place import Place
 from training.shared_pass import SharedPass
 from training.spec import TrainingSpec
 

@@ -29,8 +29,8 @@ from training.checkpoint import read_checkpoint
 from training.command import resolved
 from training.data import tokenize
 from training.data_spec import DataSpec
-from training.loop import Place
 from training.methods import METHODS, trainable_parameters
+from training.place import Place
 from training.runs import fetch_checkpoint, upload_checkpoint
 from training.spec import TrainingSpec
 from training.step import LossModel, collate

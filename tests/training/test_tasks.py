@@ -29,8 +29,8 @@ from training.command import plan, resolved
 from training.data import fingerprint, tokenize
 from training.data_spec import DataSpec, LintSpec
 from training.labels import class_number, find_labels
-from training.loop import Place
 from training.methods import METHODS, trainable_parameters
+from training.place import Place
 from training.rows import IGNORE, TokenRows
 from training.seq2seq import Seq2SeqModel, collate_pairs
 from training.spec import TrainingSpec

@@ -17,7 +17,7 @@ from training import tracking
 from training.checkpoint import Progress
 from training.evaluation import Evaluation
 from training.events import EventParts, Figures
-from training.loop import LogLine
+from training.meter import LogLine
 from training.spec import TrainingSpec
 from training.tracking import Tracking, check_installed, figures_of, history
 

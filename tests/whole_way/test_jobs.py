@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import Ended, finish, graft, start
+from commands import Ended, graft, run
 from conftest import RayCluster
 from safetensors.torch import load_file
 from training_jobs import Jobs
@@ -147,5 +147,5 @@ def test_jobs_are_listed_shown_and_logged(ray_cluster: RayCluster, trained: Ende
     assert re.search(rf"{trained.job} +lora +SUCCEEDED", graft("jobs", "list", *address))
     assert "SUCCEEDED" in graft("jobs", "show", trained.job, *address)
     assert "published lora@1" in graft("jobs", "logs", trained.job, *address)
-    missing = finish(start("jobs", "show", "nothing", *address))
+    missing = run("jobs", "show", "nothing", *address)
     assert (missing.code, "'nothing': not on the cluster" in missing.output) == (3, True)

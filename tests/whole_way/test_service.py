@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from adapters import make_adapter
-from commands import ROOT, Ended, finish, graft, overrides, start
-from conftest import RayCluster, served_at
+from commands import ROOT, Command, Ended, graft, overrides, served_at
+from conftest import RayCluster
 from training_jobs import STORE
 
 from cluster.errors import ContextLengthError, ModelNotFoundError
@@ -37,12 +37,11 @@ def service(
         f"store={STORE}", "engine.base_model=configs/demo/base", "gateway.port=0",
         "replicas.min=2", "replicas.max=2", f"cache={folder}/cache",
     )  # fmt: skip
-    process = start(
-        "serve", "configs/serving/local.yaml", "--address", ray_cluster.address, *settings
-    )
-    yield served_at(process)
-    process.send_signal(signal.SIGTERM)
-    ended = finish(process)
+    document = "configs/serving/local.yaml"
+    with Command("serve", document, "--address", ray_cluster.address, *settings) as command:
+        yield served_at(command)
+        command.process.send_signal(signal.SIGTERM)
+        ended = command.wait()
     assert ended.code == 0, ended.output
 
 

@@ -61,8 +61,8 @@ def submit(
     The job runs with this Python where its path exists on the cluster's head (the same machine or
     image), else with the head's `python`; GRAFT_PYTHON names another.
     """
-    # Ray would leave out lines that are like another process's but for their numbers, as those of
-    # a job's next worker are.
+    # Ray drops lines that differ from another process's only in numbers, such as those of a
+    # restarted worker.
     env_vars = {"RAY_DEDUP_LOGS": "0", **store_credentials(), **(env or {})}
     runtime_env = {**our_code(), "env_vars": env_vars}
     python = shlex.quote(os.environ.get("GRAFT_PYTHON", sys.executable))

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
+import threading
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 from cluster.errors import ClusterError, ConflictError, NotFoundError, SpecError
 from cluster.names import absolute_path
 from cluster.session import Session
+from serving.shutdown import controller, take_down
 from serving.spec import ServingSpec
-
-_NAMESPACE = "serve"  # of Ray Serve's actors
 
 
 def checked(spec: ServingSpec) -> ServingSpec:
@@ -44,26 +43,31 @@ def checked(spec: ServingSpec) -> ServingSpec:
 
 
 @contextmanager
-def running(spec: ServingSpec, session: Session) -> Generator[str]:
-    """Deploy a `checked` spec on the session's cluster; yields its URL once every part answers,
-    and takes it down on exit.
+def running(
+    spec: ServingSpec, session: Session, cut_off: threading.Event | None = None
+) -> Generator[str]:
+    """Deploy a `checked` spec on the session's cluster; yields its URL once every part answers. On
+    exit it ends as soon as its requests have, or `cut_off` is set.
 
     Raises:
-        ConflictError: the port is taken, or the cluster serves something already.
-        ClusterError: the replicas do not come up; the message has their reason.
+        ConflictError: the port is taken, or Ray Serve runs on the cluster already.
+        ClusterError: the replicas do not come up; the message has their reason. Or Serve does not
+            end.
     """
     port = _port(spec)
     serve = _serve(session)
-    from serving.deployment import CONTROLLER, PROXY
+    from serving.deployment import CONTROLLER, PROXY, engines_of
 
-    if _controller() is not None:
-        there = ", ".join(serve.status().applications) or "no application"
-        raise ConflictError(
-            f"Ray Serve runs {there} on this cluster already, and Graft's service needs its port, "
-            "route and settings; stop that with `serve shutdown`, give --update if it is this "
-            "service, or use another cluster"
-        )
+    with _starting(spec):
+        if controller() is not None:
+            there = ", ".join(serve.status().applications) or "no application"
+            raise ConflictError(
+                f"Ray Serve runs {there} on this cluster already, and Graft's service needs its "
+                "port, route and settings; end that with `serve shutdown`, give --update if it is "
+                "this service, or use another cluster"
+            )
     variables = CONTROLLER | (PROXY if session.started_here else {})
+    cut_off, is_up = cut_off or threading.Event(), False
     try:
         with _starting(spec):
             serve.start(
@@ -71,73 +75,15 @@ def running(spec: ServingSpec, session: Session) -> Generator[str]:
                 controller_options={"runtime_env": {"env_vars": variables}},
             )
             _deploy(serve, spec)
+        is_up = True
         yield _url(spec.gateway.host, port)
     finally:
-        if _controller() is not None:
-            _take_down(serve, spec, session)
-
-
-def _controller() -> Any:
-    """Ray Serve's controller on this cluster, None if there is none."""
-    import ray
-
-    try:
-        return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace=_NAMESPACE)
-    except ValueError:
-        return None
-
-
-def _take_down(serve: Any, spec: ServingSpec, session: Session) -> None:
-    """Once the gateways have finished what they have taken, for which they need the engines."""
-    from serving.deployment import engines_of
-
-    try:
-        _delete(serve, spec.name)
-    finally:  # a second signal breaks that off
-        for application in (spec.name, engines_of(spec)):
-            _delete(serve, application, at_once=True)
-        # A cluster of our own ends with the session; on another, Serve may have other work.
-        if not session.started_here and not serve.status().applications:
-            _end(serve)
-
-
-def _delete(serve: Any, application: str, *, at_once: bool = False) -> None:
-    """Returns when its replicas have ended. Serve's own waiting gives up after a minute, which a
-    stream may well take longer than.
-
-    Args:
-        at_once: kill them: Serve would wait for what runs, and for an engine that loads its base.
-    """
-    serve.delete(application, _blocking=False)
-    while application in serve.status().applications:
-        if at_once:
-            _kill_actors(f"SERVE_REPLICA::{application}#")
-        time.sleep(0.5)
-
-
-def _end(serve: Any) -> None:
-    """End Serve on the cluster, whose own call does nothing, and says so nowhere, if its controller
-    is busy for some seconds. Raises ClusterError if it is for a minute."""
-    deadline = time.monotonic() + 60
-    while _controller() is not None:
-        if time.monotonic() > deadline:
-            raise ClusterError("Ray Serve does not end; see its controller's log, `serve shutdown`")
-        serve.shutdown()
-        time.sleep(0.2)
-    # A controller that was started again knows nothing of a proxy that its node needs no more.
-    _kill_actors("SERVE_PROXY_ACTOR")
-
-
-def _kill_actors(prefix: str) -> None:
-    """End Serve's actors whose names begin so."""
-    import ray
-
-    # Any: of all namespaces its items are no names, which its own types do not tell.
-    actors: Any = ray.util.list_named_actors(all_namespaces=True)
-    for actor in actors:
-        if actor["namespace"] == _NAMESPACE and actor["name"].startswith(prefix):
-            with suppress(ValueError):  # it has ended meanwhile
-                ray.kill(ray.get_actor(**actor))
+        if not is_up:  # nobody has asked anything yet
+            cut_off.set()
+        if controller() is not None:
+            # A cluster of our own ends with the session.
+            shut_down = not session.started_here
+            take_down(spec.name, engines_of(spec), cut_off, shut_down=shut_down)
 
 
 def _can_trace() -> bool:
@@ -227,14 +173,15 @@ def _deploy(serve: Any, spec: ServingSpec) -> None:
 
 @contextmanager
 def _starting(spec: ServingSpec) -> Generator[None]:
-    """What Serve and Ray raise of parts that do not come up, as ClusterError."""
-    from ray.exceptions import RayError
+    """Raise as ClusterError what Serve and Ray raise for parts that do not come up."""
+    from ray.exceptions import RayError, RayTaskError
     from ray.serve.exceptions import RayServeException
 
     try:
         yield
     except (RuntimeError, TimeoutError, RayError, RayServeException) as error:
-        raise ClusterError(f"service {spec.name!r} did not come up: {error}") from error
+        reason = error.cause if isinstance(error, RayTaskError) else error
+        raise ClusterError(f"service {spec.name!r} did not come up: {reason}") from error
 
 
 def _url(host: str, port: int) -> str:

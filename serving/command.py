@@ -41,7 +41,6 @@ def serve(
 ) -> None:
     """Serve a base model and every adapter of a store over HTTP, until interrupted."""
     import signal
-    import sys
     import threading
 
     from cluster.session import session
@@ -54,17 +53,19 @@ def serve(
         with session(address) as cluster:
             typer.echo(f"{service.name}: updated at {roll_over(service, cluster)}/v1")
         return
-    stop = threading.Event()
-    with session(address) as cluster, running(service, cluster) as url:
+    stop, cut_off = threading.Event(), threading.Event()
+
+    def end(_number: int, _frame: object) -> None:
+        (cut_off if stop.is_set() else stop).set()
+
+    with session(address) as cluster, running(service, cluster, cut_off) as url:
         # Until here either signal breaks the start off; from here they end the service in order.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: stop.set())
+            signal.signal(number, end)
         typer.echo(f"{service.name} and the adapters of {service.store}: {url}/v1")
         while not stop.wait(0.5):
             pass
-        typer.echo("stopping; what runs is finished first, a second signal cuts it off")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+        typer.echo("stopping once all requests are answered; a second signal cuts them off")
 
 
 def generate(

@@ -51,8 +51,9 @@ CONTROLLER = {
     # A proxy asks the gateways of its own node alone as long as they take requests, and they take
     # thousands: whoever knows one node's address would never reach the others.
     "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
-    # On a machine that starts other things too, a proxy may well need more than its own 5 s.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # On a machine that starts other things too, a proxy may well need more than 5 s. One that hangs
+    # is replaced that much later.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
 }
 # On a cluster of our own: on another its proxies may serve others, and have a callback of theirs.
 PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.ingress:middleware"}
@@ -181,7 +182,7 @@ class Gateway:
             ]
         )
         engines = RayBackend(self._engines, min_replicas=self._spec.replicas.min)
-        return gateway_app(self._spec, engines)
+        return gateway_app(self._spec, engines, is_behind_serve=True)
 
 
 def build(spec: ServingSpec, *, patiently: bool = False) -> tuple[Any, Any]:

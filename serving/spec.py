@@ -132,7 +132,7 @@ class ReplicasSpec(Spec):
     drain_timeout_s: PositiveFloat = Field(
         600.0,
         description="Seconds that a replica which is taken away has for its running requests; "
-        "what is left then goes on at another.",
+        "what is left then goes on at another, or is cut off where the service ends.",
     )
     surge_percent: int = Field(
         0,

@@ -27,6 +27,16 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
     return apply
 
 
+def save_whole(name: str, size: int) -> Callable[[Path], object]:
+    """As a module of modules_to_save, with so many numbers."""
+
+    def apply(path: Path) -> None:
+        edit_config(lambda c: c.update(modules_to_save=[name.split(".")[-2]]))(path)
+        edit_tensors(lambda t: t.update({name: torch.ones(size)}))(path)
+
+    return apply
+
+
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 # A variant of tests/adapters.py, what is wrong with it, how it gets so, and what is told of it.
 BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
@@ -48,6 +58,10 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("lora", "integers", edit_tensors(lambda t: t.update({A: t[A].int()})), "floating point"),
     ("lora", "not finite", edit_tensors(lambda t: t[A].fill_(float("nan"))), "NaN"),
     ("lora", "unknown kind", edit_config(lambda c: c.update(peft_type="XLORA")), "XLORA"),
+    ("lora", "saved whole a text", edit_config(lambda c: c.update(modules_to_save="lm_head")),
+     "modules_to_save"),
+    ("lora", "saved whole of another shape", save_whole("base_model.model.model.norm.weight", 7),
+     "shape"),
     ("prompt_tuning", "length", edit_config(lambda c: c.update(num_virtual_tokens=6)), "shape"),
     ("prompt_tuning", "extra", edit_tensors(lambda t: t.update({"x": torch.ones(1)})), "alone"),
     ("prefix_tuning", "encoder", edit_config(lambda c: c.update(num_transformer_submodules=2)),

@@ -51,12 +51,12 @@ class Command:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        for timeout_s in (60, 30):  # the second signal cuts off what a service waits for
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.terminate()
+                self.process.wait(timeout_s)
+        self.process.kill()
+        self.process.wait()
         self._output.close()
 
     @property

@@ -262,10 +262,7 @@ def running_cluster(*cpus: int) -> Iterator[RayCluster]:
         where = next((line for line in process.stdout if line.startswith("{")), None)
         assert where is not None, "the cluster did not start; its error is above"
         yield RayCluster(**json.loads(where), env=secret, process=process)
-        try:
-            process.communicate(timeout=60)
-        finally:
-            process.kill()
+        process.communicate(timeout=60)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,9 @@ def s3_behind(wrapper: Callable[[Application], Application]) -> Iterator[tuple[s
     )
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", application
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", application
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -180,7 +180,7 @@ def _train(
 
     spec, workers = run.spec, run.spec.workers
     if isinstance(workers.count, tuple):
-        # A range starts with what is there, which takes moments. Behind a node's death Ray Train
+        # A range starts with the nodes present, which takes moments. After a node dies, Ray Train
         # still counts on it for a while, and would wait a minute for workers to find room there.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     ray.init(log_to_driver=True, logging_level=logging.WARNING)

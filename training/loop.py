@@ -117,7 +117,7 @@ def as_work(
     # A run goes on in the order that it began in, whatever the base allows by now.
     is_packed = progress.is_packed
     if not progress.step:
-        is_packed = bool(place.over_workers(backend.model.is_packed, dist.ReduceOp.MIN))
+        is_packed = bool(place.reduce(backend.model.is_packed, dist.ReduceOp.MIN))
     train_step = _Stepper(spec, backend, rows, course, place, meter, scale, is_packed=is_packed)
     is_noticed = _Notices(place, options.get("count_notices", int))
 
@@ -180,7 +180,7 @@ class _Notices:
 
     def __call__(self) -> bool:
         before = self._known
-        self._known = int(self._place.over_workers(self._count(), dist.ReduceOp.MAX))
+        self._known = int(self._place.reduce(self._count(), dist.ReduceOp.MAX))
         return self._known > before
 
 
@@ -254,7 +254,7 @@ class _Stepper:
     def _lower_scale(self, step: int, losses: Sequence[torch.Tensor]) -> None:
         """A step overflowed: make it ready for another try, or raise JobFailedError where no scale
         would help. Collective."""
-        loss = self._place.over_workers(sum(map(float, losses)), dist.ReduceOp.SUM)
+        loss = self._place.reduce(sum(map(float, losses)), dist.ReduceOp.SUM)
         if not math.isfinite(loss):
             reason = f"the loss is {loss}: the forward pass overflowed, which no scale helps"
         elif not self._scale.halve():

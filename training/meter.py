@@ -1,4 +1,7 @@
-"""What a run tells of itself every few steps: losses, tokens, speed and what is left."""
+"""What a run tells of itself every few steps: losses, tokens, speed and what is left.
+
+Fed by `training.loop`, whose log lines it makes; knows nothing of models and data.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ class Meter:
 
     def gather(self) -> None:
         """Sum the lap's loss over workers. Collective."""
-        self._lap_loss += self._place.over_workers(self._own_loss, dist.ReduceOp.SUM)
+        self._lap_loss += self._place.reduce(self._own_loss, dist.ReduceOp.SUM)
         self._own_loss = 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""Which worker this is, and what all of them make of a value."""
+"""Which worker of a run this is, and values reduced over all of them. Knows torch alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Place:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def over_workers(self, value: float, reduction: dist.ReduceOp.RedOpType) -> float:
+    def reduce(self, value: float, reduction: dist.ReduceOp.RedOpType) -> float:
         """What `reduction` makes of every worker's value. Collective."""
         if self.world_size == 1:
             return value
-        told = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(told, op=reduction)
-        return float(told)
+        reduced = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(reduced, op=reduction)
+        return float(reduced)

@@ -8,7 +8,6 @@ those that it knows; what workers that died had uploaded behind its back is dele
 from __future__ import annotations
 
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from cluster.errors import StoreError
 from cluster.store import Store
 from training import runs
 from training.place import Place
+from training.scratch import Scratch
 
 if TYPE_CHECKING:
     import ray.train
@@ -28,17 +28,13 @@ if TYPE_CHECKING:
 class Reporter:
     """Hands checkpoints to Ray Train. Made before the first of them, inside a training worker."""
 
-    def __init__(self, store: Store, job_id: str, place: Place) -> None:
-        self._store, self._job_id, self._place = store, job_id, place
+    def __init__(self, store: Store, job_id: str, place: Place, scratch: Scratch) -> None:
+        self._store, self._job_id, self._place, self._scratch = store, job_id, place, scratch
         self._uploaded = threading.Event()
         self._uploaded.set()
         # What was there before this worker: it goes as soon as there is a newer checkpoint.
         self._unknown: list[str] = []
         self._bests: set[str] = set()
-        self._folders = f"graft-checkpoint-{job_id}-"
-        if place.rank == 0:  # nobody else has any, and who had them on this machine was killed
-            for left in Path(tempfile.gettempdir()).glob(f"{self._folders}*"):
-                shutil.rmtree(left, ignore_errors=True)
         if place.rank == 0 and (before := runs.own_checkpoints(store, job_id)):
             known = _known_to_ray_train()
             self._unknown = [key for key in before if key.rsplit("/", 1)[-1] not in known]
@@ -55,7 +51,7 @@ class Reporter:
         self._uploaded.wait()
         self._uploaded.clear()
         # Ray Train deletes the folder when its upload has ended well.
-        folder = Path(tempfile.mkdtemp(prefix=self._folders))
+        folder = self._scratch.folder()
         try:
             write(folder)
         except (OSError, SafetensorError) as error:  # the second is what tensors' files raise

@@ -32,6 +32,7 @@ from training.place import Place
 from training.reporter import Reporter
 from training.rows import TokenRows, split
 from training.runs import ADAPTER, FAILURE, RESULTS
+from training.scratch import Scratch
 from training.several import Rows, Runner, Saved, assemble_several, run_several
 from training.spec import TrainingSpec
 from training.tracking import Tracking, figures_of
@@ -81,20 +82,20 @@ def _train(spec: TrainingSpec, store: Store, config: Mapping[str, Any]) -> dict[
     place = Place(context.get_world_rank(), context.get_world_size(), _device(spec))
     torch.set_num_threads(max(1, int(spec.workers.cpus)))
     train = _train_several if spec.adapters else _train_one
-    return {RESULTS: train(spec, store, config, place)}
+    return {RESULTS: train(spec, store, config, place, Scratch(config["job_id"], place.rank))}
 
 
 def _train_one(
-    spec: TrainingSpec, store: Store, config: Mapping[str, Any], place: Place
+    spec: TrainingSpec, store: Store, config: Mapping[str, Any], place: Place, scratch: Scratch
 ) -> dict[str, dict[str, Any]]:
     ((name, keys),) = config["rows"].items()
-    with _checkpoint(store, config) as folder:
-        rows = _rows(spec, partial(_open_rows, store), keys, folder)
+    with _checkpoint(store, config, scratch) as folder:
+        rows = _rows(spec, partial(_open_rows, store, scratch), keys, folder)
         made = assemble(spec, place, rows.training, folder, rows.validation)
     tracking = _tracking(spec, store, config, made, place)
     adapter = _Adapter(spec, made, rows, place, tracking)
     adapter.announce()
-    reporter = Reporter(store, config["job_id"], place)
+    reporter = Reporter(store, config["job_id"], place, scratch)
 
     def on_checkpoint(progress: Progress) -> None:
         state = made.full_state(keep=place.rank == 0)  # collective; the first worker writes it
@@ -110,11 +111,11 @@ def _train_one(
 
 
 def _train_several(
-    spec: TrainingSpec, store: Store, config: Mapping[str, Any], place: Place
+    spec: TrainingSpec, store: Store, config: Mapping[str, Any], place: Place, scratch: Scratch
 ) -> dict[str, dict[str, Any]]:
     specs = spec.each()
-    with _checkpoint(store, config) as folder:
-        opened = cache(partial(_open_rows, store))  # adapters may have the same
+    with _checkpoint(store, config, scratch) as folder:
+        opened = cache(partial(_open_rows, store, scratch))  # adapters may have the same
         rows = {
             name: _rows(own, opened, config["rows"][name], folder and folder / name)
             for name, own in specs.items()
@@ -141,7 +142,7 @@ def _train_several(
         work = as_work(specs[name], adapter.made.backend, rows[name].training, **options)
         runners[name] = Runner(work, several.draws[name])
     saved.is_new = False
-    reporter = Reporter(store, config["job_id"], place)
+    reporter = Reporter(store, config["job_id"], place, scratch)
 
     def after_round() -> None:
         if saved.is_new:
@@ -288,7 +289,7 @@ def _device(spec: TrainingSpec) -> torch.device:
     return get_device()
 
 
-def _open_rows(store: Store, key: str) -> TokenRows:
+def _open_rows(store: Store, scratch: Scratch, key: str) -> TokenRows:
     """The tokenised rows, in place on a shared file system, else copied once per worker."""
     folder = store.local_path()
     if folder is not None:
@@ -298,13 +299,15 @@ def _open_rows(store: Store, key: str) -> TokenRows:
                 f"{platform.node()}; name storage that all nodes share"
             )
         return TokenRows(folder / key)
-    with tempfile.TemporaryDirectory(prefix="graft-tokens-") as name:
+    with scratch.passing_folder() as name:
         runs.fetch_folder(store, key, Path(name))
         return TokenRows(Path(name))  # mapped; the files may go
 
 
 @contextmanager
-def _checkpoint(store: Store, config: Mapping[str, Any]) -> Generator[Path | None]:
+def _checkpoint(
+    store: Store, config: Mapping[str, Any], scratch: Scratch
+) -> Generator[Path | None]:
     """The folder of the checkpoint that this worker goes on from: the newest whole one of this job
     in the store, as the first worker sees it, else the job's start; None where there is none. (What
     Ray Train knows of is seconds older, and nothing if a worker dies behind its first one.)"""
@@ -317,7 +320,7 @@ def _checkpoint(store: Store, config: Mapping[str, Any]) -> Generator[Path | Non
     if key is None:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="graft-checkpoint-") as name:
+    with scratch.passing_folder() as name:
         runs.fetch_checkpoint(store, key, Path(name))
         yield Path(name)
 

@@ -98,6 +98,8 @@ class Grammars:
             matcher.compute_bitmask()
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())
+            if "NoExtensionBias" in reason:  # llguidance's word for it
+                reason = "nothing can follow it, as where a $ref leads to itself and nothing else"
             raise _refusal(f"({wanted.kind}) cannot be compiled: {reason:.300}")
         if matcher.is_stopped() and not matcher.is_accepting():
             raise _refusal(f"({wanted.kind}) is followed by no text at all")

@@ -18,7 +18,7 @@ from serving.keys import KeyStore
 from serving.spec import ServingSpec
 
 
-def gateway_app(spec: ServingSpec, backend: Backend) -> FastAPI:
+def gateway_app(spec: ServingSpec, backend: Backend, *, is_behind_serve: bool = False) -> FastAPI:
     """The app that answers for `spec` by way of `backend`; looks for imports while it exists."""
     asked = spec.gateway
     catalogue = Catalogue(
@@ -32,7 +32,7 @@ def gateway_app(spec: ServingSpec, backend: Backend) -> FastAPI:
     keys = None if asked.keys is None else KeyStore(asked.keys)
     door = Door(keys, ttl_s=asked.catalogue_ttl_s)
     traces = None if asked.traces is None else Traces(asked.traces, spec.name)
-    app = create_app(service, asked, door, traces)
+    app = create_app(service, asked, door, traces, is_behind_serve=is_behind_serve)
     if asked.imports:
         # Two looks and the other gateways' next snapshot fit into five seconds.
         period_s, registry = asked.catalogue_ttl_s / 2, Registry(spec.store)

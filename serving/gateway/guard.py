@@ -33,7 +33,8 @@ _log = structlog.get_logger("graft.gateway")
 
 class Guard:
     """Wraps the app `app`; a request that comes through has `tenant` and `began_s`, the
-    monotonic time of its arrival, in its state."""
+    monotonic time of its arrival, in its state. `is_echoed` behind Ray Serve's proxy, which adds
+    the id of the request to the answer itself."""
 
     def __init__(
         self,
@@ -43,8 +44,10 @@ class Guard:
         metrics: Metrics,
         max_header_bytes: int,
         traces: Traces | None = None,
+        is_echoed: bool = False,
     ) -> None:
         self._app, self._door, self._metrics, self._traces = app, door, metrics, traces
+        self._is_echoed = is_echoed
         self._max_header_bytes = max_header_bytes
         self._ids: set[str] = set()  # of requests in progress
 
@@ -55,7 +58,8 @@ class Guard:
             return
         scope["path"] = scope["path"].rstrip("/") or "/"
         headers = Headers(scope=scope)
-        request_id = self._request_id(headers.get("x-request-id", ""))
+        wanted = headers.get("x-request-id", "")
+        request_id = self._request_id(wanted)
         self._ids.add(request_id)
         structlog.contextvars.bind_contextvars(request_id=request_id)
         began, status, tenant_id, has_begun = time.monotonic(), 500, "", False
@@ -67,7 +71,8 @@ class Guard:
             nonlocal status, has_begun
             if message["type"] == "http.response.start":
                 status, has_begun = message["status"], True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                if not (self._is_echoed and request_id == wanted):
+                    MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
         try:

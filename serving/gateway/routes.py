@@ -61,7 +61,12 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def create_app(
-    service: Service, spec: GatewaySpec, door: Door, traces: Traces | None = None
+    service: Service,
+    spec: GatewaySpec,
+    door: Door,
+    traces: Traces | None = None,
+    *,
+    is_behind_serve: bool = False,
 ) -> FastAPI:
     """The app with every route; `door` decides who comes in, `traces` tells of each request."""
     app = FastAPI(title="Graft", docs_url=None, redoc_url=None, openapi_url=None)
@@ -72,6 +77,7 @@ def create_app(
         metrics=service.metrics,
         max_header_bytes=spec.max_header_bytes,
         traces=traces,
+        is_echoed=is_behind_serve,
     )
     app.add_exception_handler(GraftError, answer_graft_error)
     app.add_exception_handler(HTTPException, answer_http_error)

@@ -1,6 +1,6 @@
 """What HTTP costs: the service beside the bare engine, on the same cores.
 
-    python tests/bench/service.py [--rounds 5] [--firsts 40] [--dtype float32]
+    python tests/bench/service.py [--rounds 5] [--firsts 40] [--dtype float32] [--threads 2]
 
 The 82 M-parameter Llama of tests/bench/serving.py, three times, taking turns: in an engine of a
 process of its own; behind Graft's gateway and uvicorn, all in one process and no Ray; and behind
@@ -96,7 +96,8 @@ def serve_engine(base: Path, dtype: str) -> None:
 def engine_process(base: Path, dtype: str) -> Iterator[Callable[[str, int], float]]:
     """A call of it runs a load with the prompts of a seed and returns the seconds."""
     # -P: this file's folder must not hide the package of the same name.
-    command = [sys.executable, "-P", __file__, "--engine", str(base), "--dtype", dtype]
+    command = [sys.executable, "-P", __file__, "--engine", str(base), "--dtype", dtype,
+               "--threads", str(bench.THREADS)]  # fmt: skip
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": str(bench.THREADS)},
@@ -137,7 +138,8 @@ def serve_gateway(base: Path, dtype: str) -> None:
 @contextlib.contextmanager
 def gateway_process(base: Path, dtype: str) -> Iterator[str]:
     """The URL of a gateway with an engine in its own process."""
-    command = [sys.executable, "-P", __file__, "--gateway", str(base), "--dtype", dtype]
+    command = [sys.executable, "-P", __file__, "--gateway", str(base), "--dtype", dtype,
+               "--threads", str(bench.THREADS)]  # fmt: skip
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": str(bench.THREADS)},
@@ -291,9 +293,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--firsts", type=int, default=40, help="Requests alone, of either side.")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--threads", type=int, default=bench.THREADS, help="Of every engine.")
     parser.add_argument("--engine", metavar="BASE", help=argparse.SUPPRESS)
     parser.add_argument("--gateway", metavar="BASE", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    bench.THREADS = ENGINE["threads"] = chosen.threads
     if chosen.engine:
         serve_engine(Path(chosen.engine), chosen.dtype)
         return

@@ -183,6 +183,10 @@ def test_a_stream_that_just_ends_is_no_success(faulty: tuple[str, type[Faulty]])
     handler.answers = [lambda h: h.send(200, event + b"data: [DONE]\n\n")]
     with Client(url) as client, pytest.raises(OperationError, match="ended before the answer did"):
         list(client.stream("x", adapter="a"))
+    finished = b'data: {"choices": [{"text": "", "finish_reason": "stop"}]}\n\n'
+    handler.answers = [lambda h: h.send(200, event + finished)]
+    with Client(url) as client, pytest.raises(OperationError, match="ended before the answer did"):
+        list(client.stream("x", adapter="a"))
     failure = (
         b'data: {"error": {"message": "engine gone", "type": "t", "code": "engine_error"}}\n\n'
     )

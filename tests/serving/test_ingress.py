@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import uvicorn
+from ray.serve._private.http_util import RequestIdMiddleware
 
-from serving.ingress import BODY, MAX_BYTES, BodyAhead, middleware
+from serving.ingress import BODY, MAX_BYTES, BodyAhead, OneRequestId, middleware
 
 GONE = threading.Event()
 
@@ -31,16 +32,21 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         GONE.set()
         return
     found = [None if ahead is None else len(ahead), len(b"".join(parts))]
-    await send({"type": "http.response.start", "status": 200, "headers": []})
+    is_taken = (b"x-request-id", b"taken") in scope["headers"]
+    headers = [(b"X-Request-ID", b"another")] if is_taken else []
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps(found).encode()})
 
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    (wrapped,) = middleware()
-    assert wrapped.cls is BodyAhead
+    assert [wrapped.cls for wrapped in middleware()] == [BodyAhead, OneRequestId]
     config = uvicorn.Config(
-        BodyAhead(app), host="127.0.0.1", port=0, log_level="error", lifespan="off"
+        OneRequestId(RequestIdMiddleware(BodyAhead(app))),
+        host="127.0.0.1",
+        port=0,
+        log_level="error",
+        lifespan="off",
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
@@ -63,6 +69,28 @@ def ask(port: int, head: str, *parts: bytes, pause_s: float = 0.0) -> Any:
             line.sendall(part)
         answer = b"".join(iter(lambda: line.recv(65536), b""))
     return json.loads(answer[answer.index(b"[") : answer.index(b"]") + 1])
+
+
+def ids(port: int, *sent: bytes) -> list[bytes]:
+    """The ids of the answer to a request with these."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
+        lines = b"".join(b"X-Request-Id: %b\r\n" % one for one in sent)
+        line.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + lines + b"\r\n")
+        answer = b"".join(iter(lambda: line.recv(65536), b""))
+    head = answer.partition(b"\r\n\r\n")[0].split(b"\r\n")[1:]
+    named = (one.partition(b": ") for one in head)
+    return [value for name, _, value in named if name.lower() == b"x-request-id"]
+
+
+def test_an_answer_has_one_request_id(port: int) -> None:
+    """Its own if it has one, and never one that is none."""
+    assert ids(port, b"mine-1") == [b"mine-1"]
+    for bad in (b"x" * 2000, b"a b", b"\xff\xfe"):
+        (own,) = ids(port, bad)
+        assert 0 < len(own) <= 128
+        assert own != bad
+    assert len(ids(port)) == 1
+    assert ids(port, b"taken") == [b"another"]
 
 
 def test_a_short_body_is_ahead_and_still_there(port: int) -> None:

@@ -159,6 +159,8 @@ CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"tool_choice": "required"}, None),
     ({"tool_choice": "perhaps"}, "tool_choice"),
     ({"modalities": ["audio"]}, "modalities"),
+    ({"chat_template": "{{ messages }}"}, "chat_template"),
+    ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
 ]
 
 
@@ -249,6 +251,15 @@ def test_unknown_models(
         assert len(detail["message"]) < 400
 
 
+def test_a_schema_of_thirty_thousand_levels(http: httpx2.Client) -> None:
+    schema = b'{"items":' * 30_000 + b"{}" + b"}" * 30_000
+    body = (b'{"model": "lora", "prompt": "x", "response_format": '
+            b'{"type": "json_schema", "json_schema": {"schema": ' + schema + b"}}}")  # fmt: skip
+    began = time.monotonic()
+    error(http.post("/v1/completions", content=body), 400)
+    assert time.monotonic() - began < 5
+
+
 def test_a_thousand_unknown_models_cost_nothing(service: Running, http: httpx2.Client) -> None:
     def good() -> str:
         answer = http.post("/v1/completions", json={"model": "lora", **ASK})
@@ -264,12 +275,25 @@ def test_a_thousand_unknown_models_cost_nothing(service: Running, http: httpx2.C
     def bad(number: int) -> None:
         error(http.post("/v1/completions", json={"model": f"nobody-{number}", **ASK}), 404)
 
+    def streamed() -> Any:
+        return http.stream("POST", "/v1/completions", json={**body, "stream": True})
+
+    def text(stream: httpx2.Response) -> str:
+        events = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+        assert events.pop() == "[DONE]"
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+    body = {"model": "lora", **ASK, "max_tokens": 100, "ignore_eos": True}
     bad(-1)
+    with streamed() as alone:
+        whole = text(alone)
     expected, adapters, before = good(), service.replica.adapters, sizes()
-    for number in range(1000):
-        bad(number)
-        if not number % 100:
-            assert good() == expected
+    with streamed() as beside:
+        for number in range(1000):
+            bad(number)
+            if not number % 100:
+                assert good() == expected
+        assert text(beside) == whole
     assert sizes() == before
     assert service.replica.adapters == adapters
 
@@ -349,8 +373,17 @@ def test_request_ids(http: httpx2.Client) -> None:
     head = answer.partition(b"\r\n\r\n")[0].lower()
     assert b"x-forged" not in head
     assert b"mine" not in head
-    body = {"model": "lora", "prompt": "x", "max_tokens": 100, "ignore_eos": True, "stream": True}
     headers = {"X-Request-Id": "twice"}
-    with http.stream("POST", "/v1/completions", json=body, headers=headers) as first:
+    asked = [
+        {"model": "lora", **ASK, "prompt": prompt, "max_tokens": 100, "ignore_eos": True}
+        for prompt in ("x", "y")
+    ]
+    alone = [http.post("/v1/completions", json=a).json()["choices"][0]["text"] for a in asked]
+    streamed = {**asked[0], "stream": True}
+    with http.stream("POST", "/v1/completions", json=streamed, headers=headers) as first:
         assert first.headers["x-request-id"] == "twice"
-        assert answered("twice") != "twice"
+        second = http.post("/v1/completions", json=asked[1], headers=headers)
+        assert second.headers["x-request-id"] != "twice"
+        events = [line.removeprefix("data: ") for line in first.iter_lines() if line]
+    text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+    assert [text, second.json()["choices"][0]["text"]] == alone

@@ -117,11 +117,28 @@ def nested(levels: int) -> Any:
     return schema
 
 
+def test_a_schema_may_lead_to_itself_by_way_of_something(engine: Engine) -> None:
+    rule = {
+        "type": "object", "additionalProperties": False, "required": ["next"],
+        "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+    }  # fmt: skip
+    (answer,) = engine.generate([request("json_schema", rule, max_tokens=120, temperature=0.0)])
+    assert re.match(r'\s*\{\s*"next"', answer.text)
+    if answer.finish_reason is FinishReason.STOP:
+        value = json.loads(answer.text)
+        while value is not None:
+            value = value["next"]
+
+
 IMPOSSIBLE: dict[str, tuple[Any, Any]] = {
     "no schema": ("json_schema", [1]),
     "wrong schema": ("json_schema", {"type": 5}),
     "unknown reference": ("json_schema", {"$ref": "#/nowhere"}),
     "itself": ("json_schema", {"$ref": "#"}),
+    "a ring": (
+        "json_schema",
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+    ),
     "unsatisfiable": ("json_schema", False),
     "not served": ("json_schema", {"type": "array", "uniqueItems": True}),
     "not JSON": ("json_schema", {"const": {1, 2}}),
@@ -147,6 +164,7 @@ def test_impossible_formats_are_refused_at_once(engine: Engine, case: str) -> No
         engine.generate([request(*IMPOSSIBLE[case])])
     assert caught.value.param == "response_format"
     assert len(caught.value.message) < 600
+    assert ("leads to itself" in caught.value.message) == (case in ("itself", "a ring"))
     assert time.monotonic() - began < 5
     assert not engine.has_work
 

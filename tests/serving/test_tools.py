@@ -171,7 +171,7 @@ def test_a_tool_that_must_be_called_is(tmp_path: Path) -> None:
         (streamed,) = final.message.tool_calls or []
         assert streamed.function.arguments == call.function.arguments
         said += [
-            answer.message.model_dump(exclude_none=True),
+            answer.message.model_dump(exclude_none=True) | {"content": None},
             {"role": "tool", "tool_call_id": call.id, "content": "sun"},
         ]
         after = client.chat.completions.create(model=BASE_NAME, messages=said, max_tokens=4)

@@ -5,6 +5,7 @@ import pickle
 import re
 import resource
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from itertools import chain, cycle, repeat
 from pathlib import Path
@@ -23,7 +24,6 @@ from cluster.errors import ConflictError, StoreError
 from cluster.registry import Registry
 from cluster.store import open_store
 from training import job, worker
-from training import reporter as reporter_module
 from training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from training.place import Place
 from training.reporter import Reporter
@@ -37,6 +37,7 @@ from training.runs import (
     record_run,
     upload_folder,
 )
+from training.scratch import Scratch
 from training.spec import TrainingSpec
 
 KNOBS = r"lower micro_batch_size \(4; .* or set precision to bf16"
@@ -124,9 +125,9 @@ def test_another_error_is_no_lack_of_memory(
 def reporter(spec: TrainingSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reporter:
     """Of a first worker, whose folders of checkpoints are in tmp_path / "local"."""
     (tmp_path / "local").mkdir()
-    monkeypatch.setattr(reporter_module.tempfile, "tempdir", str(tmp_path / "local"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
     place = Place(0, 1, torch.device("cpu"))
-    return Reporter(open_store(spec.output.store), "job", place)
+    return Reporter(open_store(spec.output.store), "job", place, Scratch("job", 0))
 
 
 def test_a_full_disk_at_a_checkpoint_is_told_with_the_folder(
@@ -142,6 +143,19 @@ def test_a_full_disk_at_a_checkpoint_is_told_with_the_folder(
         resource.prlimit(0, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         signal.signal(signal.SIGXFSZ, before)
     assert not list((tmp_path / "local").iterdir())
+
+
+def test_the_folders_of_a_killed_worker_go_when_another_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed, neighbours = Scratch("job", 1), [Scratch("job", 10), Scratch("other", 1)]
+    (killed.folder() / "weights").write_bytes(b"x")
+    left = killed.passing_folder()
+    others = {scratch.folder() for scratch in neighbours}
+    Scratch("job", 1)
+    assert set(tmp_path.iterdir()) == others
+    left.cleanup()
 
 
 def test_a_failed_upload_leaves_no_local_folder(reporter: Reporter, tmp_path: Path) -> None:
@@ -203,7 +217,7 @@ def test_a_store_that_does_not_answer_for_a_while_costs_nothing(
 ) -> None:
     """Whether what it answers so is done or not."""
     store = open_store(job_in_s3.spec.output.store)
-    reporter = Reporter(store, "job", Place())
+    reporter = Reporter(store, "job", Place(), Scratch("job", 0))
     faults.fails, faults.are_done = chain(repeat(True, 3), repeat(False)), are_done
     name = upload(reporter, tmp_path / "10", 10)
     assert faults.given == 3
@@ -236,7 +250,7 @@ def test_a_store_that_takes_nothing_more_ends_the_job_and_keeps_its_checkpoint(
 ) -> None:
     store = open_store(job_in_s3.spec.output.store)
     record_run(store, job_in_s3)
-    reporter = Reporter(store, "job", Place())
+    reporter = Reporter(store, "job", Place(), Scratch("job", 0))
     upload(reporter, tmp_path / "10", 10)
     faults.status, faults.fails = "403 Forbidden", repeat(True)
     with pytest.raises(StoreError) as caught:

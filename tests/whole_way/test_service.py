@@ -1,12 +1,15 @@
 """The adapters that jobs published, served on the same cluster: by OpenAI's client and ours."""
 
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import httpx2
 import pyarrow as pa
 import pytest
 from adapters import make_adapter
@@ -36,6 +39,7 @@ def service(
     settings = overrides(
         f"store={STORE}", "engine.base_model=configs/demo/base", "gateway.port=0",
         "replicas.min=2", "replicas.max=2", f"cache={folder}/cache",
+        f"gateway.max_body_bytes={2**19}",
     )  # fmt: skip
     document = "configs/serving/local.yaml"
     with Command("serve", document, "--address", ray_cluster.address, *settings) as command:
@@ -91,3 +95,50 @@ def test_a_new_version_is_served_without_a_restart(
             time.sleep(0.2)
         texts = [client.generate(["hi"], adapter=a)[0].text for a in ("fresh", "prefix-tuning")]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("ask", "status"),
+    [
+        (lambda http: http.get("/health/"), 200),
+        (lambda http: http.get("/v1/completions"), 405),
+        (lambda http: http.get("/v1/models", headers={"X-Long": "x" * 40_000}), 431),
+        (lambda http: http.post("/v1/completions", content=b"x" * 2**20), 413),
+        (lambda http: http.post("/v1/completions", content=b'{"temperature": NaN}'), 400),
+        (lambda http: http.post("/v1/completions", content=b"[" * 100_000), 400),
+        (lambda http: http.post("/v1/completions", content=iter([b'{"model"', b": 5}"])), 400),
+    ],
+)
+def test_refusals_pass_the_proxy(
+    service: str, ask: Callable[[httpx2.Client], httpx2.Response], status: int
+) -> None:
+    headers = {"X-Request-Id": "mine-1"}
+    with httpx2.Client(base_url=service, headers=headers, trust_env=False) as http:
+        response = ask(http)
+    assert response.status_code == status, response.text
+    assert response.headers.get_list("x-request-id") == ["mine-1"]
+    assert status == 200 or response.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_frees_its_engine(service: str) -> None:
+    """Long before its answers would have ended."""
+    count, tokens = 16, 400
+    body = {"model": "demo-base", "prompt": "x", "max_tokens": tokens, "ignore_eos": True,
+            "stream": True}  # fmt: skip
+
+    def generated() -> float:
+        page = httpx2.get(f"{service}/metrics", trust_env=False).text
+        found = re.findall(r"^graft_engine_generated_tokens_total\{.*\} (\S+)$", page, re.MULTILINE)
+        return sum(map(float, found))
+
+    before = generated()
+    with httpx2.Client(base_url=service, trust_env=False) as http, ExitStack() as streams:
+        for _ in range(count):
+            stream = streams.enter_context(http.stream("POST", "/v1/completions", json=body))
+            assert next(stream.iter_lines())
+    told, deadline = [before], time.monotonic() + 60
+    while told[-1] == before or told[-1] != told[-7:][0]:  # engines tell it every five seconds
+        assert time.monotonic() < deadline, told
+        time.sleep(1)
+        told.append(generated())
+    assert told[-1] - before < count * tokens / 2, told

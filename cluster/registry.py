@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from cluster.adapter_folder import (
     CONFIG,
@@ -154,12 +155,15 @@ class Registry:
         """Take the next free number; a number once taken is never given again."""
         folders = self.store.list_folders(f"adapters/{name}")
         taken = [int(folder) for folder in folders if folder.isdecimal()]
-        number = max(taken, default=0) + 1
+        number, own = max(taken, default=0) + 1, uuid4().bytes
         while True:
+            key = f"{_folder(name, number)}/claim"
             try:
-                self.store.create(f"{_folder(name, number)}/claim", b"")
+                self.store.create(key, own)
                 return number
             except ConflictError:
+                if self.store.read(key) == own:  # the first try was done, its answer lost
+                    return number
                 number += 1
 
     def discard(self, name: str, number: int) -> None:

@@ -66,9 +66,15 @@ def publish(registry: Registry, base: Path, folder: Path, *variants: str) -> Non
 
 @contextmanager
 def running(
-    base: Path, folder: Path, *, gateway: dict[str, Any] | None = None, **engine: Any
+    base: Path,
+    folder: Path,
+    *,
+    gateway: dict[str, Any] | None = None,
+    drains: bool = True,
+    **engine: Any,
 ) -> Iterator[Running]:
-    """Serve `base` and the adapters of the store under `folder`."""
+    """Serve `base` and the adapters of the store under `folder`; at its end it answers what it has
+    begun, if it `drains`."""
     limits = {
         "max_waiting_requests": 512, "max_body_bytes": 2**20, "port": 0, "imports": False,
         "catalogue_ttl_s": CATALOGUE_TTL_S,
@@ -94,7 +100,7 @@ def running(
     try:
         yield Running(f"http://127.0.0.1:{port}", registry, replica, app.state.service)
     finally:
-        server.should_exit = True
+        server.should_exit, server.force_exit = True, not drains
         thread.join()
         if spec.gateway.imports:
             app.state.imports.stop()

@@ -148,6 +148,8 @@ def run_job(base: Path, rows: Rows, dtype: str) -> Measured:
     speeds = [float(n.replace(",", "")) for n in re.findall(r"([\d,]+) tokens/s", said)]
     metrics = Registry(spec.output.store).resolve("bench").card["metrics"]
     tokens = sum(len(row["input_ids"]) for row in rows)
+    if metrics["tokens"] != tokens:
+        raise SystemExit(f"the job learned from {metrics['tokens']} tokens, not {tokens}")
     return Measured(tokens / metrics["tokens_per_s"], metrics["peak_memory_mib"], speeds)
 
 
@@ -227,10 +229,13 @@ def _tokenizer() -> Any:
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(CONFIG["vocab_size"])}, "t1"))
+    # A special token is found inside of words too, so none may be the beginning of another.
+    special = {0: "<pad>", 1: "<unknown>", CONFIG["eos_token_id"]: "<end>"}
+    vocabulary = {special.get(i, f"t{i}"): i for i in range(CONFIG["vocab_size"])}
+    core = Tokenizer(models.WordLevel(vocabulary, "<unknown>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="t2", pad_token="t0", unk_token="t1"
+        tokenizer_object=core, eos_token="<end>", pad_token="<pad>", unk_token="<unknown>"
     )
 
 

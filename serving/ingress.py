@@ -23,7 +23,8 @@ MAX_BYTES = 64 * 2**10
 # A client sends a body right behind the headers. Whoever takes longer is the gateway's to judge.
 _WAIT_S = 0.02
 
-_HEADER, _ID = b"x-request-id", re.compile(rb"[A-Za-z0-9._-]{1,128}")
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_HEADER = b"x-request-id"
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -80,7 +81,8 @@ class OneRequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["headers"] = [h for h in scope["headers"] if h[0] != _HEADER or _ID.fullmatch(h[1])]
+        headers = scope["headers"]
+        scope["headers"] = [h for h in headers if h[0] != _HEADER or REQUEST_ID.fullmatch(h[1])]
 
         async def send_one(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -43,11 +44,11 @@ def take_down(gateways: str, engines: str, cut_off: threading.Event, *, shut_dow
     from ray.serve.exceptions import RayServeException
 
     try:
-        _delete(serve, gateways, cut_off)
-        _delete(serve, engines, None)
+        _delete(serve, gateways, cut_off.is_set)
+        _delete(serve, engines, lambda: True)  # nothing runs on them
         if shut_down and not serve.status().applications:
             _shut_down(serve)
-    except (RayError, RayServeException) as error:
+    except (RayError, RayServeException, TimeoutError) as error:
         if controller() is not None:  # otherwise somebody else has shut it down meanwhile
             raise ClusterError(
                 f"Ray Serve does not end ({type(error).__name__}); see its controller's log, and "
@@ -56,18 +57,18 @@ def take_down(gateways: str, engines: str, cut_off: threading.Event, *, shut_dow
         _kill_actors("SERVE_")
 
 
-def _delete(serve: Any, application: str, cut_off: threading.Event | None) -> None:
+def _delete(serve: Any, application: str, kills: Callable[[], bool]) -> None:
     """Delete an application and wait until its replicas have ended. Serve's own wait gives up after
     a minute, less than a stream may take.
 
     Args:
-        cut_off: When to kill them instead: None for at once, as where nothing runs on them and
-            Serve would wait for one that is still loading.
+        kills: Whether to kill them by now: Serve waits for what runs on them, and for one that is
+            still loading.
     """
     while True:
         # Again each time: a roll-over that is on its way brings the application back.
         serve.delete(application, _blocking=False)
-        if cut_off is None or cut_off.is_set():
+        if kills():
             _kill_actors(f"SERVE_REPLICA::{application}#")
         if application not in serve.status().applications:
             return
@@ -76,13 +77,11 @@ def _delete(serve: Any, application: str, cut_off: threading.Event | None) -> No
 
 def _shut_down(serve: Any) -> None:
     """Shut Serve down, and try again: its own call does nothing if the controller is busy for five
-    seconds. Raises ClusterError if the controller answers and is there for a minute."""
+    seconds. Raises TimeoutError if the controller answers and is there for a minute."""
     deadline = time.monotonic() + 60
     while controller() is not None:
         if time.monotonic() > deadline:
-            raise ClusterError(
-                "Ray Serve does not end; see its controller's log, and end it with `serve shutdown`"
-            )
+            raise TimeoutError
         serve.shutdown()
         time.sleep(_LOOK_S)
     # A restarted controller does not know the proxies of nodes that no longer need one.

@@ -6,7 +6,6 @@ that is routed, never at the URL that a Host header makes up.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -20,6 +19,7 @@ from serving.gateway.access import Door
 from serving.gateway.errors import error_response
 from serving.gateway.metrics import Metrics
 from serving.gateway.tracing import Traces, current
+from serving.ingress import REQUEST_ID
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -27,7 +27,6 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 OPEN = ("/health", "/ready")
-_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _log = structlog.get_logger("graft.gateway")
 
 
@@ -106,6 +105,6 @@ class Guard:
 
     def _request_id(self, wanted: str) -> str:
         """The caller's id if it is one and nobody else's now, else one of our own."""
-        if _ID.fullmatch(wanted) and wanted not in self._ids:
+        if REQUEST_ID.fullmatch(wanted.encode("latin-1")) and wanted not in self._ids:
             return wanted
         return uuid4().hex

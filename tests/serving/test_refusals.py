@@ -251,6 +251,12 @@ def test_unknown_models(
         assert len(detail["message"]) < 400
 
 
+def text_of(stream: httpx2.Response) -> str:
+    events = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+    assert events.pop() == "[DONE]"
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+
 def test_a_schema_of_thirty_thousand_levels(http: httpx2.Client) -> None:
     schema = b'{"items":' * 30_000 + b"{}" + b"}" * 30_000
     body = (b'{"model": "lora", "prompt": "x", "response_format": '
@@ -278,22 +284,17 @@ def test_a_thousand_unknown_models_cost_nothing(service: Running, http: httpx2.C
     def streamed() -> Any:
         return http.stream("POST", "/v1/completions", json={**body, "stream": True})
 
-    def text(stream: httpx2.Response) -> str:
-        events = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
-        assert events.pop() == "[DONE]"
-        return "".join(json.loads(event)["choices"][0]["text"] for event in events)
-
     body = {"model": "lora", **ASK, "max_tokens": 100, "ignore_eos": True}
     bad(-1)
     with streamed() as alone:
-        whole = text(alone)
+        whole = text_of(alone)
     expected, adapters, before = good(), service.replica.adapters, sizes()
     with streamed() as beside:
         for number in range(1000):
             bad(number)
             if not number % 100:
                 assert good() == expected
-        assert text(beside) == whole
+        assert text_of(beside) == whole
     assert sizes() == before
     assert service.replica.adapters == adapters
 
@@ -384,6 +385,5 @@ def test_request_ids(http: httpx2.Client) -> None:
         assert first.headers["x-request-id"] == "twice"
         second = http.post("/v1/completions", json=asked[1], headers=headers)
         assert second.headers["x-request-id"] != "twice"
-        events = [line.removeprefix("data: ") for line in first.iter_lines() if line]
-    text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+        text = text_of(first)
     assert [text, second.json()["choices"][0]["text"]] == alone

@@ -32,7 +32,9 @@ class Mark:
     is_link: bool = False
 
 
-Folder = dict[str, Mark]  # by file; a folder that is itself a link has one entry, ""
+# By file. A folder that is itself a link has one entry, "", and so has one that cannot be listed:
+# its mark says why.
+Folder = dict[str, Mark]
 
 
 def folders(store: Store) -> dict[str, Folder]:
@@ -78,14 +80,21 @@ def _local(prefix: Path) -> dict[str, Folder]:
         if entry.is_symlink():
             found[entry.name] = _marked(entry, "")
         elif entry.is_dir():
-            found[entry.name] = {}
             try:
-                files = list(os.scandir(entry))
-            except OSError:
-                continue  # one that is gone, or closed to us, is no fault of the others
-            for file in files:
-                if file.is_symlink() or file.is_file():
-                    found[entry.name] |= _marked(file, file.name)
+                found[entry.name] = _listed(entry)
+            except FileNotFoundError:
+                continue  # it is gone again
+            except OSError as error:
+                found[entry.name] = {"": Mark(error.strerror or str(error), 0)}
+    return found
+
+
+def _listed(folder: os.DirEntry[str]) -> Folder:
+    found: Folder = {}
+    with os.scandir(folder) as files:
+        for file in files:
+            if file.is_symlink() or file.is_file():
+                found |= _marked(file, file.name)
     return found
 
 

@@ -113,12 +113,17 @@ class Imports:
     def _settle(self, name: str, files: Folder, look: Look) -> None:
         if not NAME.fullmatch(name):
             raise AdapterError(f"imports/{name}: is no name for an adapter; rename the folder")
-        is_link = "" in files
+        whole = files.get("")
+        if whole is not None and not whole.is_link:
+            raise StoreError(
+                f"{self._store.uri}/imports/{name}: {whole.text}; let the user that the service "
+                "runs as read it"
+            )
         missing = sorted(_WHOLE - set(files))
-        if missing and not is_link:
+        if missing and whole is None:
             look.waiting[name] = missing[0]
             return
-        texts = [files[file].text for file in ([""] if is_link else sorted(_WHOLE))]
+        texts = [whole.text] if whole else [files[file].text for file in sorted(_WHOLE)]
         stamp = hashlib.sha256("\n".join(texts).encode())
         key = f"imported/{name}/{stamp.hexdigest()[:32]}.json"
         record = self._record(key)

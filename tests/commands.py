@@ -32,6 +32,12 @@ class Ended:
         return _job_in(self.output)
 
 
+def heed_interrupts() -> None:
+    """For a child of tests that run in the background of a shell: they ignore SIGINT, and so would
+    their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Command:
     """A command on its way, which ends with its `with` block if it has not before.
 
@@ -44,6 +50,7 @@ class Command:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "cluster.cli", *map(str, arguments)],
             cwd=ROOT, stdout=self._output, stderr=subprocess.STDOUT,
+            preexec_fn=heed_interrupts,
             env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
         )  # fmt: skip
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from training.estimate import Estimate, Shape
+    from training.dry_run import Shape
+    from training.estimate import Estimate
     from training.spec import TrainingSpec
 
 _READ_ROWS = 200
@@ -48,14 +49,12 @@ def estimate(
     """
     from cluster.spec import load_spec
     from training.command import resolved
-    from training.estimate import check_predictable
     from training.estimate import estimate as predict
     from training.spec import TrainingSpec
 
-    job = load_spec(TrainingSpec, spec, set_ or ())
-    check_predictable(job)
-    job = resolved(job)
-    found = predict(job, _shape(job, tokens), sorted(set(stage or ())))
+    job = resolved(load_spec(TrainingSpec, spec, set_ or ()))
+    shapes = {name: _shape(own, tokens) for name, own in job.each().items()}
+    found = predict(job, shapes, sorted(set(stage or ())))
     if as_json:
         stages = [asdict(at) | {"total": at.total} for at in found.stages]
         typer.echo(json.dumps(asdict(found) | {"stages": stages}, indent=2))
@@ -67,7 +66,7 @@ def _shape(job: TrainingSpec, tokens: int | None) -> Shape:
     from cluster.base_model import load_tokenizer
     from cluster.errors import DataError
     from training.data import tokenize
-    from training.estimate import Shape
+    from training.dry_run import Shape
     from training.rows import TokenRows
 
     if tokens is not None:
@@ -86,16 +85,23 @@ def _shape(job: TrainingSpec, tokens: int | None) -> Shape:
 
 
 def _print(job: TrainingSpec, found: Estimate) -> None:
-    from training.estimate import PARTS
+    from training.dry_run import PARTS
 
     share = found.trainable_parameters / max(1, found.all_parameters)
+    each = job.each()
+    kinds = ", ".join(dict.fromkeys(own.method.kind for own in each.values()))
     typer.echo(
-        f"{job.method.kind}: {found.trainable_parameters:,} of {found.all_parameters:,} parameters "
-        f"({share:.3%}) are trained, {job.precision}, {found.workers} workers, micro-batches of "
-        f"{found.shape.rows} rows of {found.shape.tokens:,} tokens"
-        + (f" and targets of {found.shape.targets:,}" if found.shape.targets else "")
-        + (f" at most, {sum(found.shape.packed):,} packed" if found.shape.packed else "")
+        (f"{len(each)} adapters, " if job.adapters else "")
+        + f"{kinds}: {found.trainable_parameters:,} of {found.all_parameters:,} parameters "
+        f"({share:.3%}) are trained, {job.precision}, {found.workers} workers"
     )
+    for name, shape in found.shapes.items():
+        typer.echo(
+            (f"{name}: " if job.adapters else "")
+            + f"micro-batches of {shape.rows} rows of {shape.tokens:,} tokens"
+            + (f" and targets of {shape.targets:,}" if shape.targets else "")
+            + (f" at most, {sum(shape.packed):,} packed" if shape.packed else "")
+        )
     table = Table("MiB of each worker at its peak", box=None)
     for at in found.stages:
         chosen = " (spec)" if at.stage == job.zero.stage else ""

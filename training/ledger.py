@@ -119,10 +119,10 @@ def _is_mask(index: Any) -> bool:
     return index is not None and index.dtype == torch.bool
 
 
-def without_bytes(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Put a fake CPU tensor in the place of each parameter and buffer of a model on the meta
-    device, and of what quantised modules keep beside these, which is returned. To be called within
-    a FakeTensorMode; tied parameters stay tied."""
+def without_bytes(*models: torch.nn.Module) -> list[torch.Tensor]:
+    """Put a fake CPU tensor in the place of each parameter and buffer of models on the meta device,
+    and of what quantised modules keep beside these, which is returned. To be called within a
+    FakeTensorMode; tied and shared parameters stay so."""
     made: dict[Any, Any] = {}
 
     def fake(tensor: Any) -> Any:
@@ -134,10 +134,11 @@ def without_bytes(model: torch.nn.Module) -> list[torch.Tensor]:
             made[tensor] = empty
         return made[tensor]
 
-    beside = [(holder, name, fake(getattr(holder, name))) for holder, name in scales_of(model)]
+    whole = torch.nn.ModuleList(models)  # which has a module of two of them once
+    beside = [(holder, name, fake(getattr(holder, name))) for holder, name in scales_of(whole)]
     for holder, name, tensor in beside:
         setattr(holder, name, tensor)
-    for module in model.modules():
+    for module in whole.modules():
         for held in (vars(module)["_parameters"], vars(module)["_buffers"]):
             for name, tensor in held.items():
                 if tensor is not None:

@@ -14,6 +14,7 @@ import torch
 from cluster.tasks import Task
 from training.classifier import HEAD, Classifier, collate_labelled
 from training.seq2seq import Seq2SeqModel, collate_pairs
+from training.shared_pass import SharedPass
 from training.step import LossModel, collate
 
 _PROBE = [([0] * 8, [0] * 8)] * 2
@@ -40,6 +41,16 @@ class _ShapedClassifier(Classifier):
             with self._packing():
                 rows = [(ids, [0]) for ids, _ in _PROBE]
                 self._logits_packed(collate_labelled(rows, parameter.device))
+
+
+class ShapedPass(SharedPass):
+    """Of several adapters: it learns where tokens are, and compares no losses."""
+
+    host_model = _ShapedCausal
+
+    def _compare(self) -> None:
+        with torch.no_grad():
+            self.losses(self._probes(torch.device("cpu")))
 
 
 SHAPED: Mapping[Task, type[LossModel]] = {

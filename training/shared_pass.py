@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -79,18 +79,20 @@ class SharedPass:
         SpecError: the base, or a method on it, cannot be computed so.
     """
 
+    host_model: type[LossModel] = LossModel
+
     def __init__(
         self,
         base: Any,
         models: Mapping[str, LossModel],
-        draws: Mapping[str, Draws],
+        draws: Mapping[str, Callable[[], AbstractContextManager[None]]],
         *,
         recomputes: bool = False,
     ) -> None:
         self._models, self._draws = models, draws
         self._parts: list[_Part] = []
         self._token_dims: dict[torch.nn.Module, int] = {}
-        self._host = LossModel(base.requires_grad_(False).train(), recomputes=recomputes)
+        self._host = self.host_model(base.requires_grad_(False).train(), recomputes=recomputes)
         self._check(recomputes)
         self._join(base)
         self._compare()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -107,7 +106,7 @@ def _train_one(
 
     with _followed([adapter]):
         end = run(spec, made.backend, rows.training, **adapter.options(on_checkpoint))
-    return {name: adapter.result(end, store, config["job_id"])}
+    return {name: adapter.result(end, store, config["job_id"], scratch)}
 
 
 def _train_several(
@@ -157,7 +156,7 @@ def _train_several(
     return {
         name: {FAILURE: runner.failure}
         if runner.end is None
-        else adapters[name].result(runner.end, store, config["job_id"])
+        else adapters[name].result(runner.end, store, config["job_id"], scratch)
         for name, runner in runners.items()
     }
 
@@ -240,12 +239,12 @@ class _Adapter:
             ),
         }
 
-    def result(self, end: Progress, store: Store, job_id: str) -> dict[str, Any]:
+    def result(self, end: Progress, store: Store, job_id: str, scratch: Scratch) -> dict[str, Any]:
         """Upload the adapter; returns its metrics with ADAPTER. Collective."""
         metrics, backend = _metrics(self.made, end), self.made.backend
         self.made.take_best(end.step)
         key = f"runs/{job_id}/adapter-{uuid4().hex[:8]}"
-        with backend.whole_parameters(), tempfile.TemporaryDirectory() as folder:
+        with backend.whole_parameters(), scratch.passing_folder() as folder:
             if self.place.rank == 0:
                 METHODS[self.spec.method.kind].save(backend.adapted, Path(folder))
                 runs.upload_folder(store, key, Path(folder))

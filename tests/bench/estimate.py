@@ -163,12 +163,14 @@ def measure(spec: Any, tokens: int) -> float:
 def predict(spec: Any, tokens: int) -> float:
     """What `graft estimate` prints, in MiB."""
     from cluster.spec import parse_spec
-    from training.estimate import Shape, estimate
+    from training.dry_run import Shape
+    from training.estimate import estimate
     from training.spec import TrainingSpec
 
     parsed = parse_spec(TrainingSpec, spec)
-    shape = Shape.of_rows(parsed, make_rows(parsed, tokens))
-    return estimate(parsed, shape, [parsed.zero.stage]).stages[0].total
+    rows = make_rows(parsed, tokens)
+    shapes = {name: Shape.of_rows(own, rows) for name, own in parsed.each().items()}
+    return estimate(parsed, shapes, [parsed.zero.stage]).stages[0].total
 
 
 def main() -> None:

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,38 @@ def test_whoever_ends_before_a_version_is_visible_is_finished_by_another(tmp_pat
     assert registry.names() == []
     other = Imports(registry)
     assert [version.ref for _ in range(2) for version in other.look().imported] == ["bot@1"]
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """What files' modes forbid is forbidden to root too."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o111])
+def test_a_folder_that_is_closed_to_us_is_told_as_such(mode: int) -> None:
+    """Not to be listed, not to be entered, or neither; it waits for no file."""
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        drop = Path(place, "imports")
+        closed = peft_folder(drop / "closed")
+        (drop / "part").mkdir()
+        closed.chmod(mode)
+        try:
+            with as_nobody():
+                imports = Imports(Registry(place))
+                looks = [imports.look() for _ in range(2)]
+        finally:
+            closed.chmod(0o755)
+    assert [set(look.failed) for look in looks] == [set(), {"closed"}]
+    assert looks[1].failed["closed"].startswith(f"{place}/imports/closed: Permission denied; let ")
+    assert looks[1].waiting == {"part": CONFIG}
 
 
 def test_what_cannot_be_read_or_is_damaged_stops_nobody(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`graft generate --offline` on a real cluster: killed in the middle, begun twice, done once."""
 
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,13 @@ def test_killed_in_the_middle_it_ends_with_every_row_once(
         done = len(list(marks.glob("*")))
         until(lambda: len(list(marks.glob("*"))) > done + 2, first)
         first.process.kill()
+    done = len(list(marks.glob("*")))
+    with generate() as third:
+        until(lambda: len(list(marks.glob("*"))) > done + 2, third)
+        third.process.send_signal(signal.SIGINT)
+        interrupted = third.wait()
+    assert interrupted.code == 130, interrupted.output
+    assert "Traceback" not in interrupted.output
     kept = {path.name: path.stat().st_mtime_ns for path in marks.glob("*")}
     assert 0 < len(kept) < ROWS // PART_ROWS
 

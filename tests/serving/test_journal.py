@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from commands import heed_interrupts
 from service import BASE_NAME, NAMES, Running
 
 from cluster.errors import ConflictError, StoreError
@@ -44,11 +45,6 @@ def questions(count: int, **columns: list[Any]) -> pa.Table:
             **columns,
         }
     )
-
-
-def heed_interrupts() -> None:
-    """A test run in the background of a shell ignores SIGINT, and so would its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def begin(

@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import structlog
+from commands import Command, graft
 from service import Running, publish, running
 
 from cluster.errors import (
@@ -296,3 +299,26 @@ def test_on_the_command_line(bases: Bases, service: Running, tmp_path: Path) -> 
         expected = client.generate(["hello", "hi"], adapter="lora", max_tokens=6)
     found = open_table(tmp_path / "out.jsonl")["completion"].to_pylist()
     assert found == [answer.text for answer in expected]
+
+
+def test_an_interrupted_command_keeps_its_answers(bases: Bases, tmp_path: Path) -> None:
+    write_table(pa.table({"id": range(200), "prompt": ["hello"] * 200}), tmp_path / "in.arrow")
+    journal = tmp_path / "out.arrow.partial"
+    command = ("generate", tmp_path / "in.arrow", tmp_path / "out.arrow", "--local",
+               bases("llama"), "--concurrency", 4, "--max-tokens", 32, "--quiet")  # fmt: skip
+    with Command(*command) as interrupted:
+        deadline = time.monotonic() + 60
+        while not journal.exists() or journal.read_text().count("\n") < 20:
+            assert not interrupted.is_over(), interrupted.said
+            assert time.monotonic() < deadline, interrupted.said
+            time.sleep(0.01)
+        interrupted.process.send_signal(signal.SIGINT)
+        ended = interrupted.wait()
+    assert ended.code == 130, ended.output
+    assert "Traceback" not in ended.output
+    assert not (tmp_path / "out.arrow").exists()
+    told = graft(*command)
+    kept = re.search(r"200 rows.* (\d+) of them kept from before", told)
+    assert kept is not None, told
+    assert 19 <= int(kept[1]) < 200
+    assert open_table(tmp_path / "out.arrow")["id"].to_pylist() == list(range(200))

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from cluster.base_model import load_base
 from cluster.errors import SpecError
 from cluster.spec import parse_spec
 from training.assembly import settle_norms
-from training.estimate import Shape, estimate
+from training.dry_run import Shape
+from training.estimate import Estimate
+from training.estimate import estimate as estimate_of
 from training.estimate_command import estimate as estimate_command
 from training.methods import METHODS, trainable_parameters
 from training.quantized_shape import scales_of
@@ -36,6 +39,11 @@ def make_spec(base: Path, method: dict[str, Any], **more: Any) -> TrainingSpec:
         "output": {"name": "x"}, "workers": {"count": 2}, **more,
     }  # fmt: skip
     return parse_spec(TrainingSpec, document)
+
+
+def estimate(spec: TrainingSpec, shape: Shape, stages: Sequence[int]) -> Estimate:
+    """With micro-batches of one shape for all adapters."""
+    return estimate_of(spec, dict.fromkeys(spec.each(), shape), stages)
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +121,12 @@ def test_a_base_of_70_billion_parameters_is_estimated_without_memory(tmp_path: P
         import sys
         from cluster.memory import peak_memory_mib
         from cluster.spec import parse_spec
-        from training.estimate import Shape, estimate
+        from training.dry_run import Shape
+        from training.estimate import estimate
         from training.spec import TrainingSpec
         import json
         spec = parse_spec(TrainingSpec, json.loads(sys.argv[1]))
-        found = estimate(spec, Shape(1, 512), [0])
+        found = estimate(spec, {"x": Shape(1, 512)}, [0])
         print(found.all_parameters, found.stages[0].parts["weights"])
         print(peak_memory_mib())
     """
@@ -163,11 +172,27 @@ def test_the_command_takes_the_longest_row_and_prints_every_stage(
     assert only["total"] == pytest.approx(sum(only["parts"].values()))
 
 
-def test_several_adapters_are_refused_by_name(base: Path) -> None:
-    adapters = {"a": {"seed": 1}, "b": {"seed": 2}}
-    spec = make_spec(base, {"kind": "lora"}, zero={"stage": 0}, adapters=adapters)
-    with pytest.raises(SpecError, match=r"adapters: .*cannot be predicted"):
-        estimate(spec, Shape(1, 8), [0])
+def test_several_adapters_share_one_bases_weights(base: Path) -> None:
+    """Each has its own states, and all their activations are there at once."""
+    adapters = {name: {"seed": n} for n, name in enumerate(("a", "b", "c"))}
+    alone, several = (
+        estimate(
+            make_spec(base, {"kind": "lora"}, zero={"stage": 0}, workers=TENSORS_ALONE, **more),
+            Shape(2, 64), [0],
+        )
+        for more in ({}, {"adapters": adapters})
+    )  # fmt: skip
+    assert several.trainable_parameters == 3 * alone.trainable_parameters
+    frozen = alone.all_parameters - alone.trainable_parameters
+    assert several.all_parameters == frozen + several.trainable_parameters
+    one, all_three = alone.stages[0].parts, several.stages[0].parts
+    trained = alone.trainable_parameters * 4 / MIB
+    assert all_three["weights"] == pytest.approx(one["weights"] + 2 * trained, rel=0.01)
+    assert all_three["optimiser"] == pytest.approx(6 * trained, rel=0.01)
+    assert all_three["activations"] == pytest.approx(3 * one["activations"], rel=0.1)
+    with pytest.raises(SpecError, match="adapters do not fit ZeRO stage 2"):
+        estimate(make_spec(base, {"kind": "lora"}, zero={"stage": 0}, adapters=adapters),
+                 Shape(2, 64), [2])  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -204,7 +229,7 @@ def test_other_tasks_are_estimated(base: Path, tmp_path: Path, task: Any) -> Non
     data = {"train": "unused", **labels}
     spec = make_spec(path, {"kind": "bitfit"}, workers=TENSORS_ALONE, task=task, data=data)
     short, longer = (estimate(spec, Shape(4, size, size, (size,) * 4), [0, 2]) for size in (16, 64))
-    assert (longer.shape.packed is None) == (task == "seq_2_seq_lm")
+    assert (longer.shapes["x"].packed is None) == (task == "seq_2_seq_lm")
     short, longer = short.stages[0].parts, longer.stages[0].parts
     assert short["weights"] == pytest.approx(longer["weights"], rel=1e-3)
     assert longer["activations"] > 2 * short["activations"] > 0

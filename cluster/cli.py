@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.errors import GraftError, outcome_of
+from cluster.names import DEFAULT_STORE
 
 HELP = """\
 Train adapters on a Ray cluster, publish them, serve them all from one base model.
@@ -33,7 +34,8 @@ Train adapters on a Ray cluster, publish them, serve them all from one base mode
   graft generate questions.arrow answers.arrow --adapter support-bot
 
 Without --address (or RAY_ADDRESS, or a cluster on this machine) a Ray cluster is started here
-and ends with the command. Adapters live in the store: --store, GRAFT_STORE, or ./graft-store.
+and ends with the command. Adapters live in the store: --store or the spec's own, else
+GRAFT_STORE, else ./graft-store.
 """
 
 app = typer.Typer(
@@ -51,7 +53,6 @@ Store = Annotated[
 ]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME@VERSION or NAME:ALIAS.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `graft jobs list` shows it.")]
-DEFAULT_STORE = "./graft-store"
 
 
 @jobs_app.command("list")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -10,6 +11,12 @@ from cluster.errors import SpecError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 SCHEMES = ("file", "s3", "gs")
+DEFAULT_STORE = "./graft-store"
+
+
+def default_store() -> str:
+    """Where adapters are unless a spec or an option tells: GRAFT_STORE, else DEFAULT_STORE."""
+    return os.environ.get("GRAFT_STORE") or DEFAULT_STORE
 
 
 def check_name(name: str, what: str) -> None:

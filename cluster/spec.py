@@ -23,7 +23,9 @@ from cluster.names import absolute_uri, check_name
 class Spec(BaseModel):
     """Base of all specs. Every field carries a description with its unit."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 def _store_uri(value: str) -> str:
@@ -46,6 +48,23 @@ Name = Annotated[str, AfterValidator(_name)]
 S = TypeVar("S", bound=Spec)
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML forbids a key twice in one mapping; PyYAML takes the last one without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return node
+
+
 def load_spec(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     """Read `path`, apply `a.b=c` overrides (c is parsed as YAML), validate.
 
@@ -55,7 +74,7 @@ def load_spec(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> 
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
         raise SpecError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -113,7 +132,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not all(path):
         raise SpecError(f"--set {override!r}: write it as key=value, for example --set method.r=8")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise SpecError(f"--set {override!r}: the value is not valid YAML: {error}") from error
     for part in path[:-1]:
@@ -159,7 +178,7 @@ def _known_keys(cls: type[Spec], location: tuple[int | str, ...]) -> set[str]:
         for candidate in candidates:
             if part in candidate.model_fields:
                 found += _specs_in(candidate.model_fields[str(part)].annotation)
-            elif any(f.default == part for f in candidate.model_fields.values()):
+            elif any(part in get_args(f.annotation) for f in candidate.model_fields.values()):
                 found.append(candidate)  # the tag of a union: `method` -> `lora`
         candidates = found or candidates
     return {key for candidate in candidates for key in candidate.model_fields}

@@ -307,12 +307,9 @@ def _stream_json(path: Path) -> RowStream:
 
     def parts() -> Iterator[_Chunk]:
         with path.open("rb") as file:
-            lines = (line for line in file if line.strip())
+            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
             while chunk := list(islice(lines, _CHUNK_ROWS)):
-                rows = [json.loads(line.decode("utf-8-sig")) for line in chunk]
-                if not all(isinstance(row, dict) for row in rows):
-                    raise ValueError("a line is not a JSON object")
-                yield rows
+                yield [_json_row(number, line) for number, line in chunk]
 
     def chunks(columns: Sequence[str]) -> Iterator[_Chunk]:
         for rows in parts():
@@ -325,6 +322,21 @@ def _stream_json(path: Path) -> RowStream:
         num_rows = bool(first) + sum(1 for _ in lines)
     names = dict.fromkeys(name for row in next(parts(), []) for name in row)
     return RowStream(path, tuple(names), num_rows, chunks, is_open=True)
+
+
+def _json_row(number: int, line: bytes) -> dict[str, Any]:
+    """A line's object. Raises ValueError that names the line."""
+    try:
+        row = json.loads(line.decode("utf-8-sig").rstrip())
+        if rb"\ud" in line.lower():  # JSON can write halves of characters, which are no text
+            json.dumps(row, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}: {error.msg} (column {error.colno})") from error
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise ValueError(f"line {number}: is no text in UTF-8 ({error.reason})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number}: is not a JSON object")
+    return row
 
 
 def _read(path: Path) -> pa.Table:

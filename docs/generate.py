@@ -77,7 +77,8 @@ def spec_table(cls: type[Spec]) -> str:
     ]
     for name, field in cls.model_fields.items():
         if field.default_factory is not None:
-            default = "see type" if list(specs_in(field.annotation)) else "`{}`"
+            is_spec = list(specs_in(field.annotation))
+            default = "see type" if is_spec else f"`{field.get_default(call_default_factory=True)}`"
         elif field.default is PydanticUndefined:
             default = "required"
         else:

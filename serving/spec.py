@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from cluster.names import default_store
 from cluster.quantization import QuantizationSpec
 from cluster.spec import Name, Spec, StoreUri
 
@@ -228,9 +229,10 @@ class ServingSpec(Spec):
 
     name: Name = Field(description="Model name of the base in requests.")
     store: StoreUri = Field(
-        "./graft-store",
+        default_factory=default_store,
         validate_default=True,
-        description="Where adapters are: a folder, s3://bucket/prefix or gs://… .",
+        description="Where adapters are: a folder, s3://bucket/prefix or gs://… . If not given: "
+        "GRAFT_STORE, else `./graft-store`.",
     )
     cache: str = Field(
         "~/.cache/graft/adapters", description="Folder on each node for verified copies."

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli import DEFAULT_STORE, Address
+from cluster.cli import Address
 
 if TYPE_CHECKING:
     from cluster.session import Session
@@ -68,9 +68,12 @@ def train(
         typer.Option(metavar="JOB", help="Go on with a stopped or failed job, instead of a spec."),
     ] = None,
     store: Annotated[
-        str,
-        typer.Option(envvar="GRAFT_STORE", help="Where --resume looks, if the cluster is gone."),
-    ] = DEFAULT_STORE,
+        str | None,
+        typer.Option(
+            help="In place of the spec's output.store; with --resume, where the job is looked for "
+            "if the cluster is gone [env: GRAFT_STORE]."
+        ),
+    ] = None,
     address: Address = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Print the log until the job ends.")
@@ -85,6 +88,7 @@ def train(
     max_steps=900; not the base, its quantisation, task, method, data, batch size, seed or
     evaluation.
     """
+    from cluster.names import default_store
     from cluster.session import session
     from cluster.spec import load_spec
     from training.resume import continued_spec, store_of
@@ -94,11 +98,12 @@ def train(
         raise typer.BadParameter("give one of the two", param_hint="SPEC.yaml or --resume JOB")
     job: TrainingSpec | None = None
     if spec is not None:
-        job = resolved(load_spec(TrainingSpec, spec, set_ or ()))
+        elsewhere = [f"output.store={json.dumps(store)}"] if store else []
+        job = resolved(load_spec(TrainingSpec, spec, [*(set_ or ()), *elsewhere]))
         _show(spec, plans(job))
     with session(address) as ray:
         if job is None:
-            found = store_of(ray, str(resume), store)
+            found = store_of(ray, str(resume), store or default_store())
             job = continued_spec(found, str(resume), set_ or ())
             for name, planned in plans(job).items():
                 typer.echo(f"{resume}: {name}: {planned}")

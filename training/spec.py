@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from cluster.errors import SpecError
+from cluster.names import default_store
 from cluster.quantization import QuantizationSpec
 from cluster.spec import Name, Spec, StoreUri, merged, parse_spec
 from cluster.tasks import Task
@@ -30,7 +31,10 @@ class OutputSpec(Spec):
     """Where the adapter is published."""
 
     store: StoreUri = Field(
-        "./graft-store", validate_default=True, description="Folder, s3://bucket/prefix or gs://… ."
+        default_factory=default_store,
+        validate_default=True,
+        description="Folder, s3://bucket/prefix or gs://… . If not given: GRAFT_STORE, else "
+        "`./graft-store`.",
     )
     name: Name = Field(description="Adapter name; each run publishes its next version.")
 

@@ -35,6 +35,9 @@ def test_all_errors_come_at_once_each_with_its_path() -> None:
 def test_an_unknown_key_gets_the_nearest_known_one() -> None:
     assert "did you mean 'precision'?" in message({**GOOD, "precison": "bf16"})
     assert "did you mean 'alpha'?" in message({**GOOD, "method": {"kind": "lora", "alhpa": 1}})
+    of_another = message({**GOOD, "method": {"kind": "ia3", "r": 8}})
+    assert "method.ia3.r: unknown key" in of_another
+    assert "'r'" not in of_another
 
 
 def test_an_unknown_method_gets_the_nearest_known_one() -> None:
@@ -90,8 +93,11 @@ def test_malformed_overrides_are_named(tmp_path: Path, override: str, part: str)
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("- a\n- b\n", "not a mapping"), ("a: [", "not valid YAML"), ("", "not a mapping")],
-)
+    [
+        ("- a\n- b\n", "not a mapping"), ("a: [", "not valid YAML"), ("", "not a mapping"),
+        ("seed: 1\ndata: {train: a, train: b}\n", "(?s)'train' is given twice.*line 2"),
+    ],
+)  # fmt: skip
 def test_files_that_are_no_spec(tmp_path: Path, text: str, part: str) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(text)
@@ -102,6 +108,33 @@ def test_files_that_are_no_spec(tmp_path: Path, text: str, part: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"gone\.yaml: cannot be read"):
         load_spec(TrainingSpec, tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize("key", ["epochs", "optimizer.learning_rate", "method.alpha"])
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_numbers_are_finite(tmp_path: Path, key: str, value: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    with pytest.raises(SpecError, match="finite"):
+        load_spec(TrainingSpec, path, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("key", ["store", "output.store"])
+def test_the_store_is_the_specs_or_the_environments(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    def store(own: str | None = None) -> str:
+        if key == "store":
+            service = {"name": "a", "engine": {"base_model": "base"}}
+            return parse_spec(ServingSpec, service | ({"store": own} if own else {})).store
+        output = GOOD["output"] | ({"store": own} if own else {})
+        return parse_spec(TrainingSpec, GOOD | {"output": output}).output.store
+
+    monkeypatch.delenv("GRAFT_STORE", raising=False)
+    assert store() == str(Path("graft-store").absolute())
+    monkeypatch.setenv("GRAFT_STORE", "s3://bucket/adapters")
+    assert store() == "s3://bucket/adapters"
+    assert store("s3://own") == "s3://own"
 
 
 def test_a_spec_never_changes() -> None:

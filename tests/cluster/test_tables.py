@@ -185,9 +185,17 @@ def test_a_stream_reads_what_a_table_holds(tmp_path: Path) -> None:
     stream = stream_rows(lines)
     assert (stream.columns, stream.num_rows) == (("a", "b"), 2)
     assert list(stream.rows(["b", "a"])) == [{"b": None, "a": "x"}, {"b": None, "a": 3}]
-    lines.write_text('{"a": "x"}\n[1]\n')
-    with pytest.raises(DataError, match="not a JSON object"):
-        list(stream_rows(lines).rows(["a"]))
+    for line, reason in (
+        (b"[1]", "line 3: is not a JSON object"),
+        (b'{"a": "x', r"line 3: Unterminated string .*\(column 7\)"),
+        (b'{"a": "\xff"}', "line 3: is no text in UTF-8"),
+        (rb'{"a": "\uD83D alone"}', "line 3: is no text in UTF-8"),
+    ):
+        lines.write_bytes(b'{"a": "x"}\n\n' + line + b"\n")
+        with pytest.raises(DataError, match=reason):
+            list(stream_rows(lines).rows(["a"]))
+    lines.write_bytes(rb'{"a": "\uD83D\uDE00"}')
+    assert list(stream_rows(lines).rows(["a"])) == [{"a": "😀"}]
 
 
 def test_outputs_are_checked_before_anything_is_done(tmp_path: Path) -> None:

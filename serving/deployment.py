@@ -57,6 +57,9 @@ CONTROLLER = {
 }
 # On a cluster of our own: on another its proxies may serve others, and have a callback of theirs.
 PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.ingress:middleware"}
+# A gateway's places beyond max_waiting_requests, so that it is the one who refuses, with a reason,
+# and /health, /ready and /metrics are answered; bodies on their way take some too.
+_BESIDE_WAITING = 512
 _STARTS = 3
 _PATIENTLY = 1_000_000
 
@@ -282,14 +285,21 @@ def _engines(spec: ServingSpec, env: Mapping[str, str], starts: int) -> Any:
 
 
 def _gateways(spec: ServingSpec, env: Mapping[str, str]) -> Any:
+    from ray.serve.config import BackpressureConfig
+
     deployment: Any = serve.deployment
     ingress: Any = serve.ingress()
+    places = spec.gateway.max_waiting_requests + _BESIDE_WAITING
     return deployment(
         ingress(Gateway),
         name="gateway",
         num_replicas=spec.gateway.replicas,
         max_constructor_retry_count=_STARTS * spec.gateway.replicas,
-        max_ongoing_requests=spec.gateway.max_waiting_requests,
+        max_ongoing_requests=places,
+        # What no gateway has a place for waits in a proxy, where none of our time-outs counts; and
+        # for a moment whatever comes at once.
+        max_queued_requests=places,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         ray_actor_options={"num_cpus": spec.gateway.cpus, "runtime_env": {"env_vars": env}},
         **_shared(spec),
     )

@@ -3,9 +3,9 @@
     python tests/bench/estimate.py [--only 30M/lora] [--steps 2]
 
 Bases made in memory and saved (26 M and 81 M parameters, Llama-like; a T5 of 36 M), methods, ZeRO
-stages with two workers. Measured: the larger of the two processes' peak resident memory, through
-assembly, steps and one checkpoint, as a Ray worker has them; in a thread, as Ray Train runs it.
-Predicted: what `graft estimate` prints. Asserts nothing.
+stages with two workers, several adapters in one run. Measured: the larger of the two processes'
+peak resident memory, through assembly, steps and a checkpoint, as a Ray worker has them; in a
+thread, as Ray Train runs it. Predicted: what `graft estimate` prints. Asserts nothing.
 """
 
 import argparse
@@ -39,6 +39,7 @@ GRID: list[tuple[str, str, int, int, tuple[int, ...], dict[str, Any]]] = [
     ("30M", "lora", 4, 256, (2,), {"task": "sequence_classification"}),
     ("T5", "lora", 4, 256, (2, 3), {"task": "seq_2_seq_lm"}),
     ("T5", "full", 2, 256, (0, 2), {"task": "seq_2_seq_lm"}),
+    ("30M", "lora", 2, 256, (0,), {"adapters": 4}),
     ("80M", "lora", 4, 256, (0, 2, 3), {}),
     ("80M", "full", 2, 128, (0, 2), {}),
     ("80M", "bitfit", 2, 128, (2,), {}),
@@ -70,6 +71,8 @@ def make_base(size: str, folder: Path) -> None:
 def document(base: Path, method: str, rows: int, stage: int, more: dict[str, Any]) -> Any:
     """The job's spec."""
     data: dict[str, Any] = {"train": "unused"}
+    if count := more.get("adapters"):
+        more = {**more, "adapters": {f"adapter-{n}": {"seed": n} for n in range(count)}}
     if more.get("task") == "sequence_classification":
         data["labels"] = ["even", "odd"]
     return {
@@ -105,9 +108,6 @@ def work(rank: int, port: int, spec: Any, tokens: int) -> None:
     import training.worker
     from cluster.memory import keep_freed_memory, peak_memory_mib
     from cluster.spec import parse_spec
-    from training.assembly import assemble
-    from training.checkpoint import write_checkpoint
-    from training.loop import run
     from training.place import Place
     from training.rows import TokenRows, row_hash, write_rows
     from training.spec import TrainingSpec
@@ -124,20 +124,54 @@ def work(rank: int, port: int, spec: Any, tokens: int) -> None:
         rows = ((*row, row_hash(*row)) for row in make_rows(parsed, tokens))
         write_rows(rows, folder / "rows", task=parsed.task)
         data = TokenRows(folder / "rows")
-        place = Place(rank, WORLD_SIZE)
-        made = assemble(parsed, place, data)
-
-        def keep(progress: Any) -> None:
-            state = made.full_state(keep=rank == 0)
-            if rank == 0:
-                write_checkpoint(folder / "checkpoint", state, progress)
-
-        run(
-            parsed, made.backend, data, course=made.course, place=place,
-            on_log=lambda line: None, on_checkpoint=keep,
-        )  # fmt: skip
+        train = train_several if parsed.adapters else train_one
+        train(parsed, Place(rank, WORLD_SIZE), data, folder / "checkpoint")
     print(json.dumps(peak_memory_mib()), flush=True)
     os._exit(0)  # gloo's threads may outlive the interpreter's end
+
+
+def train_one(spec: Any, place: Any, rows: Any, folder: Path) -> None:
+    """A run with its checkpoints."""
+    from training.assembly import assemble
+    from training.checkpoint import write_checkpoint
+    from training.loop import run
+
+    made = assemble(spec, place, rows)
+
+    def keep(progress: Any) -> None:
+        state = made.full_state(keep=place.rank == 0)
+        if place.rank == 0:
+            write_checkpoint(folder, state, progress)
+
+    run(
+        spec, made.backend, rows, course=made.course, place=place, on_log=lambda line: None,
+        on_checkpoint=keep,
+    )  # fmt: skip
+
+
+def train_several(spec: Any, place: Any, rows: Any, folder: Path) -> None:
+    """All adapters' runs in one, with their checkpoints."""
+    from functools import partial
+
+    from training.loop import as_work
+    from training.several import Rows, Runner, Saved, assemble_several, run_several
+
+    specs, saved = spec.each(), Saved(place)
+    several = assemble_several(specs, place, {name: Rows(rows) for name in specs})
+    runners: dict[str, Runner] = {}
+    for name, made in several.runs.items():
+        work = as_work(
+            specs[name], made.backend, rows, course=made.course, place=place,
+            on_log=lambda line: None, on_checkpoint=partial(saved.keep, name, made),
+        )  # fmt: skip
+        runners[name] = Runner(work, several.draws[name])
+
+    def after_round() -> None:
+        if saved.is_new and place.rank == 0:
+            saved.write(folder)
+        saved.is_new = False
+
+    run_several(several.shared, runners, after_round)
 
 
 def measure(spec: Any, tokens: int) -> float:
@@ -176,7 +210,7 @@ def predict(spec: Any, tokens: int) -> float:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="Part of a row's name, as 30M/lora.")
+    parser.add_argument("--only", default="", help="Part of a row's name, as 30M/lora/adapters.")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.work:
@@ -189,7 +223,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for size, method, rows, tokens, stages, more in GRID:
-            base, name = Path(folder, size), f"{size}/{method}"
+            base, name = Path(folder, size), "/".join((size, method, *more))
             if chosen.only not in name:
                 continue
             if not base.exists():

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -298,6 +299,25 @@ async def answer_some(service: Service) -> None:
         assert await ask(http, 0) == service.expected[0]
 
 
+async def refused_beyond(limit: int, service: Service) -> None:
+    """Of many requests at once each is answered or told at once to come again: not one waits for a
+    gateway that is full, and neither does who asks how the service is."""
+    async with connected(service) as http:
+        bodies = [{**request(n), "model": "demo-base", "max_tokens": 100} for n in range(3 * limit)]
+        for body in bodies:
+            del body["adapter"]
+        asked = [asyncio.create_task(http.post("/v1/completions", json=body)) for body in bodies]
+        done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        first = done.pop().result()
+        assert first.status_code == 429, first.text
+        assert first.json()["error"]["code"] == "overloaded"
+        assert int(first.headers["retry-after"]) > 0
+        assert (await http.get("/health", timeout=5)).status_code == 200
+        codes = Counter(response.status_code for response in await asyncio.gather(*asked))
+        assert set(codes) == {200, 429}
+        assert codes[200] >= limit
+
+
 def test_a_changed_spec_is_rolled_out_and_nobody_notices(
     service: Service, bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -318,10 +338,11 @@ def test_a_changed_spec_is_rolled_out_and_nobody_notices(
     # What concerns the gateways alone leaves the engines as they are, if not idle ones leave.
     asyncio.run(answer_some(service))
     engines = replicas()
-    gateway = overrides("engine.max_running_requests=12", "gateway.max_waiting_requests=1024")
+    gateway = overrides("engine.max_running_requests=12", "gateway.max_waiting_requests=8")
     ended = run(*service.arguments, *gateway, "--update")
     assert ended.code == 0, ended.output
     assert set(replicas()) <= set(engines)
+    asyncio.run(refused_beyond(8, service))  # the next test's update takes the limit back
     elsewhere = run(*service.arguments, *overrides("gateway.port=9"), "--update")
     assert (elsewhere.code, "stop and start it to move it" in elsewhere.output) == (4, True)
     other = shutil.copytree(bases("llama"), tmp_path / "other")

@@ -10,15 +10,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from cluster.errors import SpecError
 from cluster.tasks import head_modules, peft_task_type
 from training.method_spec import LowRankSpec
 from training.methods.head import is_of_head
 from training.methods.targets import check_targets
-
-# Of torch, of GPT-2, and of bitsandbytes.
-_LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
 
 def peft_placement(model: Any, spec: LowRankSpec, base_path: str) -> dict[str, Any]:
@@ -105,7 +103,7 @@ def check_saved_modules(model: Any, method: Any) -> None:
     for suffix in getattr(method, "modules_to_save", ()):
         for name, module in model.named_modules():
             if f".{name}".endswith(f".{suffix}") and any(
-                type(part).__name__ in _LINEAR and part is not head for part in module.modules()
+                is_linear(part) and part is not head for part in module.modules()
             ):
                 raise SpecError(
                     f"method.modules_to_save: {suffix!r} is {name!r}, which cannot be trained "
@@ -125,13 +123,30 @@ def check_patterns(field: str, patterns: Iterable[str], adapted: Any) -> None:
             )
 
 
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether it is torch's, GPT-2's, or one that a base or bitsandbytes made of torch's."""
+    return isinstance(module, torch.nn.Linear | Conv1D)
+
+
+def check_linear(adapted: Any, remedy: str) -> None:
+    """Raise SpecError for a targeted module that is not linear; `remedy` says why and what to
+    do."""
+    for name in adapted.base_model.targeted_module_names:
+        module = adapted.base_model.model.get_submodule(name).get_base_layer()
+        if not is_linear(module):
+            raise SpecError(
+                f"method.target_modules: {name!r} is no linear module but {type(module).__name__}; "
+                f"{remedy}"
+            )
+
+
 def linear_names(model: torch.nn.Module) -> list[str]:
     """The distinct last names of the linear modules but the output embedding, or a classifier's
     head."""
     whole: Any = model
     head = whole.get_output_embeddings()
     named: Mapping[str, Any] = dict(model.named_modules())
-    found = (n for n, m in named.items() if type(m).__name__ in _LINEAR and m is not head)
+    found = (name for name, module in named.items() if is_linear(module) and module is not head)
     return sorted({name.rsplit(".", 1)[-1] for name in found if not is_of_head(model, name)})
 
 

@@ -40,6 +40,22 @@ def attach(base: Path, **method: Any) -> tuple[Any, Any]:
         ("llama", {"exclude_modules": "("}, r"exclude_modules: '\(' is no regular expression"),
         ("llama", {"modules_to_save": ["head"]}, "modules_to_save: 'head' matches no module.*head"),
         ("llama", {"layers_to_transform": [0, 2]}, "layers_to_transform: .* has no layer 2"),
+        ("llama", {"layers_to_transform": [99]}, "layers_to_transform: .* has no layer 99"),
+        (
+            "llama",
+            {"exclude_modules": r".*_proj"},
+            r"exclude_modules: '\.\*_proj' leaves nothing of method.target_modules 'all-linear'",
+        ),
+        (
+            "llama",
+            {"exclude_modules": ["q_proj", "k_proj"], "target_modules": ["q_proj"]},
+            "exclude_modules: .* leaves nothing of method.target_modules",
+        ),
+        (
+            "llama",
+            {"exclude_modules": ["q_proj"], "target_modules": ".*qproj"},
+            r"target_modules: '\.\*qproj' matches no module",
+        ),
         (
             "llama",
             {"layers_to_transform": [0], "target_modules": ".*q_proj"},

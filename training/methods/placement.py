@@ -18,6 +18,9 @@ from training.method_spec import LowRankSpec
 from training.methods.head import is_of_head
 from training.methods.targets import check_targets
 
+# Of what PEFT says that finds no module to adapt.
+_NO_TARGET = ("target modules", "modules were targeted", "modules were excluded")
+
 
 def peft_placement(model: Any, spec: LowRankSpec, base_path: str) -> dict[str, Any]:
     """The arguments of a LoraConfig, or of its children, that a LowRankSpec means.
@@ -62,22 +65,16 @@ def attach_low_rank(model: Any, config: Any, spec: LowRankSpec, base_path: str) 
     """
     from peft import get_peft_model
 
-    names = linear_names(model)
     try:
         adapted: Any = get_peft_model(model, config)
     except (ValueError, TypeError, re.error) as error:
-        if "target modules" not in str(error).lower():
+        if not any(part in str(error).lower() for part in _NO_TARGET):
             raise SpecError(f"method: PEFT refuses it on {base_path}: {error}") from error
-        raise SpecError(
-            f"method.target_modules: {spec.target_modules!r} matches no module of {base_path}; "
-            f"it has {', '.join(names)}"
-        ) from error
+        raise _no_target(model, spec, base_path) from error
     targeted: list[str] = adapted.base_model.targeted_module_names
     for layer in spec.layers_to_transform:
-        if not any(re.search(rf"\.{layer}\.", f"{name}.") for name in targeted):
-            raise SpecError(
-                f"method.layers_to_transform: {base_path} has no layer {layer}; they count from 0"
-            )
+        if not _has_layer(targeted, layer):
+            raise _no_layer(layer, base_path)
     if spec.bias != "none" and not any(
         name.endswith("bias") and p.requires_grad for name, p in adapted.named_parameters()
     ):
@@ -85,6 +82,38 @@ def attach_low_rank(model: Any, config: Any, spec: LowRankSpec, base_path: str) 
             f"method.bias: {spec.bias!r}, but {base_path} has no such bias; set it to none"
         )
     return in_float32(adapted)
+
+
+def _no_target(model: Any, spec: LowRankSpec, base_path: str) -> SpecError:
+    """Which option leaves PEFT without any target."""
+    names = [name for name, _ in model.named_modules()]
+    for layer in spec.layers_to_transform:
+        if not _has_layer(names, layer):
+            return _no_layer(layer, base_path)
+    targets, excluded = spec.target_modules, spec.exclude_modules
+    is_found = True  # each name of a list matches something, or it was refused before
+    if isinstance(targets, str) and targets != "all-linear":
+        is_found = any(re.fullmatch(targets, name) for name in names)
+    if excluded and is_found:
+        return SpecError(
+            f"method.exclude_modules: {excluded!r} leaves nothing of method.target_modules "
+            f"{targets!r} on {base_path}; exclude less"
+        )
+    layers = f" in layers {list(spec.layers_to_transform)}" if spec.layers_to_transform else ""
+    return SpecError(
+        f"method.target_modules: {targets!r} matches no module of {base_path}{layers}; it has "
+        f"{', '.join(linear_names(model))}"
+    )
+
+
+def _has_layer(names: Iterable[str], layer: int) -> bool:
+    return any(f".{layer}." in f"{name}." for name in names)
+
+
+def _no_layer(layer: int, base_path: str) -> SpecError:
+    return SpecError(
+        f"method.layers_to_transform: {base_path} has no layer {layer}; they count from 0"
+    )
 
 
 def in_float32(adapted: torch.nn.Module) -> torch.nn.Module:

@@ -158,8 +158,7 @@ class PlainBackend:
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The parameter's, zeros where no row came by it (an expert's). Other workers may have one; and
-    AdamW would pass over it, and count its steps otherwise than on two workers, under ZeRO, or when
-    resumed."""
+    AdamW would pass over it, and count its steps otherwise than on two workers, or when resumed."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad

@@ -114,7 +114,7 @@ class PlainBackend:
 
     def finish_step(self) -> float:
         """See Backend."""
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        gradients = [_gradient(parameter) for parameter in self._parameters.values()]
         _sum_over_workers(gradients)
         if self.gradient_scale != 1:
             for gradient in gradients:
@@ -154,6 +154,14 @@ class PlainBackend:
     def whole_parameters(self) -> Generator[None]:
         """See Backend."""
         yield
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The parameter's, zeros where no row came by it (an expert's). Other workers may have one; and
+    AdamW would pass over it, and count its steps otherwise than on two workers, or when resumed."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _sum_over_workers(gradients: list[torch.Tensor]) -> None:

@@ -191,6 +191,7 @@ def plan(spec: TrainingSpec) -> Plan:
         CallerError: the first thing found wrong, with its remedy.
     """
     from cluster.base_model import empty_base, load_tokenizer
+    from cluster.errors import DataError
     from cluster.tables import stream_rows
     from training.assembly import check_base
     from training.data import tokenize
@@ -204,6 +205,11 @@ def plan(spec: TrainingSpec) -> Plan:
     tokenizer = load_tokenizer(spec.base_model)
     with tempfile.TemporaryDirectory() as folder:
         report = tokenize(spec.data, tokenizer, Path(folder), spec.task, limit=_CHECKED_ROWS)
+        if not report.kept:
+            raise DataError(
+                f"data {spec.data.train}: nothing can be learned of its first {report.rows:,} rows "
+                f"({report.summary()}); check data.max_length and the response column"
+            )
         if isinstance(validation, str):
             data = spec.data.model_copy(update={"train": validation})
             tokenize(data, tokenizer, Path(folder, "validation"), spec.task, limit=_CHECKED_ROWS)

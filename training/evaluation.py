@@ -8,7 +8,6 @@ only those and the best weights. Knows a Backend and rows; no Ray, no DeepSpeed.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,10 @@ import torch.distributed as dist
 from cluster.errors import DataError
 from cluster.tasks import Task
 from training.data_spec import EvaluationSpec
+from training.rouge import rouge_l
 from training.rows import IGNORE, Row, TokenRows
 from training.step import Continuation, collate
 
-# Scripts without spaces count by character in ROUGE: Japanese, Chinese, Korean.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 _SHOWN_CHARACTERS = 160
 # Under which tag trackers show what an evaluation measured.
 _TAGS = {"loss": "loss/validation", "perplexity": "validation/perplexity",
@@ -101,20 +99,6 @@ def is_over(history: Sequence[Evaluation], spec: EvaluationSpec) -> bool:
     return len(history) - 1 - history.index(best) >= spec.patience
 
 
-def rouge_l(given: str, expected: str) -> float:
-    """F1 of the longest common subsequence of words (Lin 2004, ROUGE-L), case aside."""
-    one, other = (_WORD.findall(text.casefold()) for text in (given, expected))
-    if not one or not other:
-        return float(one == other)
-    lengths = [0] * (len(other) + 1)
-    for word in one:
-        before = lengths.copy()
-        for j, candidate in enumerate(other):
-            is_same = word == candidate
-            lengths[j + 1] = before[j] + 1 if is_same else max(before[j + 1], lengths[j])
-    return 2 * lengths[-1] / (len(one) + len(other))
-
-
 def question_of(row: Row, task: Task = "causal_lm") -> tuple[list[int], list[int]] | None:
     """(prompt, answer) ids of a row: of a causal LM its last learned part and all before it, or
     None where nothing is before it."""
@@ -168,6 +152,8 @@ class Evaluator:
         order = np.argsort(rows.lengths, kind="stable")
         self._batches = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
         self._label_tokens = int(rows.label_counts.sum())
+        # Why no row is answered, where answers are asked for.
+        self.unanswered: str | None = None
         self._questions = self._chosen(room)
 
     def evaluate(self, model: Any, step: int) -> tuple[Evaluation, list[Answer]]:
@@ -285,12 +271,15 @@ class Evaluator:
                 found.append(question)
             if len(found) == self.spec.generations:
                 return found
-        if not found and self.spec.best in ("exact_match", "rouge_l"):
-            raise DataError(
-                f"data.validation: no row has a prompt that leaves {self.spec.max_new_tokens} "
-                f"tokens for an answer, and evaluation.best is {self.spec.best}; lower "
-                "evaluation.max_new_tokens, or choose the best by loss"
+        if not found:
+            self.unanswered = (
+                f"no row has a prompt that leaves {self.spec.max_new_tokens} tokens for an answer"
             )
+            if self.spec.best in ("exact_match", "rouge_l"):
+                raise DataError(
+                    f"data.validation: {self.unanswered}, and evaluation.best is {self.spec.best}; "
+                    "lower evaluation.max_new_tokens, or choose the best by loss"
+                )
         return found
 
 

@@ -113,7 +113,11 @@ class DyLoraSpec(LowRankSpec):
     r: PositiveInt = Field(8, description="Highest rank.")
     min_rank: PositiveInt = Field(1, description="Lowest rank; b is drawn evenly between the two.")
     alpha: PositiveFloat = Field(16, description="Scale: at rank b, alpha / b.")
-    frozen: bool = Field(False, description="Update only the b-th rank of a step, not all up to b.")
+    frozen: bool = Field(
+        False,
+        description="A step's gradient is that of its b-th rank alone, not of all up to b; AdamW's "
+        "momentum and weight decay move the others on, as in the paper's code.",
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> DyLoraSpec:

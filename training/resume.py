@@ -6,7 +6,7 @@ command is typed; the job itself checks again what others may have done meanwhil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster import jobs
@@ -23,6 +23,8 @@ FIXED = (
     "base_model", "task", "quantization", "method", "data", "batch_size", "seed", "evaluation",
     "output.store",
 )  # fmt: skip
+# But not the limits by which the job looks at the same rows again: no row changes by them.
+_FREE = "data.lint."
 
 
 def store_of(session: Session, job_id: str, default_uri: str) -> Store:
@@ -80,17 +82,30 @@ def continued_spec(store: Store, job_id: str, overrides: Sequence[str]) -> Train
 
 
 def _check_fits(before: TrainingSpec, now: TrainingSpec, job_id: str, where: str) -> None:
-    for field in FIXED:
-        old, new = _value(before, field), _value(now, field)
+    fixed = tuple(f"{field}." for field in FIXED)
+    wrong = [
+        f"{where}{path}: {new!r} instead of {old!r}"
+        for path, old, new in _differences(_document(before), _document(now))
+        if f"{path}.".startswith(fixed) and not path.startswith(_FREE)
+    ]
+    if wrong:
+        raise SpecError(
+            f"{', '.join(wrong)} would not fit the checkpoint of job {job_id}; leave "
+            f"{'them' if len(wrong) > 1 else 'it'}, or train anew"
+        )
+
+
+def _document(spec: TrainingSpec) -> dict[str, Any]:
+    return spec.model_dump(mode="json")
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The path of each key whose value is another, and both values. Of two kinds of a thing, whose
+    keys are others too, the kind alone."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         if old != new:
-            raise SpecError(
-                f"{where}{field}: {new!r} instead of {old!r} would not fit the checkpoint of job "
-                f"{job_id}; leave it, or train anew"
-            )
-
-
-def _value(spec: TrainingSpec, path: str) -> Any:
-    value: Any = spec
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
+            yield path, old, new
+        return
+    is_same_kind = old.get("kind") == new.get("kind")
+    for key in {**old, **new} if is_same_kind else ("kind",):
+        yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))

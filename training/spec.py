@@ -320,15 +320,9 @@ class TrainingSpec(Spec):
 
     def memory_advice(self) -> str:
         """What to change where a worker's memory does not suffice, with today's values."""
-        knobs = [f"lower micro_batch_size ({self.micro_batch_size}; the batch stays as it is)",
-                 f"lower data.max_length ({self.data.max_length})"]  # fmt: skip
-        if self.adapters:
-            knobs.append(f"train fewer adapters at once ({len(self.adapters)})")
+        knobs = [f"lower micro_batch_size ({self.micro_batch_size}; the batch stays as it is)"]
         if self.precision == "fp32":
             knobs.append("set precision to bf16")
-        can_quantize = self.task == "causal_lm" and self.zero.stage < 3
-        if self.quantization is None and can_quantize and not needs_whole_weights(self.method):
-            knobs.append("train anew with quantization.bits 4")
         if not self.gradient_checkpointing:
             knobs.append("set gradient_checkpointing")
         highest = 3 if self.quantization is None else 2
@@ -336,7 +330,14 @@ class TrainingSpec(Spec):
             knobs.append(f"raise zero.stage ({self.zero.stage})")
         if self.workers.gpus and not self.adapters and not self.zero.offload_optimizer:
             knobs.append("set zero.offload_optimizer")
-        return ", or ".join(knobs)
+        # A job that goes on cannot change these.
+        anew = [f"a lower data.max_length ({self.data.max_length})"]
+        can_quantize = self.task == "causal_lm" and self.zero.stage < 3
+        if self.quantization is None and can_quantize and not needs_whole_weights(self.method):
+            anew.append("quantization.bits 4")
+        if self.adapters:
+            anew.append(f"fewer adapters at once (of {len(self.adapters)})")
+        return ", or ".join([*knobs, f"train anew with {' or '.join(anew)}"])
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of a step on each of `world_size` workers, none over

@@ -205,6 +205,12 @@ class _Adapter:
                 f"validation: {len(validation):,} rows"
                 + (f", {seen:,} of which are training rows too" if seen else "")
             )
+        evaluator = self.made.evaluator
+        if evaluator is not None and evaluator.unanswered is not None:
+            self.tell(
+                f"validation: no exact match and no ROUGE-L, since {evaluator.unanswered}; lower "
+                "evaluation.max_new_tokens"
+            )
 
     def options(self, on_checkpoint: Callable[[Progress], None]) -> RunOptions:
         """What the loop needs."""

@@ -18,6 +18,7 @@ from cluster.spec import parse_spec
 from cluster.store import open_store
 from cluster.tables import stream_rows, write_table
 from training import job
+from training.command import plan
 from training.data import fingerprint, tokenize
 from training.data_spec import DataSpec, LintSpec
 from training.encoding import render_alpaca
@@ -378,3 +379,17 @@ def test_the_order_is_a_function_of_seed_and_epoch(is_packed: bool) -> None:
              ((0, 0), (0, 0), (0, 1), (1, 0))]  # fmt: skip
     assert order[0] == order[1]
     assert order[0] != order[2] != order[3] != order[0]
+
+
+def test_a_plan_of_rows_that_teach_nothing_fails(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Also where there are more than it reads."""
+    rows = [{"prompt": f"{i}", "completion": "yes"} for i in range(300)]
+    write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    document = {
+        "base_model": str(bases("llama")), "method": {"kind": "lora"}, "output": {"name": "x"},
+        "data": {"train": str(tmp_path / "rows.parquet"), "max_length": 1},
+    }  # fmt: skip
+    with pytest.raises(DataError, match=r"its first 200 rows .*data\.max_length"):
+        plan(parse_spec(TrainingSpec, document))

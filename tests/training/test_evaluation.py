@@ -15,13 +15,16 @@ from workers import Case, run_case, run_cases, weights_of
 
 from cluster.errors import SpecError
 from cluster.spec import parse_spec
+from training import worker
 from training.assembly import assemble
 from training.checkpoint import read_checkpoint
 from training.data_spec import EvaluationSpec
-from training.evaluation import Evaluation, best_of, is_over, question_of, rouge_l
+from training.evaluation import Evaluation, best_of, is_over, question_of
 from training.loop import run
 from training.place import Place
+from training.rouge import rouge_l
 from training.rows import IGNORE, TokenRows, row_hash, split, write_rows
+from training.several import Rows
 from training.spec import TrainingSpec
 from training.step import Continuation, LossModel, collate
 
@@ -75,6 +78,13 @@ def test_greedy_tokens_are_those_of_the_whole_row(bases: Bases, family: str, var
         ("", "a", 0.0),
         ("", "", 1.0),
         ("我喜歡貓", "我喜歡狗", 0.75),
+        ("नमस्ते दुनिया", "नमस्कार दुनिया", 0.5),
+        ("क्\u200dष", "क्\u200dक", 0.0),
+        ("un cafe\u0301", "un caf\u00e9", 1.0),
+        ("か\u3099く", "がく", 1.0),
+        ("!!!", "???", 0.0),
+        ("\u2764\ufe0f", "\u2600\ufe0f", 0.0),
+        ("!!! ", "!!!", 1.0),
     ],
 )
 def test_rouge_l(given: str, expected: str, score: float) -> None:
@@ -205,6 +215,20 @@ def test_the_loss_between_two_log_lines_outlives_a_restart_and_an_early_end(
     ended = history(tmp_path / "whole")[-1]["step"]
     assert ended < WILD_STEPS
     assert curves[0][-1][0] == ended
+
+
+@pytest.mark.parametrize("max_new_tokens", [5, 500])
+def test_answers_that_no_row_has_room_for_are_told(
+    bases: Bases, tokens: Path, max_new_tokens: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = evaluated(bases("llama"), "lora", 0, 1)
+    settings["evaluation"] = {**EVALUATION, "max_new_tokens": max_new_tokens}
+    spec = parse_spec(TrainingSpec, settings)
+    rows = Rows(*split(TokenRows(tokens), 0.3, spec.seed), None)
+    made = assemble(spec, Place(), rows.training, None, rows.validation)
+    worker._Adapter(spec, made, rows, Place(), None).announce()
+    told = "no ROUGE-L, since no row has a prompt that leaves 500 tokens for an answer; lower"
+    assert (told in capsys.readouterr().out) is (max_new_tokens == 500)
 
 
 def history(run: Path) -> list[dict[str, Any]]:

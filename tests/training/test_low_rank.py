@@ -8,12 +8,14 @@ import peft
 import pytest
 import torch
 from adapters import load, randomize
+from conftest import VOCABULARY
 from torch.nn.functional import cross_entropy
 
 from cluster.adapter_folder import MIN_RANK, open_adapter_folder
 from cluster.errors import SpecError
 from cluster.spec import parse_spec
 from training.backend import PlainBackend
+from training.command import plan
 from training.methods import METHODS, trainable_parameters
 from training.spec import OptimizerSpec, TrainingSpec
 from training.step import LossModel, collate
@@ -38,6 +40,22 @@ def attach(base: Path, **method: Any) -> tuple[Any, Any]:
         ("llama", {"exclude_modules": "("}, r"exclude_modules: '\(' is no regular expression"),
         ("llama", {"modules_to_save": ["head"]}, "modules_to_save: 'head' matches no module.*head"),
         ("llama", {"layers_to_transform": [0, 2]}, "layers_to_transform: .* has no layer 2"),
+        ("llama", {"layers_to_transform": [99]}, "layers_to_transform: .* has no layer 99"),
+        (
+            "llama",
+            {"exclude_modules": r".*_proj"},
+            r"exclude_modules: '\.\*_proj' leaves nothing of method.target_modules 'all-linear'",
+        ),
+        (
+            "llama",
+            {"exclude_modules": ["q_proj", "k_proj"], "target_modules": ["q_proj"]},
+            "exclude_modules: .* leaves nothing of method.target_modules",
+        ),
+        (
+            "llama",
+            {"exclude_modules": ["q_proj"], "target_modules": ".*qproj"},
+            r"target_modules: '\.\*qproj' matches no module",
+        ),
         (
             "llama",
             {"layers_to_transform": [0], "target_modules": ".*q_proj"},
@@ -45,10 +63,25 @@ def attach(base: Path, **method: Any) -> tuple[Any, Any]:
         ),
         ("llama", {"bias": "all"}, "bias: 'all', but .* has no such bias"),
         ("llama", {"init": "pissa", "r": 40}, r"r: 40 is above what .*set it to at most 32"),
+        (
+            "llama",
+            {"init": "olora", "target_modules": ["embed_tokens"]},
+            "'model.embed_tokens' is no linear module but Embedding; init 'olora' takes",
+        ),
+        (
+            "gpt2",
+            {"init": "pissa", "target_modules": ["c_attn", "lm_head"]},
+            "'lm_head' has its weight in common with 'transformer.wte', .* take init default",
+        ),
         ("llama", {"init": "half"}, "method.lora.init"),
         ("llama", {"kind": "adalora", "r": 8, "init_r": 8}, "init_r is 8, not above r 8"),
         ("llama", {"kind": "adalora", "warmup_ratio": 0.8}, "leave no steps"),
         ("llama", {"kind": "dylora", "min_rank": 9}, "min_rank is 9, above r 8"),
+        (
+            "llama",
+            {"kind": "dylora", "target_modules": ["q_proj", "embed_tokens"]},
+            "'model.embed_tokens' is no linear module but Embedding; DyLoRA cuts",
+        ),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(
@@ -56,6 +89,22 @@ def test_an_option_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(SpecError, match=message):
         attach(bases(family), **{"kind": "lora", **options})
+
+
+def test_a_plan_knows_tied_weights(bases: Bases, tmp_path: Path) -> None:
+    """Without weights, too; an untied output embedding can be taken from."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+
+    def planned(family: str) -> Any:
+        method = {"kind": "lora", "init": "pissa", "target_modules": ["lm_head"]}
+        document = {"base_model": str(bases(family)), "method": method, "output": {"name": "x"}}
+        return plan(
+            parse_spec(TrainingSpec, {**document, "data": {"train": str(tmp_path / "rows.jsonl")}})
+        )
+
+    assert planned("llama").trainable_parameters == 8 * (32 + VOCABULARY)
+    with pytest.raises(SpecError, match="'lm_head' has its weight in common"):
+        planned("qwen3")
 
 
 def test_targets_are_those_of_the_layers_but_the_excluded(bases: Bases) -> None:
@@ -98,7 +147,8 @@ def test_a_start_from_the_weights_is_the_base(bases: Bases, family: str, init: s
 
 
 def test_lora_plus_gives_b_its_own_rate(bases: Bases) -> None:
-    model, _ = attach(bases("llama"), kind="lora", lora_plus_ratio=16)
+    targets = ["q_proj", "embed_tokens"]
+    model, _ = attach(bases("llama"), kind="lora", lora_plus_ratio=16, target_modules=targets)
     randomize(model)
     before = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
     backend = PlainBackend(LossModel(model), OptimizerSpec(max_grad_norm=0))
@@ -108,7 +158,8 @@ def test_lora_plus_gives_b_its_own_rate(bases: Bases) -> None:
     for name, parameter in trainable_parameters(model).items():
         # AdamW's first step moves every weight by its rate.
         moved = float((parameter.detach() - before[name]).abs().max())
-        assert moved == pytest.approx(0.016 if ".lora_B." in name else 0.001, rel=1e-2)
+        is_b = ".lora_B." in name or ".lora_embedding_B." in name
+        assert moved == pytest.approx(0.016 if is_b else 0.001, rel=1e-2)
 
 
 def textbook_adalora(model: Any, spec: Any, steps: int, rate: float) -> None:

@@ -53,7 +53,9 @@ CASES: list[dict[str, Any]] = [
     {"kind": "bitfit"},
     {"kind": "layernorm"},
     {"kind": "fishmask", "share": 0.02},
+    {"kind": "fishmask", "share": 0.02, "target_modules": ["lm_head"]},
     {"kind": "child_tuning"},
+    {"kind": "child_tuning", "target_modules": r".*\.(q_proj|c_attn)"},
     {"kind": "full"},
     {"kind": "bottleneck", "placement": "houlsby", "activation": "gelu"},
     {"kind": "bottleneck", "placement": "parallel", "scaling": 4.0},
@@ -229,6 +231,9 @@ def test_ia3_asks_for_targets_where_peft_knows_none(bases: Bases) -> None:
         attach(bases("qwen2_moe"), kind="ia3")
     with pytest.raises(SpecError, match="both, or neither"):
         attach(bases("llama"), kind="ia3", target_modules=["k_proj"])
+    wrong = {"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}
+    with pytest.raises(SpecError, match="feedforward_modules: 'down_proj' is not in method"):
+        attach(bases("llama"), kind="ia3", **wrong)
     wrong = {"target_modules": ["down_proj"], "feedforward_modules": ["down_proj", "fc1"]}
     with pytest.raises(SpecError, match="feedforward_modules: 'fc1' matches no module"):
         attach(bases("llama"), kind="ia3", **wrong)

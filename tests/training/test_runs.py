@@ -190,11 +190,14 @@ def test_what_cannot_be_continued_is_refused_by_name(spec: TrainingSpec, tmp_pat
     remedies = ["optimizer.learning_rate=1e-5", "precision=bf16"]
     assert continued_spec(store, "job", remedies).precision == "bf16"
     assert continued_spec(store, "job", ["micro_batch_size=1"]).global_batch_size == 8
+    assert continued_spec(store, "job", ["data.lint.truncated=1"]).data.lint.truncated == 1
     refused: list[tuple[str, str]] = [
-        ("method.r=4", "method: .* would not fit the checkpoint"),
+        ("method.r=4", "^method.r: 4 instead of 8 would not fit the checkpoint .* leave it, or"),
+        ("method={kind: bitfit}", "^method.kind: 'bitfit' instead of 'lora' would not fit"),
         ("batch_size=4", "batch_size: 4 instead of 8"),
-        ("data.train=/other.arrow", "data: "),
-        ("evaluation.every_steps=5", "evaluation: "),
+        ("data.train=/other.arrow", "^data.train: '/other.arrow' instead of '"),
+        ("quantization={bits: 4}", "^quantization: .*'bits': 4.* instead of None would not fit"),
+        ("evaluation={every_steps: 5, shown: 0}", "every_steps: 5 .*, evaluation.shown: 0 .* them"),
         ("output.store=/elsewhere", "output.store: "),
         ("workers.cuont=1", "did you mean 'count'"),
     ]
@@ -275,7 +278,7 @@ def test_of_several_adapters_those_go_on_that_are_not_published(
     assert list(left.each()) == ["b"]
     assert left.each()["b"].optimizer.learning_rate == 0.001
     for override, message in (
-        ("adapters.b.method.r=8", r"adapters\.b\.method: .* would not fit the checkpoint"),
+        ("adapters.b.method.r=8", r"adapters\.b\.method\.r: 8 .* would not fit the checkpoint"),
         ("adapters.b.seed=8", r"adapters\.b\.seed: 8 instead of 0"),
         ("adapters.new={seed: 1}", "adapters: job job has a, b, c; leave their names"),
     ):

@@ -61,9 +61,10 @@ class AdaLoraCourse(Course):
         self._gradients: dict[str, torch.Tensor] = {}
         factors = [p for n, p in self._named() if ".lora_A." in n or ".lora_B." in n]
         self._weight = spec.orthogonality / len(factors)
-        for module in self._tuner.modules():
-            if "default" in getattr(module, "lora_E", {}):
-                module.register_forward_hook(self._add_penalty)
+        modules = self._tuner.modules()
+        self._layers = [m for m in modules if "default" in getattr(m, "lora_E", {})]
+        for layer in self._layers:
+            layer.register_forward_hook(self._add_penalty)
         for name, parameter in self._named():
             parameter.register_hook(self._adder(name))
 
@@ -77,13 +78,24 @@ class AdaLoraCourse(Course):
 
     def penalty(self) -> torch.Tensor | None:
         """See Course."""
-        total = torch.stack([*self._penalties.values()]).sum() if self._penalties else None
+        if not self._penalties:
+            return None
+        for layer in self._layers:
+            # An expert that no row came by counts too, or the loss would depend on how a batch is
+            # cut. Under ZeRO 3 its factors are not here.
+            is_missing = (id(layer), True) not in self._penalties
+            if is_missing and not hasattr(layer.lora_A["default"], "ds_id"):
+                self._add_penalty(layer)
+        total = torch.stack([*self._penalties.values()]).sum()
         self._penalties.clear()
-        return None if total is None else total * self._weight
+        return total * self._weight
 
     def end_step(self, step: int, steps: int, backend: Backend) -> None:
         """See Course. PEFT's allocator counts steps from 1: the last of them is then `steps`."""
-        gradients = {n: g / backend.gradient_scale for n, g in self._gradients.items()}
+        gradients = {
+            name: self._gradient(name, parameter) / backend.gradient_scale
+            for name, parameter in self._named()
+        }
         self._gradients = {}
         if dist.is_initialized() and dist.get_world_size() > 1:
             flat = torch.cat([gradients[name].flatten() for name, _ in self._named()])
@@ -132,7 +144,13 @@ class AdaLoraCourse(Course):
         named = self._tuner.model.named_parameters()
         return [(n, p) for n, p in named if ".lora_" in n and p.requires_grad]
 
-    def _add_penalty(self, layer: Any, _: object, __: object) -> None:
+    def _gradient(self, name: str, parameter: Any) -> torch.Tensor:
+        """What backward added up; zeros where no row came by, as by an expert."""
+        known = self._gradients.get(name)
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # whole under ZeRO 3
+        return torch.zeros(shape, device=parameter.device) if known is None else known
+
+    def _add_penalty(self, layer: Any, *_: object) -> None:
         if layer.training and torch.is_grad_enabled():
             for factor, is_wide in ((layer.lora_A, True), (layer.lora_B, False)):
                 penalty: Any = _Orthogonality.apply(factor["default"], is_wide)

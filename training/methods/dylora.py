@@ -21,7 +21,7 @@ from cluster.adapter_folder import MIN_RANK, WEIGHTS
 from training.method_spec import DyLoraSpec
 from training.methods.course import Course
 from training.methods.lora import save_peft
-from training.methods.placement import attach_low_rank, peft_placement
+from training.methods.placement import attach_low_rank, check_linear, peft_placement
 
 _LOWEST = "graft_min_rank"  # of a model
 
@@ -30,7 +30,7 @@ def attach(model: Any, spec: DyLoraSpec, base_path: str) -> torch.nn.Module:
     """Add a LoRA of rank r to the targeted linear modules of `model`.
 
     Raises:
-        SpecError: an option names nothing of the base.
+        SpecError: an option names nothing of the base, or a target is not linear.
     """
     from peft import LoraConfig
 
@@ -40,6 +40,9 @@ def attach(model: Any, spec: DyLoraSpec, base_path: str) -> torch.nn.Module:
         lora_alpha=spec.alpha,  # type: ignore[arg-type] # PEFT takes floats and annotates int
     )
     adapted = attach_low_rank(model, config, spec, base_path)
+    check_linear(
+        adapted, "DyLoRA cuts the ranks of linear modules alone; leave it out, or take kind lora"
+    )
     setattr(adapted, _LOWEST, spec.min_rank)
     return adapted
 

@@ -28,6 +28,11 @@ def attach(model: Any, spec: IA3Spec, base_path: str) -> torch.nn.Module:
     for field in ("target_modules", "feedforward_modules"):
         if (targets := getattr(spec, field)) is not None:
             check_targets(targets, names, linear, base_path, field)
+    if beside := set(spec.feedforward_modules or ()) - set(spec.target_modules or ()):
+        raise SpecError(
+            f"method.feedforward_modules: {', '.join(map(repr, sorted(beside)))} is not in "
+            "method.target_modules; name it in both"
+        )
     config = IA3Config(
         task_type=peft_task_type(model),
         target_modules=list(spec.target_modules) if spec.target_modules else None,

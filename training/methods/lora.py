@@ -10,6 +10,7 @@ same over the unchanged base.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from safetensors.torch import load_file, save_file
 from cluster.adapter_folder import CONFIG, WEIGHTS
 from cluster.errors import SpecError
 from training.method_spec import LoraSpec
-from training.methods.head import is_of_head
-from training.methods.placement import attach_low_rank, check_patterns, peft_placement
+from training.methods.placement import (
+    attach_low_rank,
+    check_linear,
+    check_patterns,
+    peft_placement,
+)
 
 _START = "graft_start"  # of a model: its first factors, where they were taken from the base
 
@@ -44,17 +49,17 @@ def attach(model: Any, spec: LoraSpec, base_path: str) -> torch.nn.Module:
         rank_pattern=dict(spec.rank_pattern),
         alpha_pattern=dict(spec.alpha_pattern),
     )
-    takes_weights = spec.init in ("pissa", "olora")
-    if takes_weights:
-        _check_can_take(model, spec)
     adapted = attach_low_rank(model, config, spec, base_path)
     check_patterns("rank_pattern", spec.rank_pattern, adapted)
     check_patterns("alpha_pattern", spec.alpha_pattern, adapted)
-    if takes_weights and not next(model.parameters()).is_meta:
-        setattr(adapted, _START, _take_weights(adapted, spec.init))
+    if spec.init in ("pissa", "olora"):
+        _check_can_take(adapted, spec.init)
+        if not next(model.parameters()).is_meta:
+            setattr(adapted, _START, _take_weights(adapted, spec.init))
     parameter: Any
     for name, parameter in adapted.named_parameters():
-        if ".lora_B." in name and parameter.requires_grad:
+        # An embedding's B is called otherwise.
+        if (".lora_B." in name or ".lora_embedding_B." in name) and parameter.requires_grad:
             parameter.rate_ratio = spec.lora_plus_ratio
     return adapted
 
@@ -93,18 +98,30 @@ def load_peft(model: Any, folder: Path) -> torch.nn.Module:
     return PeftModel.from_pretrained(model, str(folder))
 
 
-def _check_can_take(model: Any, spec: LoraSpec) -> None:
-    """PEFT would make factors of a lower rank than it says."""
-    rank = max([spec.r, *spec.rank_pattern.values()])
-    for name, module in model.named_modules():
-        if type(module).__name__ not in ("Linear", "Conv1D"):
-            continue
-        smallest = min(module.weight.shape)
-        is_head = module is model.get_output_embeddings() or is_of_head(model, name)
-        if rank > smallest and not is_head:
+def _check_can_take(adapted: Any, init: str) -> None:
+    """Raise SpecError for a target that has no part to take, or one that others would lose too."""
+    check_linear(
+        adapted,
+        f"init {init!r} takes a part of a linear weight; leave it out, or take init default",
+    )
+    users: dict[torch.nn.Parameter, list[str]] = defaultdict(list)
+    for name, module in adapted.base_model.model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            users[parameter].append(name.removesuffix(".base_layer"))
+    for name in adapted.base_model.targeted_module_names:
+        layer = adapted.base_model.model.get_submodule(name)
+        weight = layer.get_base_layer().weight
+        if others := [user for user in users[weight] if user != name]:
             raise SpecError(
-                f"method.r: {rank} is above what {name!r} of shape {tuple(module.weight.shape)} "
-                f"has; with init {spec.init!r} set it to at most {smallest}"
+                f"method.target_modules: {name!r} has its weight in common with {others[0]!r}, "
+                f"which would lose what init {init!r} takes of it; leave it out, or take init "
+                "default"
+            )
+        rank, smallest = layer.r["default"], min(weight.shape)
+        if rank > smallest:
+            raise SpecError(
+                f"method.r: {rank} is above what {name!r} of shape {tuple(weight.shape)} has; with "
+                f"init {init!r} set it to at most {smallest}"
             )
 
 

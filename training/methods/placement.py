@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from cluster.errors import SpecError
 from cluster.tasks import head_modules, peft_task_type
@@ -17,8 +18,8 @@ from training.method_spec import LowRankSpec
 from training.methods.head import is_of_head
 from training.methods.targets import check_targets
 
-# Of torch, of GPT-2, and of bitsandbytes.
-_LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+# Of what PEFT says that finds no module to adapt.
+_NO_TARGET = ("target modules", "modules were targeted", "modules were excluded")
 
 
 def peft_placement(model: Any, spec: LowRankSpec, base_path: str) -> dict[str, Any]:
@@ -64,22 +65,16 @@ def attach_low_rank(model: Any, config: Any, spec: LowRankSpec, base_path: str) 
     """
     from peft import get_peft_model
 
-    names = linear_names(model)
     try:
         adapted: Any = get_peft_model(model, config)
     except (ValueError, TypeError, re.error) as error:
-        if "target modules" not in str(error).lower():
+        if not any(part in str(error).lower() for part in _NO_TARGET):
             raise SpecError(f"method: PEFT refuses it on {base_path}: {error}") from error
-        raise SpecError(
-            f"method.target_modules: {spec.target_modules!r} matches no module of {base_path}; "
-            f"it has {', '.join(names)}"
-        ) from error
+        raise _no_target(model, spec, base_path) from error
     targeted: list[str] = adapted.base_model.targeted_module_names
     for layer in spec.layers_to_transform:
-        if not any(re.search(rf"\.{layer}\.", f"{name}.") for name in targeted):
-            raise SpecError(
-                f"method.layers_to_transform: {base_path} has no layer {layer}; they count from 0"
-            )
+        if not _has_layer(targeted, layer):
+            raise _no_layer(layer, base_path)
     if spec.bias != "none" and not any(
         name.endswith("bias") and p.requires_grad for name, p in adapted.named_parameters()
     ):
@@ -87,6 +82,38 @@ def attach_low_rank(model: Any, config: Any, spec: LowRankSpec, base_path: str) 
             f"method.bias: {spec.bias!r}, but {base_path} has no such bias; set it to none"
         )
     return in_float32(adapted)
+
+
+def _no_target(model: Any, spec: LowRankSpec, base_path: str) -> SpecError:
+    """Which option leaves PEFT without any target."""
+    names = [name for name, _ in model.named_modules()]
+    for layer in spec.layers_to_transform:
+        if not _has_layer(names, layer):
+            return _no_layer(layer, base_path)
+    targets, excluded = spec.target_modules, spec.exclude_modules
+    is_found = True  # each name of a list matches something, or it was refused before
+    if isinstance(targets, str) and targets != "all-linear":
+        is_found = any(re.fullmatch(targets, name) for name in names)
+    if excluded and is_found:
+        return SpecError(
+            f"method.exclude_modules: {excluded!r} leaves nothing of method.target_modules "
+            f"{targets!r} on {base_path}; exclude less"
+        )
+    layers = f" in layers {list(spec.layers_to_transform)}" if spec.layers_to_transform else ""
+    return SpecError(
+        f"method.target_modules: {targets!r} matches no module of {base_path}{layers}; it has "
+        f"{', '.join(linear_names(model))}"
+    )
+
+
+def _has_layer(names: Iterable[str], layer: int) -> bool:
+    return any(f".{layer}." in f"{name}." for name in names)
+
+
+def _no_layer(layer: int, base_path: str) -> SpecError:
+    return SpecError(
+        f"method.layers_to_transform: {base_path} has no layer {layer}; they count from 0"
+    )
 
 
 def in_float32(adapted: torch.nn.Module) -> torch.nn.Module:
@@ -105,7 +132,7 @@ def check_saved_modules(model: Any, method: Any) -> None:
     for suffix in getattr(method, "modules_to_save", ()):
         for name, module in model.named_modules():
             if f".{name}".endswith(f".{suffix}") and any(
-                type(part).__name__ in _LINEAR and part is not head for part in module.modules()
+                is_linear(part) and part is not head for part in module.modules()
             ):
                 raise SpecError(
                     f"method.modules_to_save: {suffix!r} is {name!r}, which cannot be trained "
@@ -125,13 +152,30 @@ def check_patterns(field: str, patterns: Iterable[str], adapted: Any) -> None:
             )
 
 
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether it is torch's, GPT-2's, or one that a base or bitsandbytes made of torch's."""
+    return isinstance(module, torch.nn.Linear | Conv1D)
+
+
+def check_linear(adapted: Any, remedy: str) -> None:
+    """Raise SpecError for a targeted module that is not linear; `remedy` says why and what to
+    do."""
+    for name in adapted.base_model.targeted_module_names:
+        module = adapted.base_model.model.get_submodule(name).get_base_layer()
+        if not is_linear(module):
+            raise SpecError(
+                f"method.target_modules: {name!r} is no linear module but {type(module).__name__}; "
+                f"{remedy}"
+            )
+
+
 def linear_names(model: torch.nn.Module) -> list[str]:
     """The distinct last names of the linear modules but the output embedding, or a classifier's
     head."""
     whole: Any = model
     head = whole.get_output_embeddings()
     named: Mapping[str, Any] = dict(model.named_modules())
-    found = (n for n, m in named.items() if type(m).__name__ in _LINEAR and m is not head)
+    found = (name for name, module in named.items() if is_linear(module) and module is not head)
     return sorted({name.rsplit(".", 1)[-1] for name in found if not is_of_head(model, name)})
 
 

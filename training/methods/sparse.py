@@ -212,9 +212,9 @@ def save(model: Any, folder: Path) -> None:
     else:
         for name, (parameter, users) in maskable(model, "all", "").items():
             module, own_name = users[0]
-            values_K = getattr(module, own_name + VALUES)
-            indices_K = getattr(module, own_name + _INDICES)
-            if values_K is not None:
+            values_K = getattr(module, own_name + VALUES, None)
+            if values_K is not None:  # it was targeted, and chosen
+                indices_K = getattr(module, own_name + _INDICES)
                 shape = getattr(parameter, "ds_shape", parameter.shape)
                 tensors |= _stored(name, shape, indices_K.cpu(), values_K.detach().cpu())
     config = {

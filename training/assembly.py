@@ -137,7 +137,8 @@ def settle_norms(base: Any) -> None:
 def check_base(base: Any, spec: TrainingSpec) -> None:
     """Raise BaseModelError for a base that leaves out layers at random, other ones on each worker
     and in each micro-batch (their collective calls would not meet, and the loss would depend on how
-    a batch is cut), or that float16 is too narrow for, as T5's feed-forward is."""
+    a batch is cut), or experts that no row asks for where ZeRO needs all; or that float16 is too
+    narrow for, as T5's feed-forward is."""
     parts = [base.config, *(getattr(base.config, part, None) for part in ("encoder", "decoder"))]
     keys = _LAYER_DROP if base.config.is_encoder_decoder else ("layerdrop", "decoder_layerdrop")
     if dropped := sorted({key for part in parts for key in keys if getattr(part, key, None)}):
@@ -145,12 +146,28 @@ def check_base(base: Any, spec: TrainingSpec) -> None:
             f"base_model {spec.trained_base}: it leaves out layers at random in training; set "
             f"{' and '.join(dropped)} to 0 in its config.json (dropout within layers may stay)"
         )
+    if spec.zero.stage and spec.workers.most > 1 and _has_lone_experts(base):
+        raise BaseModelError(
+            f"base_model {spec.trained_base}: its experts are modules of their own, of which each "
+            "worker's rows reach others, and under ZeRO workers would wait for one another for "
+            "ever; set zero.stage to 0, or workers.count to 1"
+        )
     wide = sorted(getattr(base, "_keep_in_fp32_modules", None) or ())
     if spec.precision == "fp16" and wide:
         raise BaseModelError(
             f"base_model {spec.trained_base}: {type(base).__name__} overflows in float16 "
             f"(transformers keeps its {', '.join(wide)} in float32); set precision to bf16 or fp32"
         )
+
+
+def _has_lone_experts(base: Any) -> bool:
+    """Whether experts run apart, and only if a row comes by them, as SwitchTransformers' do; those
+    of other families are one tensor."""
+    kinds = (torch.nn.ModuleList, torch.nn.ModuleDict)
+    return any(
+        isinstance(module, kinds) and name.rpartition(".")[2] == "experts" and len(module) > 0
+        for name, module in base.named_modules()
+    )
 
 
 def _evaluator(

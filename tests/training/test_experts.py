@@ -10,11 +10,16 @@ import transformers
 from conftest import closing_tokenizer
 from workers import Case, difference, run_case, run_cases, state_of
 
+from cluster.base_model import empty_base
+from cluster.errors import BaseModelError
+from cluster.spec import parse_spec
 from cluster.tables import write_table
+from training.assembly import check_base
 from training.checkpoint import read_checkpoint
 from training.data import tokenize
 from training.data_spec import DataSpec
 from training.place import Place
+from training.spec import TrainingSpec
 
 STEPS, HALF = 4, 2
 METHODS: dict[str, dict[str, Any]] = {
@@ -69,6 +74,19 @@ def case(
         "checkpoint_every_steps": HALF, "zero": {"stage": 0}, "workers": {"count": workers},
     }  # fmt: skip
     return Case(settings, folder / kind / name, resume)
+
+
+def test_zero_is_refused_where_workers_would_reach_other_experts(base: Path) -> None:
+    def checked(stage: int, workers: int) -> None:
+        settings = dict(case(base, base, "lora", workers, "unused").spec) | {
+            "zero": {"stage": stage}
+        }
+        check_base(empty_base(str(base), task="seq_2_seq_lm"), parse_spec(TrainingSpec, settings))
+
+    checked(0, 2)
+    checked(2, 1)
+    with pytest.raises(BaseModelError, match=r"set zero\.stage to 0"):
+        checked(2, 2)
 
 
 @pytest.mark.parametrize("kind", METHODS)

@@ -117,9 +117,16 @@ class AuthenticationError(CallerError):
 
 
 class OperationError(GraftError):
-    """Ours or the cluster's fault: the same call may succeed later."""
+    """Ours or the cluster's fault: the same call may succeed later.
+
+    `retry_after_s` is how long the service asked to be left alone.
+    """
 
     retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StoreError(OperationError):
@@ -142,8 +149,7 @@ class OverloadedError(OperationError):
     """Too much is queued; try again after `retry_after_s`."""
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+        super().__init__(message, retry_after_s=retry_after_s)
 
 
 class RateLimitError(OverloadedError):

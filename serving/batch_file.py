@@ -3,10 +3,11 @@
 The input has a column `prompt` (text) or `messages` (a chat), in any format of
 cluster.table_parts, and is read and written a few hundred rows at a time, so it may have any size.
 The output has its rows, in their order, with `completion`, `finish_reason`, `prompt_tokens`,
-`completion_tokens` and `error` added; a row that cannot be answered has its reason there and
-disturbs no other. Answers are kept in OUT.partial as they come, so that the same call after an
-interruption asks only for what is missing; OUT itself appears whole, at the end, and OUT.partial
-goes.
+`completion_tokens` and `error` added, and `tool_calls` where there are tools to call; a row that
+cannot be answered has its reason there and disturbs no other. What would fail every row ends the
+call instead: a service that is away for too long, a refused key, adapter or option. Answers are
+kept in OUT.partial as they come, so that the same call after an interruption asks only for what is
+missing; OUT itself appears whole, at the end, and OUT.partial goes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -25,23 +25,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
-from cluster.errors import ConflictError, DataError, GraftError
+from cluster.errors import (
+    AdapterError,
+    AuthenticationError,
+    ConflictError,
+    ContextLengthError,
+    DataError,
+    GraftError,
+    NotFoundError,
+    RequestError,
+)
 from cluster.table_parts import TableSource
 from cluster.table_rows import BadRow, as_table, json_schema, plain, values_of, with_columns
 from cluster.tables import JSONL, check_holds, check_writable, table_file
+from serving.asking import check_options
 from serving.journal import Journal, RowResult, journal
+from serving.outage import OUTAGES, Outage
+from serving.progress import Progress, progress_bar
+from serving.protocol import ToolCall
 
 if TYPE_CHECKING:
-    from serving.client import AsyncClient
+    from serving.async_client import AsyncClient
 
 _ROWS_AT_ONCE = 256  # a row may be a whole document
 Values = Mapping[str, Any] | BadRow
@@ -85,9 +90,24 @@ class _Asked:
     adapter_column: str | None
     options: Mapping[str, Any]
 
+    @property
+    def added(self) -> Mapping[str, pa.DataType]:
+        """The columns of the answers."""
+        return added_columns(self.options)
+
+
+def added_columns(options: Mapping[str, Any]) -> Mapping[str, pa.DataType]:
+    """What rows are given: with tools to call, also the calls, as OpenAI's JSON in a text."""
+    return {**ADDED, "tool_calls": pa.string()} if options.get("tools") else ADDED
+
+
+def calls_text(calls: Sequence[ToolCall]) -> str | None:
+    """Of the column `tool_calls`; None where nothing is called."""
+    return json.dumps([call.model_dump() for call in calls]) if calls else None
+
 
 async def run_batch(
-    client: AsyncClient,
+    outlasting: Callable[[Outage], AsyncClient],
     source: Path,
     target: Path,
     *,
@@ -95,21 +115,27 @@ async def run_batch(
     adapter_column: str | None,
     overwrite: bool,
     progress: bool,
+    outage_s: float,
     options: Mapping[str, Any],
 ) -> BatchReport:
     """Answer every row of `source` into `target`.
 
     Args:
+        outlasting: Makes the client, which waits an outage out.
         adapter_column: A column that names each row's model: an adapter or the base.
+        outage_s: Longest outage.
 
     Raises:
         CallerError: the input or the output cannot be used; nothing was sent. Or the input changed
-            meanwhile; what was answered is kept.
+            meanwhile, or every row would fail; what was answered is kept.
         StoreError: an answer cannot be kept, as where the disk is full; those before it are.
+        OperationError: the outage was too long; what was answered is kept.
     """
     began = time.monotonic()
+    check_options(options)
     table = TableSource(str(source))
-    column = prompt_column(source, table.columns(), adapter, adapter_column, ADDED)
+    added = added_columns(options)
+    column = prompt_column(source, table.columns(), adapter, adapter_column, added)
     schema, num_rows = _checked(table, target), table.num_rows()
     asked = _Asked(column, adapter, adapter_column, options)
     partial = target.with_name(f"{target.name}.partial")
@@ -122,9 +148,12 @@ async def run_batch(
             counts = Counter(failed=num_rows - resumed)
         else:
             _check_free(target, overwrite)
-            with progress_bar(source.name, num_rows, resumed, enabled=progress) as advance:
-                counts = await _answer_rows(client, table, asked, kept, advance)
-            await asyncio.to_thread(_write, table, schema, kept, target)
+            with progress_bar(source.name, num_rows, resumed, enabled=progress) as bar:
+                client = outlasting(Outage(outage_s, bar.wait))
+                if adapter is not None and resumed < num_rows:
+                    await client.model(adapter)  # nothing is asked of a name that is none
+                counts = await _answer_rows(client, table, asked, kept, bar)
+            await asyncio.to_thread(_write, table, schema, asked, kept, target)
     return BatchReport(
         rows=num_rows,
         failed=counts["failed"],
@@ -151,7 +180,7 @@ def _check_free(target: Path, overwrite: bool) -> None:
 
 
 async def _answer_rows(
-    client: AsyncClient, table: TableSource, asked: _Asked, kept: Journal, advance: Advance
+    client: AsyncClient, table: TableSource, asked: _Asked, kept: Journal, bar: Progress
 ) -> Counter[str]:
     """Answer the rows that are not `kept` yet, as many at once as the client may ask for; how many
     failed, and their tokens."""
@@ -160,11 +189,11 @@ async def _answer_rows(
 
     async def worker() -> None:
         for row, values in waiting:
-            result = await _answer(client, row, values, asked)
+            result = await _answer(client, row, values, asked, kept)
             kept.add(result)
             tokens, failed = result.completion_tokens or 0, int(result.error is not None)
             counts.update(failed=failed, prompt=result.prompt_tokens or 0, completion=tokens)
-            advance(1, tokens, failed)
+            bar.advance(1, tokens, failed)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -177,18 +206,20 @@ async def _answer_rows(
 
 def _numbered(table: TableSource, asked: _Asked) -> Iterator[tuple[int, Values]]:
     """Every row's number and its values of the columns that matter."""
-    names = dict.fromkeys([asked.column, *filter(None, [asked.adapter_column]), *ADDED])
+    names = dict.fromkeys([asked.column, *filter(None, [asked.adapter_column]), *asked.added])
     chunks = (values_of(rows, list(names)) for rows in table.rows(_ROWS_AT_ONCE))
     return enumerate(chain.from_iterable(chunks))
 
 
-def _write(table: TableSource, schema: pa.Schema | None, kept: Journal, target: Path) -> None:
+def _write(
+    table: TableSource, schema: pa.Schema | None, asked: _Asked, kept: Journal, target: Path
+) -> None:
     """The rows of `table`, of a plain `schema` unless they are JSONL, with their results."""
     is_json = target.suffix.lower() in JSONL
     if schema is None and not is_json:
         found = json_schema(partial(table.rows, _ROWS_AT_ONCE))
-        schema = pa.schema([field for field in found if field.name not in ADDED])
-    added = [pa.field(name, kind) for name, kind in ADDED.items()]
+        schema = pa.schema([field for field in found if field.name not in asked.added])
+    added = [pa.field(name, kind) for name, kind in asked.added.items()]
     row = 0
     kind = None if schema is None else pa.schema([*schema, *added])
     with table_file(target, kind, on_whole=kept.seal) as add:
@@ -245,23 +276,40 @@ def check_own(row: int, values: Mapping[str, Any], added: Iterable[str]) -> None
         raise DataError(f"row {row}: has a {taken[0]!r} of its own, which is one that is added")
 
 
-async def _answer(client: AsyncClient, row: int, values: Values, asked: _Asked) -> RowResult:
-    """One row's result; whatever is wrong with it becomes its error."""
+async def _answer(
+    client: AsyncClient, row: int, values: Values, asked: _Asked, kept: Journal
+) -> RowResult:
+    """One row's result; whatever is wrong with it becomes its error. Raises GraftError for what is
+    wrong with every row."""
     if isinstance(values, BadRow):
         return RowResult(row, error=f"row {row}: {values.reason}")
     prompt, model = values.get(asked.column), asked.adapter
     if asked.adapter_column is not None:
         model = values.get(asked.adapter_column)
     try:
-        check_own(row, values, ADDED)
+        check_own(row, values, asked.added)
         check_row(row, prompt, model)
         assert prompt is not None
         answer = await client.generate_one(prompt, adapter=model, **asked.options)  # type: ignore[arg-type]
     except GraftError as error:
+        if _is_of_every_row(error, asked, kept):
+            raise
         return RowResult(row, error=str(error))
     return RowResult(
-        row, answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens
-    )
+        row, answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens,
+        tool_calls=calls_text(answer.tool_calls),
+    )  # fmt: skip
+
+
+def _is_of_every_row(error: GraftError, asked: _Asked, kept: Journal) -> bool:
+    """Whether each row would fail so: by the service, the key, the one adapter, or an option. An
+    option with which a row was answered is refused for what is special about another."""
+    if isinstance(error, (*OUTAGES, AuthenticationError)):
+        return True
+    if asked.adapter_column is None and isinstance(error, (AdapterError, NotFoundError)):
+        return True
+    is_refused = isinstance(error, RequestError) and error.param in asked.options
+    return is_refused and not isinstance(error, ContextLengthError) and not kept.answered
 
 
 def _fingerprint(source: Path, asked: _Asked) -> str:
@@ -272,33 +320,3 @@ def _fingerprint(source: Path, asked: _Asked) -> str:
                 while chunk := handle.read(2**20):
                     digest.update(chunk)
     return digest.hexdigest()
-
-
-Advance = Callable[[int, int, int], None]  # rows, tokens of their answers, failed rows
-
-
-@contextmanager
-def progress_bar(what: str, rows: int, resumed: int, *, enabled: bool) -> Generator[Advance]:
-    """A bar on stderr; yields what is told of each lot of rows that are done."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[told]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not enabled,
-    )
-    began = time.monotonic()
-    tokens = failed = 0
-
-    def advance(new_rows: int, new_tokens: int, new_failed: int) -> None:
-        nonlocal tokens, failed
-        tokens, failed = tokens + new_tokens, failed + new_failed
-        speed = tokens / max(time.monotonic() - began, 1e-9)
-        told = f"{speed:,.0f} tokens/s" + (f", {failed:,} failed" if failed else "")
-        bar.update(task, advance=new_rows, told=told)
-
-    with bar:
-        task = bar.add_task(what, total=rows, completed=resumed, told="")
-        yield advance

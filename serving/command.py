@@ -96,6 +96,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in progress at once.")] = 64,
+    outage_s: Annotated[
+        float, typer.Option(min=0, help="Seconds for which a service that is away is waited for.")
+    ] = 600.0,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     offline: Annotated[
@@ -139,7 +142,9 @@ def generate(
         options["stop"] = stop
     rows = {"adapter": adapter, "adapter_column": adapter_column}
     if offline is not None:
-        _refuse(context, ("url", "api_key", "concurrency"), "an offline run asks no service")
+        _refuse(
+            context, ("url", "api_key", "concurrency", "outage_s"), "an offline run asks no service"
+        )
         _refuse(context, ("local",), "an offline run has engines on a cluster")
         if overwrite:
             raise SpecError("--overwrite: an offline run replaces nothing; name an empty folder")
@@ -158,8 +163,9 @@ def generate(
         settings = {"api_key": api_key, "concurrency": concurrency}
         with _client(context, url, local, set_ or (), settings) as client:
             report = client.generate_file(
-                source, target, overwrite=overwrite, progress=not quiet, **rows, **options
-            )
+                source, target, overwrite=overwrite, progress=not quiet, outage_s=outage_s,
+                **rows, **options,
+            )  # fmt: skip
     typer.echo(f"{target}: {report}")
     if report.failed:
         raise JobFailedError(

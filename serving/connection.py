@@ -1,6 +1,6 @@
 """Requests to one service, and what comes back: a body, a stream that has begun, or its error.
 
-Knows HTTP, and nothing of what is asked; `serving.client` does.
+Knows HTTP, and nothing of what is asked; `serving.async_client` does.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 
-from cluster.errors import OperationError, RequestError, UnavailableError
+from cluster.errors import DeadlineError, OperationError, RequestError, UnavailableError
 from serving.asking import error_of
 
 
@@ -26,6 +26,7 @@ class Connection:
         transport: httpx2.AsyncBaseTransport | None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
+        self._timeout_s = timeout_s
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # Requests wait for their turn, and open streams hold none: nobody waits for a connection.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=num_kept)
@@ -45,14 +46,19 @@ class Connection:
         try:
             return response.json()
         except ValueError as error:
-            raise OperationError(f"{self.base_url}{path}: the answer is cut short") from error
+            raise UnavailableError(f"{self.base_url}{path}: the answer is cut short") from error
 
     async def begun(self, path: str, body: Any) -> httpx2.Response:
         """A response whose body is still to be read, and closed. Raises GraftError."""
         return await self._send(self._request("POST", path, body), stream=True)
 
-    def unreachable(self, error: Exception) -> UnavailableError:
+    def fault(self, error: httpx2.RequestError) -> OperationError:
         """What a fault on the way is for the caller."""
+        if isinstance(error, httpx2.ReadTimeout):
+            return DeadlineError(
+                f"{self.base_url}: nothing came for {self._timeout_s:g} s (the client's "
+                "timeout_s); raise it, or ask for less"
+            )
         return UnavailableError(
             f"{self.base_url}: {str(error) or type(error).__name__}; is the service running?"
         )
@@ -63,7 +69,7 @@ class Connection:
             if response.status_code >= 400:
                 await response.aread()
         except httpx2.RequestError as error:
-            raise self.unreachable(error) from error
+            raise self.fault(error) from error
         if response.status_code >= 400:
             raise error_of(response.status_code, response.text, response.headers.get("retry-after"))
         return response

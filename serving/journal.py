@@ -33,11 +33,12 @@ class RowResult:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     error: str | None = None
+    tool_calls: str | None = None  # as JSON
 
 
 class Journal:
-    """Answers by row. `kept` are those of calls before, which were interrupted; their errors are
-    not among them, and are tried again.
+    """Answers by row. `kept` are those of calls before, which were interrupted, `answered` those of
+    this one too; rows with an error are not among them, and are tried again.
 
     Raises:
         StoreError: the file cannot be written, as where the disk is full.
@@ -46,9 +47,10 @@ class Journal:
     def __init__(self, file: BinaryIO, path: Path, fingerprint: str, num_rows: int) -> None:
         self._file, self._path = file, path
         self._begins = array("q", [_NONE]) * num_rows
-        self.kept = 0
+        self.answered = 0
         self._output: list[int] | None = None
         self._read(fingerprint)
+        self.kept = self.answered
 
     def __contains__(self, row: int) -> bool:
         return self._begins[row] != _NONE
@@ -60,10 +62,17 @@ class Journal:
     def add(self, result: RowResult) -> None:
         """Keep it, whatever becomes of this process."""
         self._begins[result.row] = self._write(json.dumps(asdict(result)))
+        self.answered += result.error is None
+
+    @property
+    def is_of_use(self) -> bool:
+        """Whether a call that is repeated has anything of it."""
+        return bool(self.answered or self._output)
 
     def seal(self, output: Path) -> None:
         """Keep that the file `output`, which may get another name, has every row's answer."""
-        self._write(json.dumps({_OUTPUT: _identity(output)}))
+        self._output = _identity(output)
+        self._write(json.dumps({_OUTPUT: self._output}))
 
     def is_sealed(self, output: Path) -> bool:
         """Whether a call before wrote `output`, whole, and was killed before it could say so."""
@@ -105,7 +114,7 @@ class Journal:
             raise IndexError(result.row)
         if result.error is None:
             self._begins[result.row] = begin
-            self.kept += 1
+            self.answered += 1
 
     def _check(self, found: str, fingerprint: str) -> None:
         if found != fingerprint:
@@ -135,7 +144,8 @@ def _faults(path: Path) -> Generator[None]:
 
 @contextmanager
 def journal(path: Path, fingerprint: str, num_rows: int) -> Generator[Journal]:
-    """The journal at `path`, held for this call alone; gone where the scope ends well.
+    """The journal at `path`, held for this call alone; gone where the scope ends well, or before
+    the first answer: a call with another adapter or other options may then follow.
 
     Raises:
         ConflictError: another call writes it now, or it is of another input or other options.
@@ -152,7 +162,13 @@ def journal(path: Path, fingerprint: str, num_rows: int) -> Generator[Journal]:
             ) from error
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise ConflictError(f"{path}: another call has just written this output; look at it")
-        yield Journal(file, path, fingerprint, num_rows)
+        kept = Journal(file, path, fingerprint, num_rows)
+        try:
+            yield kept
+        except BaseException:
+            if not kept.is_of_use:
+                path.unlink(missing_ok=True)
+            raise
         path.unlink()
     finally:
         with suppress(OSError):  # it tries again to write what was told of already

@@ -1,7 +1,7 @@
 """An engine in this process behind the gateway's own app, without a network: what a client asks
 goes to the app as a call, and comes back piece by piece.
 
-No Ray. Importing it loads torch; `serving.client` does so when a local engine is asked for.
+No Ray. Importing it loads torch; `serving.async_client` does so when a local engine is asked for.
 """
 
 from __future__ import annotations

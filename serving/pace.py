@@ -2,21 +2,30 @@
 
 Additive increase, multiplicative decrease, as TCP does it: doubled each round until the service
 first pushes back (429, 503, a time-out), halved then, and from there one more for each round that
-went well. After a Retry-After nobody begins before it is over.
+went well. After a Retry-After nobody begins before it is over, nor all clients at its very end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
-from cluster.errors import DeadlineError, OverloadedError, UnavailableError
+from cluster.errors import (
+    ClusterError,
+    DeadlineError,
+    OperationError,
+    OverloadedError,
+    StoreError,
+    UnavailableError,
+)
 
 _FIRST = 8
-_PUSHED_BACK = (OverloadedError, UnavailableError, DeadlineError)
+_MOST_BEYOND = 1.1  # of a Retry-After
+_PUSHED_BACK = (OverloadedError, UnavailableError, StoreError, ClusterError, DeadlineError)
 
 
 class Pace:
@@ -88,10 +97,9 @@ class Pace:
                 self._running += 1
                 turn.set_result(None)
 
-    def _slow_down(self, began_s: float, error: Exception) -> None:
-        if isinstance(error, OverloadedError):
-            until_s = self._clock() + error.retry_after_s
-            self._not_before_s = max(self._not_before_s, until_s)
+    def _slow_down(self, began_s: float, error: OperationError) -> None:
+        until_s = self._clock() + error.retry_after_s * random.uniform(1, _MOST_BEYOND)
+        self._not_before_s = max(self._not_before_s, until_s)
         self._has_met_a_limit = True
         # What had begun before the last cut tells of the pace before it.
         if began_s > self._cut_s:

@@ -173,7 +173,7 @@ class ChatForm:
         """See Form."""
         return ChatChunk(**self._head, choices=[], usage=used)
 
-    def whole(self, answers: Sequence[Piece], used: Usage) -> BaseModel:
+    def whole(self, answers: Sequence[Piece], used: Usage) -> ChatCompletion:
         """See Form."""
         choices: list[ChatChoice] = []
         for piece in answers:

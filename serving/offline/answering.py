@@ -18,10 +18,12 @@ from typing import Any
 from cluster.errors import CallerError, DataError, EngineError, OverloadedError
 from cluster.table_rows import BadRow
 from serving.asking import CHAT, request_body, retrying
-from serving.batch_file import ADDED, check_own, check_row
+from serving.batch_file import added_columns, calls_text, check_own, check_row
 from serving.engine.request import derived_seed
 from serving.gateway.access import Tenant
+from serving.gateway.answers import ChatForm
 from serving.gateway.bodies import checked
+from serving.gateway.logprobs import TokenText
 from serving.gateway.service import Piece, Service
 from serving.journal import RowResult
 from serving.protocol import ChatRequest, CompletionRequest
@@ -80,7 +82,7 @@ async def _answer(
     if asked.adapter_column is not None:
         model = values.get(asked.adapter_column)
     try:
-        check_own(row, values, (*ADDED, ROW))
+        check_own(row, values, (*added_columns(asked.options), ROW))
         check_row(row, prompt, model)
         _check_text(row, [prompt, model])
         assert prompt is not None
@@ -102,8 +104,9 @@ def _check_text(row: int, values: Any) -> None:
 
 async def _run(service: Service, row: int, path: str, body: dict[str, Any]) -> RowResult:
     began_s = time.monotonic()
-    if path == CHAT:
-        job = await service.chat_job(checked(body, ChatRequest), _EVERYONE, began_s)
+    chat = checked(body, ChatRequest) if path == CHAT else None
+    if chat is not None:
+        job = await service.chat_job(chat, _EVERYONE, began_s)
     else:
         job = await service.completion_job(checked(body, CompletionRequest), _EVERYONE, began_s)
     pieces: list[Piece] = []
@@ -111,4 +114,10 @@ async def _run(service: Service, row: int, path: str, body: dict[str, Any]) -> R
         async for some in running:
             pieces += some
     (whole,) = pieces
-    return RowResult(row, whole.text, whole.finish_reason, job.prompt_tokens, whole.tokens)
+    text, reason, calls = whole.text, whole.finish_reason, None
+    if chat is not None and chat.tools_in_use:
+        form = ChatForm(job, chat, TokenText(service.tokenizer))
+        (choice,) = form.whole(pieces, job.usage(whole.tokens)).choices
+        text, reason = choice.message.content or "", choice.finish_reason
+        calls = calls_text(choice.message.tool_calls or ())
+    return RowResult(row, text, reason, job.prompt_tokens, whole.tokens, tool_calls=calls)

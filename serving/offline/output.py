@@ -134,12 +134,20 @@ class Output:
                 "URI, and call again"
             )
 
-    def finish(self, place: int, part: Part, rows: Rows, results: Sequence[RowResult]) -> Counts:
-        """Write a part's rows with their results. One that was written before stays."""
+    def finish(
+        self,
+        place: int,
+        part: Part,
+        rows: Rows,
+        results: Sequence[RowResult],
+        columns: Mapping[str, pa.DataType] = ADDED,
+    ) -> Counts:
+        """Write a part's rows with the `columns` of their results. One that was written before
+        stays."""
         added = [(pa.field(ROW, pa.int64()), [result.row for result in results])]
         added += [
             (pa.field(name, kind), [getattr(result, name) for result in results])
-            for name, kind in ADDED.items()
+            for name, kind in columns.items()
         ]
         suffix, data = encoded(rows, added)
         with suppress(ConflictError):

@@ -27,10 +27,12 @@ from cluster.spec import parse_spec
 from cluster.store import Store
 from cluster.table_parts import Part, TableSource
 from cluster.table_rows import values_of
-from serving.batch_file import ADDED, BatchReport, progress_bar, prompt_column
+from serving.asking import check_options
+from serving.batch_file import BatchReport, added_columns, prompt_column
 from serving.engine.request import MAX_SEED
 from serving.offline.answering import ROW, Asked, answer_rows
 from serving.offline.output import LEASE, Counts, Output, Plan, check_same
+from serving.progress import progress_bar
 from serving.spec import ServingSpec
 
 # Deaths of engines over one part before the run is given up.
@@ -74,13 +76,13 @@ def generate_offline(
         resumed = sum(plan.parts[place].num_rows for place in kept)
         done: dict[int, Counts] = {}
         with (
-            progress_bar(source, plan.num_rows, resumed, enabled=progress) as advance,
+            progress_bar(source, plan.num_rows, resumed, enabled=progress) as bar,
             closing(_answered(spec, plan, output, left, address)) as answered,
         ):
             for place, counts in answered:
                 check_lease()
                 done[place] = counts
-                advance(plan.parts[place].num_rows, counts.completion_tokens, counts.failed)
+                bar.advance(plan.parts[place].num_rows, counts.completion_tokens, counts.failed)
         output.check_whole(plan)
     return BatchReport(
         rows=plan.num_rows,
@@ -102,8 +104,10 @@ def _plan(
     part_rows: int,
 ) -> Plan:
     """The plan that was begun, or a new one."""
+    check_options(options)
     table = TableSource(source)
-    column = prompt_column(table.uri, table.columns(), adapter, adapter_column, (*ADDED, ROW))
+    added = (*added_columns(options), ROW)
+    column = prompt_column(table.uri, table.columns(), adapter, adapter_column, added)
     asked = Asked(column, adapter, adapter_column, dict(options), secrets.randbelow(MAX_SEED))
     engine = spec.engine.model_dump(mode="json", include=set(_ENGINE))
     engine |= {"name": spec.name, "store": spec.store}
@@ -218,12 +222,13 @@ class _Engine:
     def answer(self, place: int, part: Part) -> Counts:
         """Answer a part and write it."""
         rows, asked = self._source.read(part), self._asked
-        columns = (asked.column, *filter(None, [asked.adapter_column]), *ADDED, ROW)
+        added = added_columns(asked.options)
+        columns = (asked.column, *filter(None, [asked.adapter_column]), *added, ROW)
         values = values_of(rows, list(dict.fromkeys(columns)))
         results = asyncio.run(
             answer_rows(self._service, asked, values, part.first_row, concurrency=self._concurrency)
         )
-        return self._output.finish(place, part, rows, results)
+        return self._output.finish(place, part, rows, results, added)
 
 
 class _Pinned(Registry):

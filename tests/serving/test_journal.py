@@ -223,6 +223,16 @@ def test_the_last_answer_of_a_row_counts(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_journal_without_an_answer_is_not_kept(tmp_path: Path) -> None:
+    """So that another call, with the adapter or the option that was meant, is not refused."""
+    path = tmp_path / "out.partial"
+    for fingerprint in ("a typo", "as meant"):
+        with suppress(KeyboardInterrupt), journal(path, fingerprint, 2) as kept:
+            kept.add(RowResult(1, error="no such adapter"))
+            raise KeyboardInterrupt
+        assert not path.exists()
+
+
 def test_an_output_is_known_by_any_name(tmp_path: Path) -> None:
     """And no other is, though it has the same content; nor is one that was touched."""
     path, whole, other = tmp_path / "out.partial", tmp_path / "whole", tmp_path / "other"

@@ -22,6 +22,7 @@ from service import Running, publish, running
 from cluster.errors import (
     AuthenticationError,
     BaseModelError,
+    DeadlineError,
     ModelNotFoundError,
     RequestError,
     SpecError,
@@ -141,7 +142,7 @@ def test_what_is_given_up_ends_in_the_engine(local: Client, gate: threading.Even
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    with pytest.raises(UnavailableError, match=r"no answer within 0\.2 s"):
+    with pytest.raises(DeadlineError, match=r"nothing came for 0\.2 s"):
         local._loop.wait(lambda: hasty(0.2))
     local._loop.wait(cancelled)
     gate.set()

@@ -13,11 +13,18 @@ from adapters import make_adapter
 from service import BASE_NAME, CATALOGUE_TTL_S, NAMES, Running
 
 from cluster.catalog import Catalog
-from cluster.errors import ConflictError, DataError, JobFailedError, OverloadedError, StoreError
+from cluster.errors import (
+    ConflictError,
+    DataError,
+    JobFailedError,
+    OverloadedError,
+    RequestError,
+    StoreError,
+)
 from cluster.table_parts import TableSource
 from cluster.table_rows import BadRow
 from cluster.tables import open_table, write_table
-from serving.batch_file import BatchReport
+from serving.batch_file import BatchReport, added_columns
 from serving.client import Client
 from serving.journal import RowResult
 from serving.offline import pool
@@ -210,6 +217,30 @@ def test_a_run_is_whole_or_says_what_lacks(
     report = run()
     assert (report.rows, report.resumed, report.failed) == (10, 10, 0)
     assert "10/10" in capsys.readouterr().err
+
+
+def test_calls_of_tools_have_a_column_of_their_own(plan: Plan, tmp_path: Path) -> None:
+    """A run without tools has none."""
+    source, calls = TableSource(plan.source), '[{"id": "c"}]'
+    for name, options in (("with", {"tools": [{}]}), ("without", {})):
+        output = Output(str(tmp_path / name))
+        for place, part in enumerate(plan.parts):
+            rows = range(part.first_row, part.first_row + part.num_rows)
+            results = [RowResult(row, "x", "stop", 2, 3, tool_calls=calls) for row in rows]
+            output.finish(place, part, source.read(part), results, added_columns(options))
+    assert pq.read_table(tmp_path / "with")["tool_calls"].to_pylist() == [calls] * 10
+    assert "tool_calls" not in pq.read_table(tmp_path / "without").column_names
+
+
+def test_more_than_one_answer_to_a_row_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    write_table(pa.table({"prompt": ["x"]}), tmp_path / "in.jsonl")
+    spec = ServingSpec(name="tiny", store="nowhere", engine=EngineSpec(base_model="nowhere"))
+    with pytest.raises(RequestError, match="n is 2, and each prompt gets one answer"):
+        pool.generate_offline(
+            spec, str(tmp_path / "in.jsonl"), str(tmp_path / "out"), adapter=None,
+            adapter_column=None, options={"n": 2}, address=None, part_rows=4, progress=False,
+        )  # fmt: skip
+    assert Output(str(tmp_path / "out")).plan() is None
 
 
 def test_another_call_does_not_go_on_with_an_output(plan: Plan, tmp_path: Path) -> None:

@@ -1,24 +1,30 @@
 """Tool calls: parsed out of answers cut anywhere, and made by a base whose template knows them."""
 
+import asyncio
 import copy
 import json
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import openai
+import pyarrow as pa
 import pytest
 import transformers
 from conftest import make_base
-from service import BASE_NAME, running
+from service import BASE_NAME, Running, running
 
+from cluster.tables import open_table, write_table
+from serving.client import Client
 from serving.engine import GenerationRequest
 from serving.gateway.access import Tenant
 from serving.gateway.answers import ChatForm
 from serving.gateway.logprobs import TokenText
 from serving.gateway.service import Job, Piece
 from serving.gateway.tools import ToolParser
-from serving.protocol import ChatRequest
+from serving.offline.answering import Asked, answer_rows
+from serving.protocol import CalledFunction, ChatRequest, ToolCall
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m.role }}|>"
@@ -145,34 +151,82 @@ def test_each_tool_keeps_its_own_meaning_of_a_name() -> None:
     assert rule["$defs"]["1"]["$defs"] == {"City": {"enum": ["Bonn"]}, "Me": {"$ref": "#/$defs/1"}}
 
 
-def test_a_tool_that_must_be_called_is(tmp_path: Path) -> None:
-    """Through OpenAI's own client, whole and streamed; the conversation goes on behind it."""
-    base = make_base("llama", tmp_path / "base")
+@pytest.fixture(scope="module")
+def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, dict[str, Any]]]:
+    """A service whose base's template knows tools, and what one asks of it."""
+    folder = tmp_path_factory.mktemp("calling")
+    base = make_base("llama", folder / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(base)
-    with running(base, tmp_path) as service:
-        client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
-        said: list[Any] = [{"role": "user", "content": "?"}]
-        ask: Any = {"model": BASE_NAME, "messages": said, "tools": [WEATHER], "temperature": 0}
-        # A base with random weights could write white space for ever.
-        spaces = tokenizer.convert_tokens_to_ids(["Ġ", "Ċ", "ĉ", "č"])
-        ask["logit_bias"] = {str(token): -100 for token in spaces}
-        for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
-            answer = client.chat.completions.create(tool_choice=choice, **ask).choices[0]
-            assert answer.finish_reason == "tool_calls", answer
-            (call,) = answer.message.tool_calls or []
-            assert call.function.name == "weather"
-            assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
-        with client.chat.completions.stream(tool_choice="required", **ask) as stream:
-            final = stream.get_final_completion().choices[0]
-        (streamed,) = final.message.tool_calls or []
-        assert streamed.function.arguments == call.function.arguments
-        said += [
-            answer.message.model_dump(exclude_none=True) | {"content": None},
-            {"role": "tool", "tool_call_id": call.id, "content": "sun"},
-        ]
-        after = client.chat.completions.create(model=BASE_NAME, messages=said, max_tokens=4)
-        assert after.choices[0].message.tool_calls is None
+    # A base with random weights could write white space for ever.
+    spaces = tokenizer.convert_tokens_to_ids(["Ġ", "Ċ", "ĉ", "č"])
+    biases = {str(token): -100 for token in spaces}
+    with running(base, folder) as service:
+        yield service, {"tools": [WEATHER], "temperature": 0, "logit_bias": biases}
+
+
+def test_a_tool_that_must_be_called_is(calling: tuple[Running, dict[str, Any]]) -> None:
+    """Through OpenAI's own client, whole and streamed; the conversation goes on behind it."""
+    service, asked = calling
+    client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
+    said: list[Any] = [{"role": "user", "content": "?"}]
+    ask: Any = {"model": BASE_NAME, "messages": said, **asked}
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        answer = client.chat.completions.create(tool_choice=choice, **ask).choices[0]
+        assert answer.finish_reason == "tool_calls", answer
+        (call,) = answer.message.tool_calls or []
+        assert call.function.name == "weather"
+        assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+    with client.chat.completions.stream(tool_choice="required", **ask) as stream:
+        final = stream.get_final_completion().choices[0]
+    (streamed,) = final.message.tool_calls or []
+    assert streamed.function.arguments == call.function.arguments
+    said += [
+        answer.message.model_dump(exclude_none=True) | {"content": None},
+        {"role": "tool", "tool_call_id": call.id, "content": "sun"},
+    ]
+    after = client.chat.completions.create(model=BASE_NAME, messages=said, max_tokens=4)
+    assert after.choices[0].message.tool_calls is None
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_has_a_column_of_calls_where_there_are_tools(
+    calling: tuple[Running, dict[str, Any]], tmp_path: Path, kind: str
+) -> None:
+    """As the chat has them, but for their random ids; an offline run has the same."""
+    service, asked = calling
+    chat = [{"role": "user", "content": "?"}]
+    write_table(pa.table({"messages": [chat] * 2}), tmp_path / f"in.{kind}")
+    target = tmp_path / f"out.{kind}"
+    found: dict[str, Any] = {}
+    with Client(service.url) as client:
+        for choice in ("required", "none"):
+            options: Any = {**asked, "tool_choice": choice}
+            client.generate_file(
+                tmp_path / f"in.{kind}", target, progress=False, overwrite=True, **options
+            )
+            found[choice] = open_table(target).to_pylist()[0]
+            assert found[choice]["error"] is None
+            rows = [{"messages": chat}]
+            job = answer_rows(
+                service.service, Asked("messages", None, None, options, 1), rows, 0, concurrency=1
+            )
+            (offline,) = asyncio.run(job)
+            for name in ("completion", "finish_reason", "completion_tokens"):
+                assert getattr(offline, name) == found[choice][name]
+            assert named(offline.tool_calls) == named(found[choice]["tool_calls"])
+        expected = client.chat(chat, **{**asked, "tool_choice": "required"})  # type: ignore[arg-type]
+        no_tools: Any = {"max_tokens": 4, "progress": False}
+        client.generate_file(tmp_path / f"in.{kind}", tmp_path / f"plain.{kind}", **no_tools)
+    assert named(found["required"]["tool_calls"]) == [call.function for call in expected.tool_calls]
+    assert found["required"]["finish_reason"] == "tool_calls"
+    assert found["none"]["tool_calls"] is None
+    assert "tool_calls" not in open_table(tmp_path / f"plain.{kind}").column_names
+
+
+def named(text: str | None) -> list[CalledFunction]:
+    """Of a column of calls, what is called."""
+    return [ToolCall.model_validate(call).function for call in json.loads(text or "[]")]

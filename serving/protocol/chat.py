@@ -111,6 +111,11 @@ class ChatRequest(Sampling):
     modalities: Annotated[Any, neutral(["text"])] = None
 
     @property
+    def answers(self) -> int:
+        """All answers that it asks for."""
+        return self.n or 1
+
+    @property
     def tools_in_use(self) -> list[Tool]:
         """The tools that the model may call."""
         tools, choice = self.tools or [], self.tool_choice

@@ -3,9 +3,9 @@ turn one into the other."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, PlainValidator, field_validator, model_validator
 
 from serving.protocol.chat import ChatMessage
 from serving.protocol.sampling import Body, Sampling, neutral
@@ -14,8 +14,43 @@ from serving.protocol.sampling import Body, Sampling, neutral
 MAX_INPUTS = 2048
 MAX_BEST_OF = 20
 MAX_COMPLETION_LOGPROBS = 5
-# One or several texts, or their token ids.
-_Texts = str | list[str] | list[int] | list[list[int]]
+# Token ids of which one call takes a millisecond.
+_CHECKED_AT_ONCE = 2**16
+_TEXTS_ARE = "should be a text, a list of texts, token ids, or a list of lists of token ids"
+
+
+def _texts(given: Any) -> Any:
+    """`given`, if it is one or several texts or lists of token ids.
+
+    As a union, each token of millions would be tried as a text too, in one call that lets no other
+    thread run.
+    """
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, list):
+        raise ValueError(_TEXTS_ARE)
+    parts = cast("list[Any]", given)
+    kinds = _types(parts)
+    if kinds == {list}:
+        kinds = {kind for part in parts for kind in _types(part)}
+        if not kinds <= {int}:
+            raise ValueError(_TEXTS_ARE)
+    elif kinds not in (set(), {str}, {int}):
+        raise ValueError(_TEXTS_ARE)
+    return parts
+
+
+def _types(parts: list[Any]) -> set[type]:
+    slices = (
+        parts[first : first + _CHECKED_AT_ONCE] for first in range(0, len(parts), _CHECKED_AT_ONCE)
+    )
+    return {kind for some in slices for kind in set(map(type, some))}
+
+
+_Texts = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(_texts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
 
 
 class CompletionRequest(Sampling):
@@ -34,6 +69,16 @@ class CompletionRequest(Sampling):
         if self.stream and self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of cannot stream: the best is known only at the end")
         return self
+
+    @property
+    def per_prompt(self) -> int:
+        """Answers to each prompt."""
+        return max(self.n or 1, self.best_of or 1)
+
+    @property
+    def answers(self) -> int:
+        """All answers that it asks for."""
+        return len(self.prompts) * self.per_prompt
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -59,6 +104,11 @@ class EmbeddingRequest(Body):
         if not all(parts):
             raise ValueError("has an empty part; give each at least one token")
         return given
+
+    @property
+    def answers(self) -> int:
+        """All vectors that it asks for."""
+        return len(self.inputs)
 
     @property
     def inputs(self) -> list[str | list[int]]:
@@ -107,8 +157,5 @@ class Detokenized(BaseModel):
 
 def _each(given: _Texts) -> list[str | list[int]]:
     """One or several texts or lists of token ids, as several."""
-    if isinstance(given, str):
-        return [given]
-    if given and isinstance(given[0], int):
-        return [[token for token in given if isinstance(token, int)]]
-    return [part for part in given if not isinstance(part, int)]
+    is_one = isinstance(given, str) or (given and isinstance(given[0], int))
+    return cast("list[str | list[int]]", [given] if is_one else given)

@@ -123,6 +123,12 @@ def test_requests_tokens_and_concurrency_of_a_key(guarded: Guarded) -> None:
         codes = [http.post("/tokenize", json={"prompt": "x"}).status_code for _ in range(2)]
         assert codes == [200, 429]
         error(http.post("/detokenize", json={"tokens": [1]}), 429)
+    with guarded.client(requests_per_minute=2) as http:
+        # What is impossible counts too: a limit goes before whatever a request costs.
+        codes = [
+            http.post("/v1/completions", json={**ask, "min_p": 2}).status_code for _ in range(3)
+        ]
+        assert codes == [400, 400, 429]
     with guarded.client(tokens_per_minute=20) as http:
         codes = [http.post("/v1/completions", json=ask).status_code for _ in range(3)]
         assert codes == [200, 200, 429]

@@ -15,8 +15,9 @@ from service import BASE_NAME, running
 from serving.engine import GenerationRequest
 from serving.gateway.access import Tenant
 from serving.gateway.answers import ChatForm
+from serving.gateway.jobs import Job
 from serving.gateway.logprobs import TokenText
-from serving.gateway.service import Job, Piece
+from serving.gateway.service import Piece
 from serving.gateway.tools import ToolParser
 from serving.protocol import ChatRequest
 

@@ -160,7 +160,10 @@ def _add_tokens(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
 
         def ids() -> list[int]:
             if body.messages is not None:
-                return render(tokenizer, body.messages, ())
+                opens = body.add_generation_prompt
+                return render(
+                    tokenizer, body.messages, body.tools or (), add_generation_prompt=opens
+                )
             return encode_text(tokenizer, body.prompt or "", special=body.add_special_tokens)
 
         with _tenant(request).request():

@@ -125,7 +125,12 @@ class Service:
         adapter = await self._resolve(body.model, tenant)
 
         def make() -> _Made:
-            prompt = render(self.tokenizer, body.messages, body.tools_in_use)
+            prompt = render(
+                self.tokenizer,
+                body.messages,
+                body.tools_in_use,
+                add_generation_prompt=body.add_generation_prompt,
+            )
             tokens = body.max_completion_tokens
             options = sampled(body) | {
                 "max_tokens": body.max_tokens if tokens is None else tokens,

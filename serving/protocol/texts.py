@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, Field, PlainValidator, field_validator, model_validator
 
-from serving.protocol.chat import ChatMessage
-from serving.protocol.sampling import Body, Sampling, neutral
+from serving.protocol.body import Body, Nothing, fault, neutral
+from serving.protocol.chat import ChatMessage, Tool
+from serving.protocol.sampling import Sampling
 
 # OpenAI's limits, of inputs to embed and of a completion.
 MAX_INPUTS = 2048
@@ -65,9 +66,9 @@ class CompletionRequest(Sampling):
     @model_validator(mode="after")
     def _best_is_among_enough(self) -> Self:
         if self.best_of is not None and self.best_of < (self.n or 1):
-            raise ValueError(f"best_of is {self.best_of}, below n {self.n or 1}; raise it")
+            raise fault("best_of", f"is {self.best_of}, below n {self.n or 1}; raise it")
         if self.stream and self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of cannot stream: the best is known only at the end")
+            raise fault("best_of", "cannot stream: the best is known only at the end")
         return self
 
     @property
@@ -94,6 +95,8 @@ class EmbeddingRequest(Body):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
     adapter_rank: int | None = None
+    # Not served, as in Sampling.
+    truncate_prompt_tokens: Annotated[Any, neutral(-1)] = None
 
     @field_validator("input")
     @classmethod
@@ -126,12 +129,18 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    # Not served, as in Sampling.
+    chat_template: Annotated[Any, neutral()] = None
+    chat_template_kwargs: Nothing = None
+    continue_final_message: Annotated[Any, neutral(False)] = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise fault("prompt", "give either prompt or messages")
         return self
 
 

@@ -146,6 +146,21 @@ def test_each_tool_keeps_its_own_meaning_of_a_name() -> None:
     assert rule["$defs"]["1"]["$defs"] == {"City": {"enum": ["Bonn"]}, "Me": {"$ref": "#/$defs/1"}}
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_only_allowed_tools_are_called(mode: str) -> None:
+    other = {"type": "function", "function": {"name": "news"}}
+    names = {"mode": mode, "tools": [{"type": "function", "function": {"name": "news"}}]}
+    said = [{"role": "user", "content": "?"}]
+    choice = {"type": "allowed_tools", "allowed_tools": names}
+    asked = {"model": "m", "messages": said, "tools": [WEATHER, other], "tool_choice": choice}
+    body = ChatRequest.model_validate(asked)
+    assert [tool.function.name for tool in body.tools_in_use] == ["news"]
+    assert body.must_call == (mode == "required")
+    if body.form:
+        assert body.form[1]["properties"]["name"] == {"const": "news"}
+    assert (body.form is not None) == body.must_call
+
+
 def test_a_tool_that_must_be_called_is(tmp_path: Path) -> None:
     """Through OpenAI's own client, whole and streamed; the conversation goes on behind it."""
     base = make_base("llama", tmp_path / "base")

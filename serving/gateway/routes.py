@@ -173,9 +173,13 @@ def _add_tokens(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Detokenized:
         body = await read_body(request, DetokenizeRequest, spec)
-        check_token_ids(body.tokens, len(tokenizer), "tokens")
+
+        def text() -> str:
+            check_token_ids(body.tokens, len(tokenizer), "tokens")
+            return tokenizer.decode(body.tokens)
+
         with _tenant(request).request():
-            return Detokenized(prompt=await asyncio.to_thread(tokenizer.decode, body.tokens))
+            return Detokenized(prompt=await asyncio.to_thread(text))
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

@@ -247,8 +247,8 @@ WORDS: list[tuple[dict[str, Any], str]] = [
     ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
      "messages.0.content.0: is of type 'image_url'; only text parts are served"),
     ({"content": 5},
-     "messages.0.content: input should be a valid string; or Input should be a valid list"),
-    ({"role": "wizard"}, "messages.0.role: input should be 'system', 'developer', 'user', "
+     "messages.0.content: should be a valid string; or should be a valid list"),
+    ({"role": "wizard"}, "messages.0.role: should be 'system', 'developer', 'user', "
      "'assistant' or 'tool'"),
 ]  # fmt: skip
 

@@ -19,7 +19,7 @@ from serving.ingress import BODY
 from serving.protocol import CompletionRequest
 from serving.spec import GatewaySpec
 
-MANY = ["a"] * 4096
+MANY = [[5]] * 4096
 BIASES = {str(token): 1.0 for token in range(1024)}
 SCHEMA = {"type": "string", "enum": ["x" * 50 + str(i) for i in range(1000)]}
 FORMAT = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}

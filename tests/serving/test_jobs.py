@@ -27,12 +27,15 @@ FORMAT = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
 
 def loop_s(work: Callable[[], Awaitable[Any]]) -> tuple[Any, float]:
     """What it gives, and the seconds in which the event loop's thread computed for it."""
+    given: list[Any] = []
 
-    async def timed() -> tuple[Any, float]:
+    async def timed() -> float:
         began = time.thread_time()
-        return await work(), time.thread_time() - began
+        given.append(await work())
+        return time.thread_time() - began
 
-    return asyncio.run(timed())
+    seconds = asyncio.run(timed())  # it writes the repr of what it returns
+    return given[0], seconds
 
 
 def job_of(service: Running, **body: Any) -> tuple[Job, float]:

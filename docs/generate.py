@@ -15,6 +15,8 @@ from pydantic_core import PydanticUndefined
 
 from cluster.errors import OUTCOMES
 from cluster.spec import Spec
+from serving.protocol import ChatRequest, CompletionRequest, StreamOptions
+from serving.protocol.body import is_refused
 from serving.protocol.sampling import (
     MAX_BIASES,
     MAX_CHOICES,
@@ -101,6 +103,32 @@ def spec_section(title: str, root: type[Spec]) -> str:
     return f"## {title}\n\n" + "\n".join(spec_table(cls) for cls in done)
 
 
+def extensions() -> str:
+    """The parameters that OpenAI has not, or that mean more here, by their descriptions."""
+    bodies = (CompletionRequest, ChatRequest)
+    fields = {name: field for body in bodies for name, field in body.model_fields.items()}
+    prefixed = {f"stream_options.{n}": f for n, f in StreamOptions.model_fields.items()}
+    lines = ["| parameter | meaning |", "|---|---|"]
+    for name, field in (fields | prefixed).items():
+        if field.description:
+            meaning = field.description.replace("|", "\\|")
+            lines.append(f"| `{name}` | {meaning} |")
+    return "\n".join(lines)
+
+
+def not_served() -> str:
+    """The parameters that only a value that changes nothing may have."""
+    of_completions, of_chats = (
+        {name for name, field in body.model_fields.items() if is_refused(field.metadata)}
+        for body in (CompletionRequest, ChatRequest)
+    )
+    served = CompletionRequest.model_fields.keys() - of_completions
+    return ", ".join(
+        f"`{name}`" + (" of a chat" if name in served else "")
+        for name in sorted(of_completions | of_chats)
+    )
+
+
 def request_section() -> str:
     """The limits of a request's parameters beside OpenAI's."""
     return f"""## Requests: `POST /v1/completions`, `POST /v1/chat/completions`
@@ -118,6 +146,17 @@ HumanEval has eight |
 | `logit_bias` | any number | {MAX_BIASES:,} tokens | each is looked at in every step |
 | `max_tokens` of a completion | from 0 | from 1, or 0 with `echo` and `logprobs` | 0 alone asks \
 for nothing |
+| `strict` of a tool | its calls follow the schema | they do where a tool must be called \
+(`tool_choice`); else it is taken and has no effect | OpenAI's own helpers always send it |
+
+These are not OpenAI's, or mean more here; vLLM's have vLLM's names. OpenAI's own client takes \
+them in `extra_body`.
+
+{extensions()}
+
+These would change an answer and are not served. Any other value than the one that changes \
+nothing is refused by the parameter's name: {not_served()}. Parameters that nobody knows are taken \
+and have no effect.
 """
 
 

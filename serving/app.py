@@ -185,18 +185,20 @@ def _starting(spec: ServingSpec) -> Generator[None]:
 
 
 def _url(host: str, port: int) -> str:
-    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    reached = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
 def _port(spec: ServingSpec) -> int:
     """The port to listen on, known to be free. Raises ConflictError."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((spec.gateway.host, spec.gateway.port))
-        except OSError as error:
-            raise ConflictError(
-                f"gateway.port {spec.gateway.port} on {spec.gateway.host}: {error.strerror}; "
-                "choose another, or 0 for a free one"
-            ) from error
-        return int(probe.getsockname()[1])
+    host, port = spec.gateway.host, spec.gateway.port
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise ConflictError(
+            f"gateway.port {port} on {host}: {error.strerror}; choose another, or 0 for a free one"
+        ) from error

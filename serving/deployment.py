@@ -203,7 +203,9 @@ def build(spec: ServingSpec, *, patiently: bool = False) -> tuple[Any, Any]:
     starts = _PATIENTLY if patiently else _STARTS * max(1, spec.replicas.min)
     engines = _versioned(_engines(spec, env, starts), document).bind(document)
     document = spec.model_dump(mode="json", include={"name", "store", "gateway"})
-    document["engine"] = {"base_model": spec.engine.base_model}
+    document["engine"] = spec.engine.model_dump(
+        mode="json", include={"base_model", "max_context_tokens"}
+    )
     document["replicas"] = {"min": spec.replicas.min, "max": max(1, spec.replicas.min)}
     return engines, _versioned(_gateways(spec, env), document).bind(document, engines_of(spec))
 

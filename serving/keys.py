@@ -105,7 +105,8 @@ class KeyStore:
         return {key_id: key for key_id, key in found if key is not None}
 
     def revoke(self, key_id: str) -> None:
-        """Make a key worthless; gateways see it within gateway.catalogue_ttl_s.
+        """Make a key worthless; gateways see it within gateway.catalogue_ttl_s, or once
+        the store answers them again.
 
         Raises:
             NotFoundError: there is no such key.

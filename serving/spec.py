@@ -211,7 +211,9 @@ class GatewaySpec(Spec):
     catalogue_ttl_s: PositiveFloat = Field(
         2.0,
         description="Seconds until a newly published version, a moved alias, or a key that was "
-        "made or revoked is seen.",
+        "made or revoked is seen. While the keys' store does not answer, the known keys count: a "
+        "key revoked meanwhile goes on until the store answers again, and some minutes more where "
+        "a read of it hangs; a key that is not known gets 503.",
     )
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base_model import encode_prompt, encode_text, load_tokenizer
-from cluster.errors import ContextLengthError, RequestError
+from cluster.errors import RequestError
 from serving.adapters import EmbeddingPrefix, LoweredAdapter
 from serving.engine.answer import Answer
 from serving.engine.batch import LoadedAdapter
@@ -19,7 +19,7 @@ from serving.engine.detokenizer import Detokenizer
 from serving.engine.grammar import Grammar, Grammars
 from serving.engine.pages import next_key, root_key
 from serving.engine.pooling import Pooled
-from serving.engine.ranges import check_token_ids
+from serving.engine.ranges import check_token_ids, room
 from serving.engine.request import GenerationRequest, ResponseFormat
 from serving.engine.runner import Runner
 from serving.engine.sequence import Sequence
@@ -191,22 +191,14 @@ class Intake:
 
     def _room(self, request: GenerationRequest, prompt_tokens: int, taken_tokens: int) -> int:
         """How many tokens it may generate. Raises ContextLengthError."""
-        taken_tokens += len(self._start_ids)
-        room = self._context - taken_tokens - prompt_tokens
-        wanted = max(1, room) if request.max_tokens is None else request.max_tokens
-        if wanted > room:
-            who = "adapter and decoder take" if self._is_seq2seq else "the adapter takes"
-            beside = f" + {taken_tokens} that {who}" if taken_tokens else ""
-            is_full = prompt_tokens + taken_tokens >= self._context
-            asked = "" if request.pooling else f" and max_tokens is {wanted}"
-            remedy = "shorten the prompt" + (" or lower max_tokens" if wanted else "")
-            # It begins as OpenAI's own: clients know this failure by these words.
-            raise ContextLengthError(
-                f"this model's maximum context length is {self._context} tokens; the prompt has "
-                f"{prompt_tokens} tokens{beside}{asked}; {remedy}",
-                param="prompt" if is_full else "max_tokens",
-            )
-        return wanted
+        return room(
+            self._context,
+            prompt_tokens,
+            request.max_tokens,
+            taken_tokens=taken_tokens + len(self._start_ids),
+            taker="adapter and decoder take" if self._is_seq2seq else "the adapter takes",
+            is_pooled=request.pooling is not None,
+        )
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.errors import RequestError
+from cluster.errors import ContextLengthError, RequestError
 
 MAX_STOPS = 16
 MAX_SEED = 2**63 - 1
@@ -42,6 +42,33 @@ def check_token_ids(ids: Collection[int], vocabulary: int, param: str) -> None:
         f"{param}[{position}] is {token!r}; token ids are whole numbers from 0 to {vocabulary - 1}",
         param=param,
     )
+
+
+def room(
+    context_tokens: int,
+    prompt_tokens: int,
+    max_tokens: int | None,
+    *,
+    taken_tokens: int = 0,
+    taker: str = "the adapter takes",
+    is_pooled: bool = False,
+) -> int:
+    """How many tokens an answer may have: `max_tokens`, or if that is None all that a context
+    leaves behind the prompt and the tokens that are taken. Raises ContextLengthError."""
+    left = context_tokens - taken_tokens - prompt_tokens
+    wanted = max(1, left) if max_tokens is None else max_tokens
+    if wanted > left:
+        beside = f" + {taken_tokens} that {taker}" if taken_tokens else ""
+        is_full = prompt_tokens + taken_tokens >= context_tokens
+        asked = "" if is_pooled else f" and max_tokens is {wanted}"
+        remedy = "shorten the prompt" + (" or lower max_tokens" if wanted else "")
+        # It begins as OpenAI's own: clients know this failure by these words.
+        raise ContextLengthError(
+            f"this model's maximum context length is {context_tokens} tokens; the prompt has "
+            f"{prompt_tokens} tokens{beside}{asked}; {remedy}",
+            param="prompt" if is_full else "max_tokens",
+        )
+    return wanted
 
 
 def is_int(value: object) -> bool:

@@ -11,11 +11,19 @@ from contextlib import contextmanager
 
 import structlog
 
-from cluster.errors import AuthenticationError, GraftError, RateLimitError, RequestError
+from cluster.errors import (
+    AuthenticationError,
+    GraftError,
+    RateLimitError,
+    RequestError,
+    StoreError,
+)
 from serving.keys import ApiKey, KeyStore, find
 
 _log = structlog.get_logger("graft.gateway")
 _MINUTE_S = 60.0
+# Seconds that a request waits for the keys to be read.
+_PATIENCE_S = 1.0
 
 
 class Bucket:
@@ -121,14 +129,18 @@ class Door:
     """Lets in whoever has a key of the store; without a store, everyone.
 
     New keys are looked for at most every `ttl_s`, and a key that is gone is out then, or while that
-    is slow within twice the time.
+    is slow within twice the time. No request waits for a look that takes longer than a second or
+    two: while the store does not answer, the known keys count, so a key that is revoked goes on
+    until it answers again and the look that hung has ended (minutes, by the store's own limits).
     """
 
     def __init__(self, keys: KeyStore | None, *, ttl_s: float) -> None:
         self._store, self._ttl_s = keys, ttl_s
         self._keys: dict[str, ApiKey] = {}
         self._read_at: float | None = None
-        self._lock = asyncio.Lock()
+        self._look: asyncio.Task[None] | None = None
+        self._look_began_s = -math.inf
+        self._is_unread = False  # since the store failed or was late, until it answers
         self._tenants = {"anonymous": Tenant(None)} if keys is None else {}
 
     async def tenant(self, authorization: str | None) -> Tenant:
@@ -136,16 +148,20 @@ class Door:
 
         Raises:
             AuthenticationError: nobody.
-            StoreError: the keys cannot be read, and never could.
+            StoreError: the keys cannot be read now, and the header's is not among the known ones.
         """
         if self._store is None:
             return self._tenants["anonymous"]
         scheme, _, text = (authorization or "").partition(" ")
         text = text.strip() if scheme.lower() == "bearer" else ""
-        # A key that was known a moment ago need not wait for the others to be read.
-        if not (self._lock.locked() and self._age_s < 2 * self._ttl_s and find(self._keys, text)):
-            await self._refresh(self._store)
+        if self._age_s >= self._ttl_s:
+            await self._refreshed(self._store, is_known=find(self._keys, text) is not None)
         key = find(self._keys, text)
+        if key is None and text and self._is_unread:
+            # It may have been made a moment ago, and whoever is told that it is none gives up.
+            raise StoreError(
+                "this key is not known yet, and the keys cannot be read now; try again"
+            )
         if key is None:
             raise AuthenticationError(
                 "no valid API key; send `Authorization: Bearer KEY` with one of `graft keys create`"
@@ -154,17 +170,35 @@ class Door:
             self._tenants[key.id] = Tenant(key)
         return self._tenants[key.id]
 
-    async def _refresh(self, store: KeyStore) -> None:
-        async with self._lock:
-            if self._age_s < self._ttl_s:
-                return
-            try:
-                self._keys = await asyncio.to_thread(store.keys, self._keys)
-            except GraftError as error:
-                if self._read_at is None:
-                    raise
-                _log.warning("keys cannot be read; the known ones count", error=error.message)
-            self._read_at = time.monotonic()
+    async def _refreshed(self, store: KeyStore, *, is_known: bool) -> None:
+        """Wait until the keys are read anew, at most until the look for them is _PATIENCE_S old."""
+        look = self._look
+        if look is None or look.done():
+            look = self._look = asyncio.create_task(self._read(store))
+            self._look_began_s = time.monotonic()
+        elif is_known and self._age_s < 2 * self._ttl_s:
+            return  # known a moment ago: the others' keys are no matter of its
+        left_s = self._look_began_s + _PATIENCE_S - time.monotonic()
+        await asyncio.wait((look,), timeout=max(0.0, left_s))
+        if look.done():
+            look.result()
+        else:
+            self._tell(f"no answer after {_PATIENCE_S:g} s")
+
+    async def _read(self, store: KeyStore) -> None:
+        try:
+            self._keys = await asyncio.to_thread(store.keys, self._keys)
+            self._is_unread = False
+        except GraftError as error:
+            if self._read_at is None:
+                raise
+            self._tell(error.message)
+        self._read_at = time.monotonic()
+
+    def _tell(self, reason: str) -> None:
+        if not self._is_unread:
+            _log.warning("keys cannot be read; the known ones count", error=reason)
+        self._is_unread = True
 
     @property
     def _age_s(self) -> float:

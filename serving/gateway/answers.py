@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from serving.engine.request import best_choices
+from serving.gateway.jobs import Job
 from serving.gateway.logprobs import ChatEntries, CompletionEntries, TokenText, joined
-from serving.gateway.service import Job, Piece
+from serving.gateway.service import Piece
 from serving.gateway.tools import ToolParser
 from serving.protocol import (
     AnswerMessage,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from cluster.base_model import load_tokenizer
+from cluster.base_model import context_tokens, load_tokenizer
 from cluster.registry import Registry
 from serving.catalogue import Catalogue
 from serving.gateway.access import Door
@@ -28,7 +28,8 @@ def gateway_app(spec: ServingSpec, backend: Backend, *, is_behind_serve: bool = 
         ttl_s=asked.catalogue_ttl_s,
     )
     tokenizer = load_tokenizer(spec.engine.base_model)
-    service = Service(backend, catalogue, tokenizer, asked, Metrics())
+    context = spec.engine.max_context_tokens or context_tokens(spec.engine.base_model)
+    service = Service(backend, catalogue, tokenizer, asked, Metrics(), context)
     keys = None if asked.keys is None else KeyStore(asked.keys)
     door = Door(keys, ttl_s=asked.catalogue_ttl_s)
     traces = None if asked.traces is None else Traces(asked.traces, spec.name)

@@ -10,7 +10,13 @@ from cluster.errors import RequestError
 from serving.protocol import ChatMessage, Tool
 
 
-def render(tokenizer: Any, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[int]:
+def render(
+    tokenizer: Any,
+    messages: Sequence[ChatMessage],
+    tools: Sequence[Tool],
+    *,
+    add_generation_prompt: bool = True,
+) -> list[int]:
     """The token ids of a conversation in which the assistant speaks next.
 
     Raises:
@@ -31,7 +37,7 @@ def render(tokenizer: Any, messages: Sequence[ChatMessage], tools: Sequence[Tool
             [_plain(message) for message in messages],
             tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
             tokenize=True,
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
             return_dict=True,
         )
     except Exception as error:  # templates raise whatever they like about roles and order

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import ExitStack
 from typing import Any
 from uuid import uuid4
 
@@ -31,9 +32,9 @@ _log = structlog.get_logger("graft.gateway")
 
 
 class Guard:
-    """Wraps the app `app`; a request that comes through has `tenant` and `began_s`, the
-    monotonic time of its arrival, in its state. `is_echoed` behind Ray Serve's proxy, which adds
-    the id of the request to the answer itself."""
+    """Wraps the app `app`; a request that comes through has in its state `tenant`, `began_s`, the
+    monotonic time of its arrival, and `held`, whose scopes end when its whole answer is sent.
+    `is_echoed` behind Ray Serve's proxy, which adds the id of the request to the answer itself."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Guard:
         began, status, tenant_id, has_begun = time.monotonic(), 500, "", False
         is_traced = self._traces is not None and scope["path"] not in OPEN
         trace = self._traces.begin(headers, request_id) if self._traces and is_traced else None
-        token = current.set(trace)
+        token, held = current.set(trace), ExitStack()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status, has_begun
@@ -82,7 +83,7 @@ class Guard:
             if scope["path"] not in OPEN:
                 tenant = await self._door.tenant(headers.get("authorization"))
                 tenant_id = tenant.id
-                scope.setdefault("state", {}).update(tenant=tenant, began_s=began)
+                scope.setdefault("state", {}).update(tenant=tenant, began_s=began, held=held)
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             if has_begun:
@@ -90,6 +91,7 @@ class Guard:
             self._metrics.failed(error)
             await error_response(error)(scope, receive, send_with_id)
         finally:
+            held.close()
             self._ids.discard(request_id)
             seconds = time.monotonic() - began
             if scope["path"] not in OPEN:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from datetime import datetime
 from functools import partial
 from typing import TypeVar
@@ -25,10 +25,11 @@ from serving.gateway.bodies import read_body
 from serving.gateway.chat import render
 from serving.gateway.errors import answer_graft_error, answer_http_error, error_body
 from serving.gateway.guard import Guard
+from serving.gateway.jobs import Job
 from serving.gateway.logprobs import TokenText
 from serving.gateway.metrics import CONTENT_TYPE
 from serving.gateway.openapi import document
-from serving.gateway.service import Job, Piece, Service
+from serving.gateway.service import Piece, Service
 from serving.gateway.tracing import Traces
 from serving.gateway.writing import write
 from serving.protocol import (
@@ -48,8 +49,10 @@ from serving.protocol import (
 from serving.spec import GatewaySpec
 
 R = TypeVar("R")
-# The engine's names of what /v1/embeddings calls otherwise.
-_INPUTS = {
+# The engine's names of what each route calls otherwise.
+_COMPLETION_NAMES = {"prompt_token_ids": "prompt"}
+_CHAT_NAMES = {"prompt": "messages", "prompt_token_ids": "messages"}
+_EMBEDDING_NAMES = {
     "prompt": "input", "prompt_token_ids": "input", "n": "input", "pooling": "model",
     "adapter": "model",
 }  # fmt: skip
@@ -94,24 +97,26 @@ def _add_answers(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
         body = await read_body(request, CompletionRequest, spec)
-        job = await service.completion_job(body, _tenant(request), request.state.began_s)
-        return await _respond(service, request, body, job, CompletionForm(job, body, texts))
+        tenant = _admitted(service, request, body.answers, "prompt")
+        with _named(_COMPLETION_NAMES):
+            job = await service.completion_job(body, tenant, request.state.began_s)
+            return await _respond(service, request, body, job, CompletionForm(job, body, texts))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         body = await read_body(request, ChatRequest, spec)
-        job = await service.chat_job(body, _tenant(request), request.state.began_s)
-        return await _respond(service, request, body, job, ChatForm(job, body, texts))
+        tenant = _admitted(service, request, body.answers, "n")
+        with _named(_CHAT_NAMES):
+            job = await service.chat_job(body, tenant, request.state.began_s)
+            return await _respond(service, request, body, job, ChatForm(job, body, texts))
 
     @app.post("/v1/embeddings")
     async def embed(request: Request) -> Response:
         body = await read_body(request, EmbeddingRequest, spec)
-        job = await service.embedding_job(body, _tenant(request), request.state.began_s)
-        try:
+        tenant = _admitted(service, request, body.answers, "input")
+        with _named(_EMBEDDING_NAMES):
+            job = await service.embedding_job(body, tenant, request.state.began_s)
             answers = await _answers(service, request, job)
-        except RequestError as error:
-            error.param = _INPUTS.get(error.param or "", error.param)
-            raise
         whole = await asyncio.to_thread(embedding_body, job, body, answers)
         return Response(whole, media_type="application/json")
 
@@ -155,7 +160,10 @@ def _add_tokens(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
 
         def ids() -> list[int]:
             if body.messages is not None:
-                return render(tokenizer, body.messages, ())
+                opens = body.add_generation_prompt
+                return render(
+                    tokenizer, body.messages, body.tools or (), add_generation_prompt=opens
+                )
             return encode_text(tokenizer, body.prompt or "", special=body.add_special_tokens)
 
         with _tenant(request).request():
@@ -165,9 +173,13 @@ def _add_tokens(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Detokenized:
         body = await read_body(request, DetokenizeRequest, spec)
-        check_token_ids(body.tokens, len(tokenizer), "tokens")
+
+        def text() -> str:
+            check_token_ids(body.tokens, len(tokenizer), "tokens")
+            return tokenizer.decode(body.tokens)
+
         with _tenant(request).request():
-            return Detokenized(prompt=await asyncio.to_thread(tokenizer.decode, body.tokens))
+            return Detokenized(prompt=await asyncio.to_thread(text))
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
@@ -287,6 +299,26 @@ def _line(body: BaseModel) -> bytes:
 
 def _tenant(request: Request) -> Tenant:
     return request.state.tenant
+
+
+def _admitted(service: Service, request: Request, answers: int, param: str) -> Tenant:
+    """The request's tenant, of whose limits so many answers are taken until all of it is sent."""
+    tenant = _tenant(request)
+    request.state.held.enter_context(service.admitted(tenant, answers, param))
+    return tenant
+
+
+@contextmanager
+def _named(names: Mapping[str, str]) -> Generator[None]:
+    """Tell of the body's own fields where the engine refuses what it calls otherwise."""
+    try:
+        yield
+    except RequestError as error:
+        name = names.get(error.param or "")
+        if name is not None:
+            error.message = error.message.replace(f"{error.param}[", f"{name}[", 1)
+            error.param = name
+        raise
 
 
 def _card(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,79 +20,20 @@ from cluster.base_model import encode_prompt, encode_text
 from cluster.errors import DeadlineError, EngineError, OverloadedError, RequestError
 from cluster.mixes import NamedAdapter
 from serving.catalogue import Catalogue
-from serving.engine.request import (
-    MAX_SEED,
-    FinishReason,
-    GenerationRequest,
-    ResponseFormat,
-    Times,
-    TokenLogprobs,
-    choices,
-)
+from serving.engine.request import FinishReason, GenerationRequest, Times, TokenLogprobs
 from serving.gateway import failover
 from serving.gateway.access import Tenant
 from serving.gateway.chat import render
+from serving.gateway.jobs import Job, encoded, is_quick, requests_of, sampled
 from serving.gateway.metrics import Metrics
 from serving.gateway.tracing import current
-from serving.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    EmbeddingRequest,
-    Sampling,
-    Usage,
-)
+from serving.protocol import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.spec import GatewaySpec
 
-# OpenAI's defaults.
+# OpenAI's default.
 _COMPLETION_TOKENS = 16
-_TEMPERATURE = 1.0
-# Characters whose tokens are there sooner than a thread would have them.
-_ENCODED_AT_ONCE = 1000
-# Options that mean the same to the engine.
-_SAME = (
-    "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-    "stop_token_ids", "adapter_rank",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Job:
-    """One HTTP request, resolved: every answer that it asks for, in order of index.
-
-    `requests` has `per_prompt` answers for each of `prompts` in turn. `began_s` is the monotonic
-    time of its arrival.
-    """
-
-    id: str
-    model: str
-    adapter: NamedAdapter | None
-    tenant: Tenant
-    prompts: list[list[int]]
-    requests: list[GenerationRequest]
-    began_s: float
-
-    @property
-    def per_prompt(self) -> int:
-        """Answers to each prompt."""
-        return len(self.requests) // len(self.prompts)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Of all prompts, each counted once."""
-        return sum(map(len, self.prompts))
-
-    @property
-    def label(self) -> str:
-        """The adapter's name, for the metrics."""
-        return self.adapter.name if self.adapter else self.model
-
-    def usage(self, completion_tokens: int) -> Usage:
-        """Its token counts."""
-        return Usage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=self.prompt_tokens + completion_tokens,
-        )
+# Prompts, and the requests for all answers to them.
+_Made = tuple[list[list[int]], list[GenerationRequest]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +50,12 @@ class Piece:
 
 
 class Service:
-    """What all connections of one gateway share."""
+    """What all connections of one gateway share.
+
+    Args:
+        context_tokens: The engines' context, by which prompts are refused before they are sent;
+            None leaves it to the engines.
+    """
 
     def __init__(
         self,
@@ -118,60 +64,101 @@ class Service:
         tokenizer: Any,
         spec: GatewaySpec,
         metrics: Metrics,
+        context_tokens: int | None = None,
     ) -> None:
         self.backend, self.catalogue, self.tokenizer = backend, catalogue, tokenizer
         self.metrics = metrics
-        self._spec = spec
+        self._spec, self._context_tokens = spec, context_tokens
         self._in_progress = 0
+
+    @contextmanager
+    def admitted(self, tenant: Tenant, answers: int, param: str) -> Generator[None]:
+        """The scope of one request for so many answers, entered before anything is computed for it.
+
+        Args:
+            param: The field that asks for them.
+
+        Raises:
+            RequestError: they are more than is ever taken at once.
+            OverloadedError: they are too many for now; RateLimitError: for this tenant.
+        """
+        most = self._spec.max_waiting_requests
+        if answers > most:
+            raise RequestError(
+                f"{param} asks for {answers:,} answers, over the {most:,} that "
+                "gateway.max_waiting_requests allows in all; send less at once",
+                param=param,
+            )
+        if self._in_progress + answers > most:
+            raise OverloadedError(
+                f"{self._in_progress} requests are in progress, of {most} at most "
+                "(gateway.max_waiting_requests); try again later"
+            )
+        with tenant.request(answers):
+            self._in_progress += answers
+            try:
+                yield
+            finally:
+                self._in_progress -= answers
 
     async def completion_job(self, body: CompletionRequest, tenant: Tenant, began_s: float) -> Job:
         """Of a request that arrived at `began_s`. Raises CallerError for whatever cannot run."""
         adapter = await self._resolve(body.model, tenant)
-        per_prompt = max(body.n or 1, body.best_of or 1)
-        self._check_count(len(body.prompts) * per_prompt, "prompt")
-        prompts = await self._encoded(body.prompts, encode_prompt)
-        is_ranked = per_prompt > (body.n or 1)
-        return self._job(
-            "cmpl", began_s, body, tenant, adapter, prompts, per_prompt,
-            max_tokens=_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
-            logprobs=0 if body.logprobs is None and is_ranked else body.logprobs,
-            prompt_logprobs=body.logprobs if body.echo else None,
-        )  # fmt: skip
+
+        def make() -> _Made:
+            prompts = encoded(self.tokenizer, body.prompts, encode_prompt)
+            is_ranked = body.per_prompt > (body.n or 1)
+            options = sampled(body) | {
+                "max_tokens": _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
+                "logprobs": 0 if body.logprobs is None and is_ranked else body.logprobs,
+                "prompt_logprobs": body.logprobs if body.echo else None,
+            }
+            return prompts, self._requests(prompts, options, adapter, tenant, body.per_prompt)
+
+        is_plain = not body.logit_bias and body.form is None
+        at_once = is_plain and is_quick(body.prompts, body.answers)
+        made = make() if at_once else await asyncio.to_thread(make)
+        return _job("cmpl", body.model, adapter, tenant, made, began_s)
 
     async def chat_job(self, body: ChatRequest, tenant: Tenant, began_s: float) -> Job:
         """Of a request that arrived at `began_s`. Raises CallerError for whatever cannot run."""
         adapter = await self._resolve(body.model, tenant)
-        self._check_count(body.n or 1, "n")
-        prompt = await asyncio.to_thread(render, self.tokenizer, body.messages, body.tools_in_use)
-        tokens = body.max_completion_tokens
-        return self._job(
-            "chatcmpl", began_s, body, tenant, adapter, [prompt], body.n or 1,
-            max_tokens=body.max_tokens if tokens is None else tokens,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        )  # fmt: skip
+
+        def make() -> _Made:
+            prompt = render(
+                self.tokenizer,
+                body.messages,
+                body.tools_in_use,
+                add_generation_prompt=body.add_generation_prompt,
+            )
+            tokens = body.max_completion_tokens
+            options = sampled(body) | {
+                "max_tokens": body.max_tokens if tokens is None else tokens,
+                "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+            }
+            return [prompt], self._requests([prompt], options, adapter, tenant, body.answers)
+
+        made = await asyncio.to_thread(make)
+        return _job("chatcmpl", body.model, adapter, tenant, made, began_s)
 
     async def embedding_job(self, body: EmbeddingRequest, tenant: Tenant, began_s: float) -> Job:
         """Of a request that arrived at `began_s`. Raises CallerError for whatever cannot run."""
         adapter = await self._resolve(body.model, tenant)
-        self._check_count(len(body.inputs), "input")
-        prompts = await self._encoded(body.inputs, encode_text)
-        requests = [
-            GenerationRequest(
-                prompt_token_ids=prompt,
-                adapter=adapter.ref if adapter else None,
-                adapter_rank=body.adapter_rank,
-                cache_salt=tenant.cache_salt,
-                max_tokens=0,
-                pooling=self._spec.pooling,
-                dimensions=body.dimensions,
-                seed=0,
-            )
-            for prompt in prompts
-        ]
-        for request in requests:
-            request.check()
-        request_id = f"embd-{secrets.token_hex(12)}"
-        return Job(request_id, body.model, adapter, tenant, prompts, requests, began_s)
+
+        def make() -> _Made:
+            prompts = encoded(self.tokenizer, body.inputs, encode_text)
+            options: dict[str, Any] = {
+                "adapter_rank": body.adapter_rank,
+                "max_tokens": 0,
+                "pooling": self._spec.pooling,
+                "dimensions": body.dimensions,
+                "seed": 0,
+            }
+            return prompts, self._requests(prompts, options, adapter, tenant, 1)
+
+        at_once = is_quick(body.inputs, body.answers)
+        made = make() if at_once else await asyncio.to_thread(make)
+        return _job("embd", body.model, adapter, tenant, made, began_s)
 
     async def run(self, job: Job, *, stream: bool) -> AsyncGenerator[list[Piece]]:
         """Run all answers of a job at once; pieces as they come, those together that are there at
@@ -180,34 +167,25 @@ class Service:
         Raises:
             GraftError: an answer failed or is late; the others are cancelled.
         """
-        if self._in_progress + len(job.requests) > self._spec.max_waiting_requests:
-            raise OverloadedError(
-                f"{self._in_progress} requests are in progress, of "
-                f"{self._spec.max_waiting_requests} at most (gateway.max_waiting_requests); try "
-                "again later"
-            )
-        with job.tenant.request(len(job.requests)):
-            self._in_progress += len(job.requests)
-            self.metrics.begun(job.label, len(job.requests), job.prompt_tokens)
-            trace = current.get()
-            if trace is not None:
-                ref = job.adapter.ref if job.adapter else ""
-                trace.describe(model=job.model, adapter=ref, prompt_tokens=job.prompt_tokens)
-            tokens = 0
-            try:
-                answers = [
-                    self._answer(index, request, job, stream)
-                    for index, request in enumerate(job.requests)
-                ]
-                async with aclosing(_merge(answers)) as merged:
-                    async for pieces in self._in_time(job, merged, stream):
-                        tokens += sum(piece.tokens for piece in pieces)
-                        yield pieces
-            finally:
-                self._in_progress -= len(job.requests)
-                job.tenant.spend(job.prompt_tokens + tokens)
-                seconds = time.monotonic() - job.began_s
-                self.metrics.ended(job.label, len(job.requests), tokens, seconds)
+        self.metrics.begun(job.label, len(job.requests), job.prompt_tokens)
+        trace = current.get()
+        if trace is not None:
+            ref = job.adapter.ref if job.adapter else ""
+            trace.describe(model=job.model, adapter=ref, prompt_tokens=job.prompt_tokens)
+        tokens = 0
+        try:
+            answers = [
+                self._answer(index, request, job, stream)
+                for index, request in enumerate(job.requests)
+            ]
+            async with aclosing(_merge(answers)) as merged:
+                async for pieces in self._in_time(job, merged, stream):
+                    tokens += sum(piece.tokens for piece in pieces)
+                    yield pieces
+        finally:
+            job.tenant.spend(job.prompt_tokens + tokens)
+            seconds = time.monotonic() - job.began_s
+            self.metrics.ended(job.label, len(job.requests), tokens, seconds)
 
     async def _in_time(
         self, job: Job, merged: AsyncGenerator[list[Piece]], stream: bool
@@ -276,64 +254,33 @@ class Service:
             return self.catalogue.resolve(model, tenant.allows)
         return await asyncio.to_thread(self.catalogue.resolve, model, tenant.allows)
 
-    def _check_count(self, answers: int, param: str) -> None:
-        if answers > self._spec.max_waiting_requests:
-            raise RequestError(
-                f"{param} asks for {answers:,} answers, over the "
-                f"{self._spec.max_waiting_requests:,} that gateway.max_waiting_requests allows in "
-                "all; send less at once",
-                param=param,
-            )
-
-    async def _encoded(
-        self, prompts: Sequence[str | list[int]], encode: Callable[[Any, str], list[int]]
-    ) -> list[list[int]]:
-        def encoded() -> list[list[int]]:
-            return [
-                encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
-                for prompt in prompts
-            ]
-
-        characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-        return encoded() if characters <= _ENCODED_AT_ONCE else await asyncio.to_thread(encoded)
-
-    def _job(
+    def _requests(
         self,
-        kind: str,
-        began_s: float,
-        body: Sampling,
-        tenant: Tenant,
-        adapter: NamedAdapter | None,
         prompts: list[list[int]],
+        options: Mapping[str, Any],
+        adapter: NamedAdapter | None,
+        tenant: Tenant,
         per_prompt: int,
-        **options: Any,
-    ) -> Job:
-        """Choices of one prompt differ by their seeds, which are drawn here if none is given:
-        another replica must be able to go on with an answer."""
-        seed = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed
-        requests: list[GenerationRequest] = []
-        for prompt in prompts:
-            first = GenerationRequest(
-                prompt_token_ids=prompt,
-                adapter=adapter.ref if adapter else None,
-                cache_salt=tenant.cache_salt,
-                temperature=_TEMPERATURE if body.temperature is None else body.temperature,
-                seed=seed,
-                stop=body.stop_texts,
-                logit_bias=body.biases,
-                ignore_eos=body.ignore_eos,
-                response_format=ResponseFormat(*body.form) if body.form else None,
-                **{name: given for name in _SAME if (given := getattr(body, name)) is not None},
-                **options,
-            )
-            first.check()
-            if not prompt:
-                raise RequestError("prompt is empty; give at least one token", param="prompt")
-            requests += choices(first, per_prompt)
-        if not requests:
-            raise RequestError("prompt is an empty list; give at least one prompt", param="prompt")
-        request_id = f"{kind}-{secrets.token_hex(12)}"
-        return Job(request_id, body.model, adapter, tenant, prompts, requests, began_s)
+    ) -> list[GenerationRequest]:
+        own = {"adapter": adapter.ref if adapter else None, "cache_salt": tenant.cache_salt}
+        context = self._context_tokens
+        return requests_of(
+            prompts, {**options, **own}, per_prompt=per_prompt, context_tokens=context
+        )
+
+
+def _job(
+    kind: str,
+    model: str,
+    adapter: NamedAdapter | None,
+    tenant: Tenant,
+    made: _Made,
+    began_s: float,
+) -> Job:
+    prompts, requests = made
+    return Job(
+        f"{kind}-{secrets.token_hex(12)}", model, adapter, tenant, prompts, requests, began_s
+    )
 
 
 async def _merge(answers: list[AsyncGenerator[Piece]]) -> AsyncGenerator[list[Piece]]:

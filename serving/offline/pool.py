@@ -210,7 +210,7 @@ class _Engine:
         self._source = TableSource(plan.source)
         check_same(plan, replace(plan, files=self._source.files), self._output.uri)
         self._concurrency = 2 * spec.engine.max_running_requests
-        limits = {"max_waiting_requests": self._concurrency, "request_timeout_s": _LONG_S}
+        limits = {"request_timeout_s": _LONG_S}
         self._service = Service(
             Replica(spec),
             _catalogue(spec, plan.catalog),

@@ -25,6 +25,8 @@ from serving.protocol.answers import (
     Usage,
 )
 from serving.protocol.chat import (
+    AllowedNames,
+    AllowedTools,
     CalledFunction,
     ChatMessage,
     ChatRequest,
@@ -35,14 +37,8 @@ from serving.protocol.chat import (
     ToolCall,
     ToolFunction,
 )
-from serving.protocol.sampling import (
-    Form,
-    JsonSchema,
-    ResponseFormat,
-    Sampling,
-    StreamOptions,
-    StructuredOutputs,
-)
+from serving.protocol.forms import Form, JsonSchema, ResponseFormat, StructuredOutputs
+from serving.protocol.sampling import Sampling, StreamOptions
 from serving.protocol.texts import (
     CompletionRequest,
     Detokenized,
@@ -54,6 +50,8 @@ from serving.protocol.texts import (
 
 __all__ = [
     "DONE",
+    "AllowedNames",
+    "AllowedTools",
     "AnswerMessage",
     "CalledFunction",
     "ChatChoice",

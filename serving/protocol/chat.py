@@ -6,23 +6,29 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from serving.protocol.sampling import (
-    MAX_LOGPROBS,
-    Body,
-    Form,
-    Nothing,
-    Sampling,
-    neutral,
-)
+from serving.protocol.body import Body, Nothing, fault, neutral
+from serving.protocol.forms import Form
+from serving.protocol.sampling import MAX_LOGPROBS, Sampling
 
 MAX_TOOLS = 128
 
 
 class TextPart(Body):
-    """One part of a message whose content is a list."""
+    """One part of a message whose content is a list; what was refused is read as its text."""
 
     type: Literal["text"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, given: Any) -> Any:
+        part = cast("dict[str, Any]", given) if isinstance(given, dict) else {}
+        kind = part.get("type", "text")
+        if kind == "refusal":
+            return {"type": "text", "text": part.get("refusal")}
+        if kind != "text":
+            raise ValueError(f"is of type {kind!r:.40}; only text parts are served")
+        return given
 
 
 class CalledFunction(Body):
@@ -41,7 +47,8 @@ class ToolCall(Body):
 
 
 class ChatMessage(Body):
-    """One message of a conversation. `content` may be left out by an assistant that calls."""
+    """One message of a conversation. `content` may be left out by an assistant that calls,
+    or refused."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -54,16 +61,19 @@ class ChatMessage(Body):
     def _has_content(self) -> Self:
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"a message of role {self.role} cannot call tools")
-        if self.content is None and not self.tool_calls:
+        has_refused = self.role == "assistant" and self.refusal is not None
+        if self.content is None and not self.tool_calls and not has_refused:
             raise ValueError("content is required: a text, or a list of text parts")
         return self
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """The content, or else the refusal, as one text."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content or ())
+        if self.content is None:
+            return self.refusal or ""
+        return "".join(part.text for part in self.content)
 
 
 class ToolFunction(Body):
@@ -95,6 +105,20 @@ class NamedTool(Body):
     function: FunctionName
 
 
+class AllowedNames(Body):
+    """Those of the tools that may be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedTools(Body):
+    """Only some of the tools, while the list of all of them stays the same."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedNames
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
@@ -103,25 +127,45 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
-    continue_final_message: Annotated[bool | None, neutral(False)] = None
+    add_generation_prompt: bool = Field(
+        True, description="Of a chat: begin the assistant's message by the template's own words."
+    )
+    continue_final_message: Annotated[Any, neutral(False)] = None
+    echo: Annotated[Any, neutral(False)] = None
     functions: Nothing = None
     function_call: Annotated[Any, neutral("none", "auto")] = None
     modalities: Annotated[Any, neutral(["text"])] = None
 
     @property
+    def answers(self) -> int:
+        """All answers that it asks for."""
+        return self.n or 1
+
+    @property
     def tools_in_use(self) -> list[Tool]:
         """The tools that the model may call."""
-        tools, choice = self.tools or [], self.tool_choice
-        if isinstance(choice, NamedTool):
-            return [tool for tool in tools if tool.function.name == choice.function.name]
-        return [] if choice == "none" else tools
+        tools, names = self.tools or [], self._named
+        if names is not None:
+            return [tool for tool in tools if tool.function.name in names]
+        return [] if self.tool_choice == "none" else tools
+
+    @property
+    def _named(self) -> set[str] | None:
+        """The tools that tool_choice names, if it names any."""
+        choice = self.tool_choice
+        if isinstance(choice, AllowedTools):
+            return {tool.function.name for tool in choice.allowed_tools.tools}
+        return {choice.function.name} if isinstance(choice, NamedTool) else None
 
     @property
     def must_call(self) -> bool:
         """Whether the answer must be a call of one of them."""
-        return isinstance(self.tool_choice, NamedTool) or self.tool_choice == "required"
+        choice = self.tool_choice
+        if isinstance(choice, AllowedTools):
+            return choice.allowed_tools.mode == "required"
+        return isinstance(choice, NamedTool) or choice == "required"
 
     @property
     def form(self) -> Form | None:
@@ -151,16 +195,19 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def _something_to_call(self) -> Self:
-        if self.must_call and not self.tools_in_use:
-            raise ValueError("tool_choice names no tool of tools; give it there")
-        if self.must_call and super().form:
-            raise ValueError("give either a tool_choice that must be called or response_format")
+        known = {tool.function.name for tool in self.tools or ()}
+        if missing := (self._named or set[str]()) - known:
+            raise fault("tool_choice", f"{min(missing)!r:.80} is no tool of tools; give it there")
+        if self.must_call and not known:
+            raise fault("tool_choice", "needs tools; give some")
+        if self.must_call and (form := next(iter(self._forms()), None)):
+            raise fault("tool_choice", f"is that a tool must be called, beside {form}; give one")
         return self
 
     @model_validator(mode="after")
     def _top_of_what(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs = true")
+            raise fault("top_logprobs", "needs logprobs = true")
         return self
 
 

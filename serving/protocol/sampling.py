@@ -1,15 +1,16 @@
-"""What every request for an answer may ask of it, and how a request's body is read.
+"""What every request for an answer may ask of it.
 
-Types are strict: "5" is no number. Keys that nobody knows are taken and have no effect, since tools
-send what they like; a key that would change the answer and is not served may only hold the value
-that changes nothing.
+What a description tells is not OpenAI's: those fields are a table of the reference.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from serving.protocol.body import Body, Nothing, fault, neutral
+from serving.protocol.forms import Form, ResponseFormat, Schema, StructuredOutputs
 
 # OpenAI's limits, and two of ours.
 MAX_CHOICES = 128
@@ -20,112 +21,99 @@ MAX_STOPS = 16
 # OpenAI's schema has no limit, and each is looked at in every step.
 MAX_BIASES = 1024
 
-
-class Body(BaseModel):
-    """A request's body."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, protected_namespaces=())
-
-
-def neutral(*values: object) -> BeforeValidator:
-    """For a key that is not served: these values change nothing, as does leaving it out."""
-
-    def check(value: Any) -> Any:
-        if value is not None and not any(type(value) is type(v) and value == v for v in values):
-            raise ValueError("is not supported yet; leave it out")
-        return value
-
-    return BeforeValidator(check)
-
-
 _TokenKey = Annotated[str, Field(pattern=r"^\d{1,10}$")]
-# The kind and rule that an answer must follow.
-Form = tuple[Literal["json_schema", "json_object", "regex", "choice"], Any]
-Nothing = Annotated[Any, neutral({}, [])]
+
+
+def _ranks(given: Any) -> Any:
+    """vLLM's -1 is no limit."""
+    return None if type(given) is int and given == -1 else given
 
 
 class StreamOptions(Body):
     """What a stream carries besides text."""
 
     include_usage: bool = False
-    continuous_usage_stats: bool = False
+    continuous_usage_stats: bool = Field(
+        False, description="The usage so far with every piece of a stream."
+    )
     include_obfuscation: bool = False
-
-
-class JsonSchema(Body):
-    """The schema that an answer must follow; every schema is followed strictly."""
-
-    name: str | None = None
-    description: str | None = None
-    rule: dict[str, Any] | bool = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """OpenAI's way to ask for JSON."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _has_a_schema(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema comes with type = json_schema, and only with it")
-        return self
-
-
-class StructuredOutputs(Body):
-    """vLLM's way to ask for other forms; one of them."""
-
-    regex: str | None = None
-    choice: list[str] | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.regex is None) == (self.choice is None):
-            raise ValueError("give either regex or choice")
-        return self
 
 
 class Sampling(Body):
     """What both kinds of completion share."""
 
-    model: str = Field(min_length=1)
+    model: str = Field(
+        min_length=1,
+        description="The base; an adapter, as `name`, `name@version` or `name:alias`; or a "
+        "weighted mix of up to eight adapters that change weights, as `a:0.7+b@3:-0.3`.",
+    )
     max_tokens: int | None = None
     temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    adapter_rank: int | None = None
+    top_k: Annotated[int | None, BeforeValidator(_ranks)] = Field(
+        None, description="Only so many of the most probable tokens are drawn from; -1 for all."
+    )
+    min_p: float | None = Field(
+        None,
+        description="Only tokens at least this share as probable as the most probable one are "
+        "drawn from.",
+    )
+    adapter_rank: int | None = Field(
+        None, description="Take so many of a DyLoRA's ranks; all if not given."
+    )
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: float | None = Field(
+        None,
+        description="Divides the logit of a token that occurs in prompt or answer if it is above "
+        "0, else multiplies it.",
+    )
     logit_bias: dict[_TokenKey, float] | None = Field(None, max_length=MAX_BIASES)
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | None = Field(
+        None, description="Tokens with which the answer ends, besides the end-of-sequence token."
+    )
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool = Field(False, description="Go on after the end-of-sequence token.")
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
+    structured_outputs: StructuredOutputs | None = Field(
+        None,
+        description="What the answer must follow: one of `json` (a schema), `regex` (without "
+        "look-around) and `choice` (texts).",
+    )
+    guided_json: Schema | None = Field(None, description="As `structured_outputs.json`.")
+    guided_regex: str | None = Field(None, description="As `structured_outputs.regex`.")
+    guided_choice: list[str] | None = Field(None, description="As `structured_outputs.choice`.")
     # Would change the answer, and is not served: only its neutral value is taken.
-    chat_template: Annotated[str | None, neutral()] = None
-    chat_template_kwargs: Nothing = None
-    guided_json: Nothing = None
-    guided_regex: Annotated[str | None, neutral()] = None
-    guided_choice: Nothing = None
-    guided_grammar: Annotated[str | None, neutral()] = None
-    min_tokens: Annotated[int | None, neutral(0)] = None
+    allowed_token_ids: Annotated[Any, neutral()] = None
     bad_words: Nothing = None
+    chat_template: Annotated[Any, neutral()] = None
+    chat_template_kwargs: Nothing = None
+    guided_grammar: Annotated[Any, neutral()] = None
+    guided_whitespace_pattern: Annotated[Any, neutral()] = None
+    include_stop_str_in_output: Annotated[Any, neutral(False)] = None
+    length_penalty: Annotated[Any, neutral(1, 1.0)] = None
+    min_tokens: Annotated[Any, neutral(0)] = None
+    prompt_logprobs: Annotated[Any, neutral()] = None
+    skip_special_tokens: Annotated[Any, neutral(True)] = None
+    # -1 cuts a prompt to the context; one that is longer is refused here.
+    truncate_prompt_tokens: Annotated[Any, neutral(-1)] = None
+    use_beam_search: Annotated[Any, neutral(False)] = None
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream = true")
-        if self.structured_outputs is not None and self.response_format is not None:
-            raise ValueError("give either response_format or structured_outputs")
+            raise fault("stream_options", "needs stream = true")
+        return self
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if len(forms := self._forms()) > 1:
+            first, second, *_ = forms
+            raise fault(second, f"is given beside {first}; give one of them")
         return self
 
     @property
@@ -138,13 +126,18 @@ class Sampling(Body):
     @property
     def form(self) -> Form | None:
         """The kind and rule that the answer must follow."""
-        if self.structured_outputs is not None:
-            asked = self.structured_outputs
-            return ("choice", asked.choice) if asked.regex is None else ("regex", asked.regex)
-        if self.response_format is None or self.response_format.type == "text":
-            return None
-        schema = self.response_format.json_schema
-        return ("json_schema", schema.rule) if schema else ("json_object", None)
+        return next(iter(self._forms().values()), None)
+
+    def _forms(self) -> dict[str, Form]:
+        """Every form that is asked for, by its field."""
+        asked: dict[str, Form | None] = {
+            "response_format": self.response_format and self.response_format.form,
+            "structured_outputs": self.structured_outputs and self.structured_outputs.form,
+            "guided_json": None if self.guided_json is None else ("json_schema", self.guided_json),
+            "guided_regex": None if self.guided_regex is None else ("regex", self.guided_regex),
+            "guided_choice": None if self.guided_choice is None else ("choice", self.guided_choice),
+        }
+        return {name: form for name, form in asked.items() if form is not None}
 
     @property
     def biases(self) -> dict[int, float]:

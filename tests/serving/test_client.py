@@ -99,7 +99,7 @@ def test_the_servers_errors_are_raised_as_they_were_there(client: Client) -> Non
         client.generate(["x"], top_p=7)
     assert caught.value.param == "top_p"
     with pytest.raises(RequestError):
-        list(client.stream("x", top_k=-1))
+        list(client.stream("x", top_k=0))
 
 
 def test_no_service(tmp_path: Path) -> None:

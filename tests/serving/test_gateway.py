@@ -160,6 +160,44 @@ def test_chat_renders_the_template(service: Running, http: httpx2.Client) -> Non
     assert last["usage"] == body["usage"]
 
 
+def test_a_refusal_is_read_as_what_was_said(http: httpx2.Client) -> None:
+    said = [{"role": "user", "content": "hi"}]
+    ways: list[dict[str, Any]] = [
+        {"content": "no"}, {"content": None, "refusal": "no"},
+        {"content": [{"type": "refusal", "refusal": "no"}]},
+    ]  # fmt: skip
+    found = [
+        http.post("/tokenize", json={"messages": [*said, {"role": "assistant", **way}]}).json()
+        for way in ways
+    ]
+    assert found[0]["count"] > 4
+    assert found == [found[0]] * 3
+
+
+FORMS: list[tuple[dict[str, Any], str]] = [
+    ({"guided_regex": "[ab]{3}"}, "[ab]{3}"),
+    ({"guided_choice": ["yes", "no"]}, "yes|no"),
+    ({"guided_json": {"enum": [7, 8]}}, "7|8"),
+    ({"guided_json": '{"enum": [7, 8]}'}, "7|8"),
+    ({"structured_outputs": {"json": {"enum": [7, 8]}, "regex": None}}, "7|8"),
+    ({"structured_outputs": {"json": '{"enum": [7, 8]}'}}, "7|8"),
+    ({"structured_outputs": {"regex": "[ab]{3}"}}, "[ab]{3}"),
+    ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+]
+
+
+@pytest.mark.parametrize(("asked", "expected"), FORMS, ids=str)
+def test_every_name_of_a_form_is_followed(
+    http: httpx2.Client, asked: dict[str, Any], expected: str
+) -> None:
+    said = [{"role": "user", "content": "hi"}]
+    body = {"model": "lora", "max_tokens": 5, "temperature": 1.0, "seed": 1, **asked}
+    answer = http.post("/v1/completions", json={**body, "prompt": "x"}).json()
+    assert re.fullmatch(expected, answer["choices"][0]["text"])
+    answer = http.post("/v1/chat/completions", json={**body, "messages": said}).json()
+    assert re.fullmatch(expected, answer["choices"][0]["message"]["content"])
+
+
 def test_defaults_are_those_of_openai(http: httpx2.Client) -> None:
     for change in ({}, {"max_tokens": None, "n": None, "stop": None, "seed": None}):
         ask = {"model": "lora", "prompt": "x", "ignore_eos": True, **change}
@@ -336,6 +374,8 @@ def test_tokens_and_text(http: httpx2.Client) -> None:
     assert http.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "hé"}
     chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]}).json()
     assert chat["count"] == 4
+    bare = {"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": False}
+    assert http.post("/tokenize", json=bare).json()["tokens"] == chat["tokens"][:3]
     error(http.post("/detokenize", json={"tokens": [999]}), 400)
     error(http.post("/tokenize", json={}), 400)
 

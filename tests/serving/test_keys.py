@@ -1,5 +1,8 @@
 """API keys: who comes in, what each may see and how much of it, and that none is ever stored."""
 
+import asyncio
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,15 +12,23 @@ from typing import Any
 import httpx2
 import pyarrow as pa
 import pytest
+import structlog
 import typer
 from service import ASK, BASE_NAME, CATALOGUE_TTL_S, Running, error, publish, running
 from typer.testing import CliRunner
 
-from cluster.errors import JobFailedError, NotFoundError, SpecError
+from cluster.errors import (
+    AuthenticationError,
+    JobFailedError,
+    NotFoundError,
+    SpecError,
+    StoreError,
+)
+from cluster.store import Store
 from cluster.tables import write_table
 from serving.command import generate
 from serving.command import keys as commands
-from serving.gateway.access import Tenant
+from serving.gateway.access import Door, Tenant
 from serving.keys import KeyStore, find
 
 Bases = Callable[[str], Path]
@@ -97,6 +108,51 @@ def test_a_revoked_key_is_out(guarded: Guarded) -> None:
         guarded.keys.revoke(key_id)
 
 
+def test_a_store_that_hangs_keeps_no_request_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, answers, listed = KeyStore(str(tmp_path)), threading.Event(), Store.list
+    key, text = keys.create("team")
+
+    def hanging(store: Store, *arguments: Any) -> Any:
+        answers.wait()
+        return listed(store, *arguments)
+
+    async def waited(door: Door, text: str) -> float:
+        began = time.monotonic()
+        await door.tenant(f"Bearer {text}")
+        return time.monotonic() - began
+
+    async def ask() -> None:
+        door = Door(keys, ttl_s=0.05)
+        await waited(door, text)
+        monkeypatch.setattr(Store, "list", hanging)
+        await asyncio.sleep(0.2)
+        assert await waited(door, text) < 1.9
+        assert sum([await waited(door, text) for _ in range(10)]) < 0.5
+        with pytest.raises(StoreError, match="not known yet"):
+            await door.tenant(f"Bearer {text}x")
+        with pytest.raises(AuthenticationError):
+            await door.tenant(None)
+        monkeypatch.undo()
+        keys.revoke(key.id)
+        await waited(door, text)
+        answers.set()
+        while len(door._keys) > 0:
+            await asyncio.sleep(0.02)
+            with contextlib.suppress(AuthenticationError):
+                await waited(door, text)
+        with pytest.raises(AuthenticationError):
+            await waited(door, text)
+
+    with structlog.testing.capture_logs() as logs:
+        try:
+            asyncio.run(asyncio.wait_for(ask(), 20))
+        finally:
+            answers.set()
+    assert [log["error"] for log in logs] == ["no answer after 1 s"]
+
+
 def test_a_file_is_answered_with_a_key(guarded: Guarded, tmp_path: Path) -> None:
     """`graft generate` is serving.command.generate."""
     write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "in.arrow")
@@ -123,6 +179,12 @@ def test_requests_tokens_and_concurrency_of_a_key(guarded: Guarded) -> None:
         codes = [http.post("/tokenize", json={"prompt": "x"}).status_code for _ in range(2)]
         assert codes == [200, 429]
         error(http.post("/detokenize", json={"tokens": [1]}), 429)
+    with guarded.client(requests_per_minute=2) as http:
+        # What is impossible counts too: a limit goes before whatever a request costs.
+        codes = [
+            http.post("/v1/completions", json={**ask, "min_p": 2}).status_code for _ in range(3)
+        ]
+        assert codes == [400, 400, 429]
     with guarded.client(tokens_per_minute=20) as http:
         codes = [http.post("/v1/completions", json=ask).status_code for _ in range(3)]
         assert codes == [200, 200, 429]

@@ -74,7 +74,7 @@ def test_the_answers_are_the_services(local: Client, service: Running) -> None:
     with pytest.raises(ModelNotFoundError, match="did you mean 'lora'"):
         local.generate(["x"], adapter="loras")
     with pytest.raises(RequestError):
-        list(local.stream("x", top_k=-1))
+        list(local.stream("x", top_k=0))
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_logs_tell_of_each_request_by_its_id_and_nothing_of_what_it_says(
             patch.setattr(service.replica._thread.engine.runner, "forward", fail)
             ask("/v1/completions", 500, good)
         with monkeypatch.context() as patch:
-            patch.setattr(service.service, "_encoded", fail)
+            patch.setattr(service.service, "_requests", fail)
             ask("/v1/completions", 500, good)
     requests = [line for line in lines if line["event"] == "request"]
     found = [(line["path"], line["status"], line["request_id"]) for line in requests]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pytest
@@ -23,7 +24,7 @@ from cluster.spec import parse_spec
 from cluster.tables import open_table, write_table
 from serving import app
 from serving.client import Client
-from serving.spec import ServingSpec
+from serving.spec import LOOPBACK, ServingSpec
 
 Bases = Callable[[str], Path]
 ROWS = 40
@@ -172,13 +173,26 @@ def test_a_stream_that_nobody_waits_for_leaves_the_queue(bases: Bases, tmp_path:
         until(lambda: not service.stats.running and not service.stats.waiting)
 
 
-def test_a_port_in_use_is_named_before_anything_starts() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+@pytest.mark.parametrize("host", LOOPBACK)
+def test_a_port_in_use_is_named_before_anything_starts(host: str) -> None:
+    family = socket.getaddrinfo(host, 0)[0][0]
+    with socket.socket(family) as taken:
+        taken.bind((host, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        document = {"name": "x", "engine": {"base_model": "x"}, "gateway": {"port": port}}
+        where = {"host": host, "port": port}
+        document = {"name": "x", "engine": {"base_model": "x"}, "gateway": where}
         nowhere = Session(address="nowhere", dashboard_url="", started_here=True)
         serving = app.running(parse_spec(ServingSpec, document), nowhere)
-        with pytest.raises(ConflictError, match=f"gateway.port {port} on 127.0.0.1"), serving:
+        with pytest.raises(ConflictError, match=f"gateway.port {port} on {host}"), serving:
             pass
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+def test_a_free_port_is_reached_at_its_url(host: str) -> None:
+    document = {"name": "x", "engine": {"base_model": "x"}, "gateway": {"host": host, "port": 0}}
+    port = app._port(parse_spec(ServingSpec, document))
+    with socket.create_server((host, port), family=socket.getaddrinfo(host, 0)[0][0]):
+        parts = urlsplit(app._url(host, port))
+        assert parts.port == port
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()

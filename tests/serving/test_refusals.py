@@ -68,12 +68,12 @@ PARAMETERS: list[tuple[dict[str, Any], str | None]] = [
     ({"stop": [""]}, "stop"),
     ({"stop": ["x"] * 17}, "stop"),
     ({"stream": "yes"}, "stream"),
-    ({"stream_options": {"include_usage": True}}, None),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"prompt": []}, "prompt"),
     ({"prompt": ""}, "prompt"),
     ({"prompt": 5}, "prompt"),
-    ({"prompt": [-1]}, "prompt_token_ids"),
-    ({"prompt": [10**6]}, "prompt_token_ids"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": [10**6]}, "prompt"),
     ({"prompt": [1.5]}, "prompt"),
     ({"prompt": [True]}, "prompt"),
     ({"prompt": "x" * 200}, "prompt"),
@@ -99,12 +99,23 @@ PARAMETERS: list[tuple[dict[str, Any], str | None]] = [
     ({"logprobs": -1}, "logprobs"),
     ({"max_tokens": 0, "echo": True}, "max_tokens"),
     ({"best_of": 21}, "best_of"),
-    ({"best_of": 2, "n": 3}, None),
-    ({"best_of": 2, "stream": True}, None),
+    ({"best_of": 2, "n": 3}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
     ({"suffix": "x"}, "suffix"),
     ({"min_tokens": 2}, "min_tokens"),
     ({"bad_words": ["x"]}, "bad_words"),
-    ({"guided_regex": "a+"}, "guided_regex"),
+    ({"guided_grammar": "a"}, "guided_grammar"),
+    ({"guided_regex": "a+", "guided_choice": ["a"]}, "guided_choice"),
+    ({"guided_json": "{"}, "guided_json"),
+    ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "grammar": "x"}}, "structured_outputs"),
+    ({"allowed_token_ids": [5]}, "allowed_token_ids"),
+    ({"truncate_prompt_tokens": 2}, "truncate_prompt_tokens"),
+    ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+    ({"prompt_logprobs": 2}, "prompt_logprobs"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"length_penalty": 0.8}, "length_penalty"),
+    ({"skip_special_tokens": False}, "skip_special_tokens"),
     ({"chat_template": "x"}, "chat_template"),
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
     ({"logit_bias": {str(i): 1 for i in range(50_000)}}, "logit_bias"),
@@ -147,8 +158,29 @@ def test_parameters_that_nobody_knows_are_taken(http: httpx2.Client) -> None:
     assert http.post("/v1/completions", json=ask).status_code == 200
 
 
+def test_what_changes_nothing_is_taken(http: httpx2.Client) -> None:
+    whatever = {
+        "top_k": -1, "length_penalty": 1.0, "use_beam_search": False, "skip_special_tokens": True,
+        "include_stop_str_in_output": False, "truncate_prompt_tokens": -1, "prompt_logprobs": None,
+        "response_format": {"type": "text"}, "guided_json": None,
+    }  # fmt: skip
+    ask = {"model": "lora", **ASK, "ignore_eos": True}
+    plain, other = (
+        http.post("/v1/completions", json=ask | more).json()["choices"] for more in ({}, whatever)
+    )
+    assert other == plain
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 CHAT: list[tuple[dict[str, Any], str | None]] = [
-    ({"top_logprobs": 2}, None),
+    ({"top_logprobs": 2}, "top_logprobs"),
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
     ({"logprobs": 3}, "logprobs"),
     ({"max_completion_tokens": 0}, "max_tokens"),
@@ -156,7 +188,17 @@ CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
-    ({"tool_choice": "required"}, None),
+    ({"tool_choice": "required"}, "tool_choice"),
+    (
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        "tool_choice",
+    ),
+    ({"tools": [TOOL], "tool_choice": allowed("auto", "f", "g")}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"}, "tool_choice"),
+    ({"echo": True}, "echo"),
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"max_tokens": 200}, "max_tokens"),
+    ({"messages": [{"role": "user", "content": "x" * 200}]}, "messages"),
     ({"tool_choice": "perhaps"}, "tool_choice"),
     ({"modalities": ["audio"]}, "modalities"),
     ({"chat_template": "{{ messages }}"}, "chat_template"),
@@ -198,6 +240,36 @@ def test_a_prompt_over_the_context(http: httpx2.Client) -> None:
 )
 def test_messages_that_are_none(http: httpx2.Client, messages: Any) -> None:
     error(http.post("/v1/chat/completions", json={"model": "lora", "messages": messages}), 400)
+
+
+WORDS: list[tuple[dict[str, Any], str]] = [
+    ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+     "messages.0.content.0: is of type 'image_url'; only text parts are served"),
+    ({"content": 5},
+     "messages.0.content: should be a valid string; or should be a valid list"),
+    ({"role": "wizard"}, "messages.0.role: should be 'system', 'developer', 'user', "
+     "'assistant' or 'tool'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), WORDS, ids=lambda v: str(v)[:40])
+def test_a_fault_is_told_by_its_place_in_the_body(
+    http: httpx2.Client, change: dict[str, Any], message: str
+) -> None:
+    body = {"model": "lora", "messages": [{"role": "user", "content": "x", **change}]}
+    detail = error(http.post("/v1/chat/completions", json=body), 400)
+    assert (detail["message"], detail["param"]) == (message, "messages")
+
+
+def test_the_field_is_the_requests_own(http: httpx2.Client) -> None:
+    """Whatever the engine calls it; and of two that do not go together, one is named."""
+    for change, message in (
+        ({"prompt": [5, 999]}, "prompt[1] is 999; token ids are"),
+        ({"prompt": 5}, "prompt: should be a text, a list of texts, token ids, or a list of"),
+        ({"best_of": 2, "n": 3}, "best_of: is 2, below n 3; raise it"),
+    ):
+        detail = error(http.post("/v1/completions", json={"model": "lora", **ASK, **change}), 400)
+        assert detail["message"].startswith(message)
 
 
 MODELS = ["nobody", "../x", "%2e%2e", "a\x00b", "x" * 10_000, "l\u043era", "lora@99", "lora:gone",

@@ -20,8 +20,9 @@ from serving.client import Client
 from serving.engine import GenerationRequest
 from serving.gateway.access import Tenant
 from serving.gateway.answers import ChatForm
+from serving.gateway.jobs import Job
 from serving.gateway.logprobs import TokenText
-from serving.gateway.service import Job, Piece
+from serving.gateway.service import Piece
 from serving.gateway.tools import ToolParser
 from serving.offline.answering import Asked, answer_rows
 from serving.protocol import CalledFunction, ChatRequest, ToolCall
@@ -149,6 +150,21 @@ def test_each_tool_keeps_its_own_meaning_of_a_name() -> None:
     assert rule["$defs"]["0"]["properties"]["city"] == {"$ref": "#/$defs/0/$defs/City"}
     assert rule["$defs"]["1"]["properties"]["city"] == {"$ref": "#/$defs/1/$defs/City"}
     assert rule["$defs"]["1"]["$defs"] == {"City": {"enum": ["Bonn"]}, "Me": {"$ref": "#/$defs/1"}}
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_only_allowed_tools_are_called(mode: str) -> None:
+    other = {"type": "function", "function": {"name": "news"}}
+    names = {"mode": mode, "tools": [{"type": "function", "function": {"name": "news"}}]}
+    said = [{"role": "user", "content": "?"}]
+    choice = {"type": "allowed_tools", "allowed_tools": names}
+    asked = {"model": "m", "messages": said, "tools": [WEATHER, other], "tool_choice": choice}
+    body = ChatRequest.model_validate(asked)
+    assert [tool.function.name for tool in body.tools_in_use] == ["news"]
+    assert body.must_call == (mode == "required")
+    if body.form:
+        assert body.form[1]["properties"]["name"] == {"const": "news"}
+    assert (body.form is not None) == body.must_call
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from serving.engine.request import TokenLogprobs
 from serving.gateway import routes
 from serving.gateway.access import Tenant
 from serving.gateway.answers import ChatForm, CompletionForm, Form
+from serving.gateway.jobs import Job
 from serving.gateway.logprobs import ChatEntries, TokenText
-from serving.gateway.service import Job, Piece
+from serving.gateway.service import Piece
 from serving.gateway.writing import write
 from serving.protocol import (
     ChatLogprobs,

@@ -172,6 +172,11 @@ class EngineError(OperationError):
     """A forward pass failed; only the requests of that batch are lost."""
 
 
+# Of a service that cannot be reached, refuses for now or cuts an answer off (429, 502, 503): no
+# request's own fault.
+OUTAGES = (UnavailableError, OverloadedError, StoreError, ClusterError)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How one error class shows outside: HTTP status, OpenAI `type` and `code`, exit code."""

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.tables import json_line
+from cluster.json_lines import json_line, json_object
 
 
 @dataclass(frozen=True)
@@ -172,14 +172,9 @@ def _text(value: Any) -> str:
 def row_of(line: bytes) -> Row:
     """Of a line of JSONL; a BadRow for what is no JSON object."""
     try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        return BadRow(f"its text is not UTF-8 ({error}); write it anew")
-    except RecursionError:
-        return BadRow("its JSON is nested too deeply")
+        return json_object(line)
     except ValueError as error:
-        return BadRow(f"is not JSON: {error}")
-    return row if isinstance(row, dict) else BadRow("is not a JSON object")
+        return BadRow(str(error))
 
 
 def _decoded(row: pa.Table) -> Row:

@@ -26,6 +26,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from cluster.errors import DataError, StoreError
+from cluster.json_lines import json_line, json_object
 
 _STREAM_MAGIC = b"\xff\xff\xff\xff"
 IPC = (".arrow", ".ipc", ".feather")
@@ -194,14 +195,6 @@ def _opened(partial: Path, suffix: str, schema: pa.Schema | None) -> Generator[A
             yield out.write_table
 
 
-def json_line(row: Mapping[str, Any]) -> bytes:
-    """`row` as a line of JSONL; what JSON has no form for, as text."""
-    try:
-        return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
-        return json.dumps(row, default=str).encode() + b"\n"
-
-
 @contextmanager
 def faults(path: object, from_row: int | None = None) -> Generator[None]:
     """What reading raises, as DataError; `path` is its place in messages."""
@@ -327,15 +320,14 @@ def _stream_json(path: Path) -> RowStream:
 def _json_row(number: int, line: bytes) -> dict[str, Any]:
     """A line's object. Raises ValueError that names the line."""
     try:
-        row = json.loads(line.decode("utf-8-sig").rstrip())
-        if rb"\ud" in line.lower():  # JSON can write halves of characters, which are no text
+        row = json_object(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+    if rb"\ud" in line.lower():  # JSON can write halves of characters, which are no text
+        try:
             json.dumps(row, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}: {error.msg} (column {error.colno})") from error
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise ValueError(f"line {number}: is no text in UTF-8 ({error.reason})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"line {number}: is not a JSON object")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"line {number}: its text is not UTF-8 ({error.reason})") from error
     return row
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Iterator
@@ -204,6 +205,7 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    os.environ.pop("GRAFT_STORE", None)  # which stands for a default
     if "--check" in sys.argv:
         sys.exit(0 if PAGE.read_text() == page() else f"{PAGE} is stale: run `make docs`")
     PAGE.write_text(page())

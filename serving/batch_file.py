@@ -17,16 +17,17 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from cluster.errors import (
+    OUTAGES,
     AdapterError,
     AuthenticationError,
     ConflictError,
@@ -41,7 +42,7 @@ from cluster.table_rows import BadRow, as_table, json_schema, plain, values_of, 
 from cluster.tables import JSONL, check_holds, check_writable, table_file
 from serving.asking import check_options
 from serving.journal import Journal, RowResult, journal
-from serving.outage import OUTAGES, Outage
+from serving.outage import Outage
 from serving.progress import Progress, progress_bar
 from serving.protocol import ToolCall
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from serving.async_client import AsyncClient
 
 _ROWS_AT_ONCE = 256  # a row may be a whole document
+_ASKED_FIRST = 16  # rows by which options are known to be refused
 Values = Mapping[str, Any] | BadRow
 PROMPT_COLUMNS = ("messages", "prompt")
 ADDED = {
@@ -150,8 +152,8 @@ async def run_batch(
             _check_free(target, overwrite)
             with progress_bar(source.name, num_rows, resumed, enabled=progress) as bar:
                 client = outlasting(Outage(outage_s, bar.wait))
-                if adapter is not None and resumed < num_rows:
-                    await client.model(adapter)  # nothing is asked of a name that is none
+                if resumed < num_rows:  # nothing is asked of what is no service, or has no adapter
+                    await (client.models() if adapter is None else client.model(adapter))
                 counts = await _answer_rows(client, table, asked, kept, bar)
             await asyncio.to_thread(_write, table, schema, asked, kept, target)
     return BatchReport(
@@ -187,14 +189,20 @@ async def _answer_rows(
     counts = Counter[str]()
     waiting = ((row, values) for row, values in _numbered(table, asked) if row not in kept)
 
+    async def take(row: int, values: Values) -> GraftError | None:
+        result, fault = await _answer(client, row, values, asked)
+        kept.add(result)
+        tokens, failed = result.completion_tokens or 0, int(fault is not None)
+        counts.update(failed=failed, prompt=result.prompt_tokens or 0, completion=tokens)
+        bar.advance(1, tokens, failed)
+        return fault
+
     async def worker() -> None:
         for row, values in waiting:
-            result = await _answer(client, row, values, asked, kept)
-            kept.add(result)
-            tokens, failed = result.completion_tokens or 0, int(result.error is not None)
-            counts.update(failed=failed, prompt=result.prompt_tokens or 0, completion=tokens)
-            bar.advance(1, tokens, failed)
+            await take(row, values)
 
+    if asked.options and not kept.answered:
+        await _check_options(take, islice(waiting, _ASKED_FIRST), asked)
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(client.concurrency):
@@ -202,6 +210,24 @@ async def _answer_rows(
     except* GraftError as failures:
         raise failures.exceptions[0] from None
     return counts
+
+
+async def _check_options(
+    take: Callable[[int, Values], Awaitable[GraftError | None]],
+    rows: Iterable[tuple[int, Values]],
+    asked: _Asked,
+) -> None:
+    """Answer rows one by one until one is answered. Raises the refusal of an option if none is: it
+    would fail every row, and of one row alone it may be what is special about that one."""
+    refusal: GraftError | None = None
+    for row, values in rows:
+        fault = await take(row, values)
+        if fault is None:
+            return
+        if _is_of_an_option(fault, asked):
+            refusal = fault
+    if refusal is not None:
+        raise refusal
 
 
 def _numbered(table: TableSource, asked: _Asked) -> Iterator[tuple[int, Values]]:
@@ -277,39 +303,45 @@ def check_own(row: int, values: Mapping[str, Any], added: Iterable[str]) -> None
 
 
 async def _answer(
-    client: AsyncClient, row: int, values: Values, asked: _Asked, kept: Journal
-) -> RowResult:
-    """One row's result; whatever is wrong with it becomes its error. Raises GraftError for what is
-    wrong with every row."""
-    if isinstance(values, BadRow):
-        return RowResult(row, error=f"row {row}: {values.reason}")
-    prompt, model = values.get(asked.column), asked.adapter
-    if asked.adapter_column is not None:
-        model = values.get(asked.adapter_column)
+    client: AsyncClient, row: int, values: Values, asked: _Asked
+) -> tuple[RowResult, GraftError | None]:
+    """One row's result, whose error is whatever is wrong with it, and that fault. Raises GraftError
+    for what is wrong with every row."""
+    prompt, model = None, asked.adapter
     try:
+        if isinstance(values, BadRow):
+            raise DataError(f"row {row}: {values.reason}")
+        prompt = values.get(asked.column)
+        if asked.adapter_column is not None:
+            model = values.get(asked.adapter_column)
         check_own(row, values, asked.added)
         check_row(row, prompt, model)
         assert prompt is not None
         answer = await client.generate_one(prompt, adapter=model, **asked.options)  # type: ignore[arg-type]
     except GraftError as error:
-        if _is_of_every_row(error, asked, kept):
+        if _is_of_every_row(error, asked):
             raise
-        return RowResult(row, error=str(error))
-    return RowResult(
+        return RowResult(row, error=str(error)), error
+    result = RowResult(
         row, answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens,
         tool_calls=calls_text(answer.tool_calls),
     )  # fmt: skip
+    return result, None
 
 
-def _is_of_every_row(error: GraftError, asked: _Asked, kept: Journal) -> bool:
-    """Whether each row would fail so: by the service, the key, the one adapter, or an option. An
-    option with which a row was answered is refused for what is special about another."""
+def _is_of_every_row(error: GraftError, asked: _Asked) -> bool:
+    """Whether each row would fail so: by the service, the key, or the one adapter."""
     if isinstance(error, (*OUTAGES, AuthenticationError)):
         return True
-    if asked.adapter_column is None and isinstance(error, (AdapterError, NotFoundError)):
-        return True
-    is_refused = isinstance(error, RequestError) and error.param in asked.options
-    return is_refused and not isinstance(error, ContextLengthError) and not kept.answered
+    return asked.adapter_column is None and isinstance(error, (AdapterError, NotFoundError))
+
+
+def _is_of_an_option(error: GraftError, asked: _Asked) -> bool:
+    """Whether it may be an option that is refused, and not what a row has of its own."""
+    if not isinstance(error, RequestError) or isinstance(error, ContextLengthError):
+        return False
+    is_of_adapter = error.param == "adapter_rank" and asked.adapter_column is not None
+    return error.param in asked.options and not is_of_adapter
 
 
 def _fingerprint(source: Path, asked: _Asked) -> str:

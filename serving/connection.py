@@ -9,7 +9,13 @@ from typing import Any
 
 import httpx2
 
-from cluster.errors import DeadlineError, OperationError, RequestError, UnavailableError
+from cluster.errors import (
+    DeadlineError,
+    GraftError,
+    RequestError,
+    SpecError,
+    UnavailableError,
+)
 from serving.asking import error_of
 
 
@@ -43,6 +49,7 @@ class Connection:
     async def json(self, method: str, path: str, body: Any = None) -> Any:
         """A whole answer's body. Raises GraftError."""
         response = await self._send(self._request(method, path, body), stream=False)
+        self._check_kind(response, path)
         try:
             return response.json()
         except ValueError as error:
@@ -52,8 +59,13 @@ class Connection:
         """A response whose body is still to be read, and closed. Raises GraftError."""
         return await self._send(self._request("POST", path, body), stream=True)
 
-    def fault(self, error: httpx2.RequestError) -> OperationError:
+    def fault(self, error: httpx2.RequestError) -> GraftError:
         """What a fault on the way is for the caller."""
+        if isinstance(error, (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError)):
+            return SpecError(
+                f"{self.base_url}: {error}; write the address as http://HOST:PORT, and the key as "
+                "it was told"
+            )
         if isinstance(error, httpx2.ReadTimeout):
             return DeadlineError(
                 f"{self.base_url}: nothing came for {self._timeout_s:g} s (the client's "
@@ -73,6 +85,16 @@ class Connection:
         if response.status_code >= 400:
             raise error_of(response.status_code, response.text, response.headers.get("retry-after"))
         return response
+
+    def _check_kind(self, response: httpx2.Response, path: str) -> None:
+        """Raise SpecError for an answer that no service gives."""
+        is_page = response.headers.get("content-type", "").startswith("text/html")
+        if is_page or response.is_redirect:
+            what = "a web page" if is_page else "another address"
+            raise SpecError(
+                f"{self.base_url}{path}: answers {response.status_code}, with {what}; is this the "
+                "service's address?"
+            )
 
     def _request(self, method: str, path: str, body: Any) -> httpx2.Request:
         """Raises RequestError for a body that JSON has no form for."""

@@ -15,30 +15,22 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from tenacity import AsyncRetrying, retry_if_exception
+from tenacity import AsyncRetrying, retry_if_exception, wait_random
 
-from cluster.errors import (
-    CallerError,
-    ClusterError,
-    OperationError,
-    OverloadedError,
-    StoreError,
-    UnavailableError,
-)
-from serving.asking import pause_s
+from cluster.errors import OUTAGES, DeadlineError, GraftError, OperationError
 
 R = TypeVar("R")
-# The classes of 429, 502, 503 and of no connection; nothing of them is a request's own fault.
-OUTAGES = (UnavailableError, OverloadedError, StoreError, ClusterError)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _LONG_S = 5.0
+_MOST_APART_S = 0.1
 
 
 class Outage:
     """Of one call, in one event loop.
 
     Args:
-        most_s: Longest time for which requests fail so, none is answered and none under way.
+        most_s: Longest time for which requests fail so and none is answered. One that is under way
+            then is waited for, as long as it takes.
         tell: Called with the failure, once in each outage that is not over within seconds.
         clock: In seconds.
     """
@@ -57,7 +49,10 @@ class Outage:
     async def outlast(self, call: Callable[[], Awaitable[R]]) -> R:
         """What `call`, which makes an `attempt`, brings in the end. Raises GraftError: another
         failure, or that of an outage that is too long."""
-        attempts = AsyncRetrying(wait=pause_s, retry=retry_if_exception(_may_end), reraise=True)
+        # The pause itself is in front of the next attempt.
+        attempts = AsyncRetrying(
+            wait=wait_random(max=_MOST_APART_S), retry=retry_if_exception(_may_end), reraise=True
+        )
         async for attempt in attempts:
             with attempt:
                 return await call()
@@ -74,8 +69,9 @@ class Outage:
         except OUTAGES as error:
             self._failed(began_s, error)
             raise
-        except CallerError:
-            self._answered()
+        except GraftError as error:
+            if not isinstance(error, DeadlineError):
+                self._answered()
             raise
         else:
             self._answered()

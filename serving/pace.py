@@ -14,18 +14,11 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
-from cluster.errors import (
-    ClusterError,
-    DeadlineError,
-    OperationError,
-    OverloadedError,
-    StoreError,
-    UnavailableError,
-)
+from cluster.errors import OUTAGES, DeadlineError, OperationError
 
 _FIRST = 8
 _MOST_BEYOND = 1.1  # of a Retry-After
-_PUSHED_BACK = (OverloadedError, UnavailableError, StoreError, ClusterError, DeadlineError)
+_PUSHED_BACK = (*OUTAGES, DeadlineError)
 
 
 class Pace:

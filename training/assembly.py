@@ -146,7 +146,7 @@ def check_base(base: Any, spec: TrainingSpec) -> None:
             f"base_model {spec.trained_base}: it leaves out layers at random in training; set "
             f"{' and '.join(dropped)} to 0 in its config.json (dropout within layers may stay)"
         )
-    if spec.zero.stage and spec.workers.most > 1 and _has_lone_experts(base):
+    if spec.zero.stage and spec.workers.most > 1 and has_lone_experts(base):
         raise BaseModelError(
             f"base_model {spec.trained_base}: its experts are modules of their own, of which each "
             "worker's rows reach others, and under ZeRO workers would wait for one another for "
@@ -160,7 +160,7 @@ def check_base(base: Any, spec: TrainingSpec) -> None:
         )
 
 
-def _has_lone_experts(base: Any) -> bool:
+def has_lone_experts(base: Any) -> bool:
     """Whether experts run apart, and only if a row comes by them, as SwitchTransformers' do; those
     of other families are one tensor."""
     kinds = (torch.nn.ModuleList, torch.nn.ModuleDict)

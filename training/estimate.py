@@ -4,9 +4,6 @@ The worker's own code runs on fake tensors (training.dry_run), at the shape of t
 micro-batch, as far as a sample of rows tells; on CPU the machine's own malloc says what of it is
 resident (training.heap). So what is counted is what the code does, ZeRO included, and no formula
 that could grow old.
-
-Not counted: what a method looks at before its first step (the Fisher information of FishMask and
-Child-tuning), evaluation, and the writing of the adapter at the end.
 """
 
 from __future__ import annotations
@@ -15,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from cluster.base_model import empty_base
 from cluster.errors import SpecError
 from training import heap
+from training.assembly import has_lone_experts
 from training.dry_run import PARTS, DryRun, Shape, quiet
 from training.ledger import lone_worker
 from training.spec import TrainingSpec, ZeroSpec
@@ -61,7 +60,7 @@ def stages_of(spec: TrainingSpec) -> Sequence[int]:
     adapters share a pass at stage 0 alone."""
     if spec.adapters:
         return (0,)
-    return (0, 1, 2, 3) if spec.quantization is None else (0, 1, 2)
+    return (0, 1, 2) if spec.quantization else (0, 1, 2, 3)
 
 
 def estimate(
@@ -75,12 +74,18 @@ def estimate(
 
     Raises:
         CallerError: the base or the method does not fit.
-        SpecError: the spec cannot be trained at one of the stages.
+        SpecError: the spec cannot be trained at one of the stages, or its base's memory depends on
+            what it reads.
     """
     stages = stages or stages_of(spec)
     if wrong := sorted(set(stages) - set(stages_of(spec))):
         what = "adapters do" if spec.adapters else "quantization does"
         raise SpecError(f"{what} not fit ZeRO stage {wrong[0]}; leave it out of --stage")
+    if has_lone_experts(empty_base(spec.trained_base, task=spec.task, labels=spec.data.labels)):
+        raise SpecError(
+            f"base_model {spec.trained_base}: which of its experts run depends on what they read, "
+            "so its memory cannot be predicted"
+        )
     world_size, on_cpu = spec.workers.least, not spec.workers.gpus
     found: list[StageEstimate] = []
     counts, runtimes = (0, 0), dict[bool, float]()

@@ -85,8 +85,11 @@ class Tenant:
             self._tokens.take(tokens)
 
     @contextmanager
-    def request(self, answers: int = 1) -> Generator[None]:
+    def request(self, answers: int = 1, param: str | None = None) -> Generator[None]:
         """The scope of one request, which counts as many times as it asks for answers.
+
+        Args:
+            param: The field that asks for them.
 
         Raises:
             RequestError: they are more than the key may ever ask for at once.
@@ -102,7 +105,7 @@ class Tenant:
                 raise RequestError(
                     f"the request asks for {answers} answers (inputs times n), and this key has "
                     f"{limit} {what}; send less at once",
-                    param="n",
+                    param=param,
                 )
         if most and self._in_progress + answers > most:
             raise RateLimitError(
@@ -173,6 +176,8 @@ class Door:
     async def _refreshed(self, store: KeyStore, *, is_known: bool) -> None:
         """Wait until the keys are read anew, at most until the look for them is _PATIENCE_S old."""
         look = self._look
+        if look is not None and look.done() and (failure := look.exception()):
+            self._tell(str(failure))  # which came too late for whoever had waited for it
         if look is None or look.done():
             look = self._look = asyncio.create_task(self._read(store))
             self._look_began_s = time.monotonic()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -15,7 +15,6 @@ from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect
 
 from cluster.errors import BodyTooLargeError, ClientGoneError, RequestError, SlowBodyError
-from cluster.spec import nearest
 from serving.ingress import BODY
 from serving.protocol.body import CROSS_FIELD
 from serving.spec import GatewaySpec
@@ -26,7 +25,8 @@ _TYPES = ("str", "int", "float", "bool")
 _PARSED_AT_ONCE = 2**16
 # The parser is one call, during which no other thread runs; of so many bytes it takes 20 ms.
 _PARSED_IN_ONE_CALL = 2**20
-_ONE_LONG_BODY = threading.Lock()
+# Of its own, so that what waits here takes no thread from whatever else is done beside the loop.
+_LONG_BODIES = ThreadPoolExecutor(1, thread_name_prefix="long bodies")
 
 
 async def read_body(request: Request, cls: type[B], spec: GatewaySpec) -> B:
@@ -45,21 +45,22 @@ async def read_body(request: Request, cls: type[B], spec: GatewaySpec) -> B:
             f"the body was not there after {spec.body_timeout_s:g} s (gateway.body_timeout_s); "
             "send it faster, or less at once"
         ) from error
-    is_quick = len(raw) <= _PARSED_AT_ONCE
-    return _object(raw, cls) if is_quick else await asyncio.to_thread(_long_object, raw, cls)
+    if len(raw) <= _PARSED_AT_ONCE:
+        return _object(raw, cls)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_LONG_BODIES, _long_object, raw, cls)
 
 
 def _long_object(raw: bytes, cls: type[B]) -> B:
     """As _object, in a thread. While millions of lists are made, the garbage collector would look
     at all of them again and again: most of the time in which no other thread runs."""
-    with _ONE_LONG_BODY:
-        was_enabled = gc.isenabled()
-        gc.disable()
-        try:
-            return _object(raw, cls)
-        finally:
-            if was_enabled:
-                gc.enable()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return _object(raw, cls)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _object(raw: bytes, cls: type[B]) -> B:
@@ -74,7 +75,7 @@ def checked(data: Mapping[str, Any], cls: type[B]) -> B:
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise _describe(error, cls) from error
+        raise _describe(error) from error
     except RecursionError as error:
         raise RequestError("the body is nested too deep") from error
 
@@ -135,7 +136,7 @@ def _real(text: str) -> float:
     return float(text)
 
 
-def _describe(error: ValidationError, cls: type[BaseModel]) -> RequestError:
+def _describe(error: ValidationError) -> RequestError:
     """The first fault that is most to the point, with its field."""
     faults = error.errors(include_url=False, include_input=False)
     paths = [_path(fault) for fault in faults]
@@ -147,10 +148,7 @@ def _describe(error: ValidationError, cls: type[BaseModel]) -> RequestError:
     if fault["type"] == CROSS_FIELD:
         path = [fault.get("ctx", {})["param"]]
     name = ".".join(path) or "body"
-    if fault["type"] == "extra_forbidden":
-        known = cls.model_fields if len(path) == 1 else ()
-        message = f"{name}: unknown parameter{nearest(path[-1], known)}"
-    elif fault["type"] == "missing":
+    if fault["type"] == "missing":
         message = f"{name}: required, and not given"
     else:
         said = meant if deepest == len(paths[0]) else meant[:1]

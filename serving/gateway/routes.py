@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from datetime import datetime
@@ -49,12 +50,9 @@ from serving.protocol import (
 from serving.spec import GatewaySpec
 
 R = TypeVar("R")
-# The engine's names of what each route calls otherwise.
-_COMPLETION_NAMES = {"prompt_token_ids": "prompt"}
-_CHAT_NAMES = {"prompt": "messages", "prompt_token_ids": "messages"}
+# The engine's names of what /v1/embeddings calls otherwise.
 _EMBEDDING_NAMES = {
-    "prompt": "input", "prompt_token_ids": "input", "n": "input", "pooling": "model",
-    "adapter": "model",
+    "prompt": "input", "prompt_token_ids": "input", "pooling": "model", "adapter": "model",
 }  # fmt: skip
 # Places with log probabilities: of twenty tokens each they take some milliseconds.
 _MADE_AT_ONCE = 32
@@ -98,7 +96,7 @@ def _add_answers(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
     async def complete(request: Request) -> Response:
         body = await read_body(request, CompletionRequest, spec)
         tenant = _admitted(service, request, body.answers, "prompt")
-        with _named(_COMPLETION_NAMES):
+        with _named(body.names):
             job = await service.completion_job(body, tenant, request.state.began_s)
             return await _respond(service, request, body, job, CompletionForm(job, body, texts))
 
@@ -106,7 +104,7 @@ def _add_answers(app: FastAPI, service: Service, spec: GatewaySpec) -> None:
     async def chat(request: Request) -> Response:
         body = await read_body(request, ChatRequest, spec)
         tenant = _admitted(service, request, body.answers, "n")
-        with _named(_CHAT_NAMES):
+        with _named(body.names):
             job = await service.chat_job(body, tenant, request.state.began_s)
             return await _respond(service, request, body, job, ChatForm(job, body, texts))
 
@@ -314,9 +312,9 @@ def _named(names: Mapping[str, str]) -> Generator[None]:
     try:
         yield
     except RequestError as error:
-        name = names.get(error.param or "")
-        if name is not None:
-            error.message = error.message.replace(f"{error.param}[", f"{name}[", 1)
+        own = error.param or ""
+        if name := names.get(own):
+            error.message = re.sub(rf"^{own}\b|\b{own}(?=\[)", name, error.message, count=1)
             error.param = name
         raise
 

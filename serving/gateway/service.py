@@ -94,7 +94,7 @@ class Service:
                 f"{self._in_progress} requests are in progress, of {most} at most "
                 "(gateway.max_waiting_requests); try again later"
             )
-        with tenant.request(answers):
+        with tenant.request(answers, param):
             self._in_progress += answers
             try:
                 yield

@@ -144,6 +144,16 @@ class ChatRequest(Sampling):
         return self.n or 1
 
     @property
+    def names(self) -> dict[str, str]:
+        """See Sampling."""
+        names = {**super().names, "prompt": "messages", "prompt_token_ids": "messages"}
+        if self.must_call:
+            names["response_format"] = "tools"
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        return names
+
+    @property
     def tools_in_use(self) -> list[Tool]:
         """The tools that the model may call."""
         tools, names = self.tools or [], self._named

@@ -128,6 +128,12 @@ class Sampling(Body):
         """The kind and rule that the answer must follow."""
         return next(iter(self._forms().values()), None)
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The fields by what the engine calls them, where that is otherwise."""
+        form = next(iter(self._forms()), None)
+        return {"response_format": form} if form else {}
+
     def _forms(self) -> dict[str, Form]:
         """Every form that is asked for, by its field."""
         asked: dict[str, Form | None] = {

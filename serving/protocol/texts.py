@@ -72,6 +72,11 @@ class CompletionRequest(Sampling):
         return self
 
     @property
+    def names(self) -> dict[str, str]:
+        """See Sampling."""
+        return {**super().names, "prompt_token_ids": "prompt", "prompt_logprobs": "echo"}
+
+    @property
     def per_prompt(self) -> int:
         """Answers to each prompt."""
         return max(self.n or 1, self.best_of or 1)

@@ -187,9 +187,9 @@ def test_a_stream_reads_what_a_table_holds(tmp_path: Path) -> None:
     assert list(stream.rows(["b", "a"])) == [{"b": None, "a": "x"}, {"b": None, "a": 3}]
     for line, reason in (
         (b"[1]", "line 3: is not a JSON object"),
-        (b'{"a": "x', r"line 3: Unterminated string .*\(column 7\)"),
-        (b'{"a": "\xff"}', "line 3: is no text in UTF-8"),
-        (rb'{"a": "\uD83D alone"}', "line 3: is no text in UTF-8"),
+        (b'{"a": "x', r"line 3: is not JSON: Unterminated string .*\(column 7\)"),
+        (b'{"a": "\xff"}', "line 3: its text is not UTF-8"),
+        (rb'{"a": "\uD83D alone"}', "line 3: its text is not UTF-8"),
     ):
         lines.write_bytes(b'{"a": "x"}\n\n' + line + b"\n")
         with pytest.raises(DataError, match=reason):

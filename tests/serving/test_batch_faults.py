@@ -20,6 +20,7 @@ from cluster.errors import (
     ModelNotFoundError,
     OverloadedError,
     RequestError,
+    SpecError,
     StoreError,
     UnavailableError,
 )
@@ -249,16 +250,54 @@ def test_whatever_a_request_can_name_a_file_can(
     assert client.generate_file(source, target, adapter=adapter, **GREEDY).failed == 0
 
 
-def test_an_option_that_one_row_cannot_have_is_its_error(client: Client, tmp_path: Path) -> None:
+def test_an_option_that_one_row_cannot_have_is_its_error(service: Running, tmp_path: Path) -> None:
+    """Wherever the row is, and however many are asked at once."""
     chat = [{"role": "user", "content": "hi"}]
-    source = written(tmp_path / "in.jsonl", "hi", chat, "x" * 500, "hi")
-    target = tmp_path / "out.jsonl"
-    options: Any = {"adapter": "lora", "logprobs": 5, **GREEDY}
-    assert client.generate_file(source, target, **options).failed == 2
+    prompts = [chat, "x" * 500, chat, *["hi"] * 20, chat]
+    source, target = written(tmp_path / "in.jsonl", *prompts), tmp_path / "out.jsonl"
+    with Client(service.url, concurrency=64) as client:
+        options: Any = {"adapter": "lora", "logprobs": 5, **GREEDY}
+        assert client.generate_file(source, target, **options).failed == 4
     rows = [json.loads(line) for line in target.read_text().splitlines()]
     assert [row["error"] and row["error"].split()[0] for row in rows] == [
-        None, "logprobs:", "this", None,
+        "logprobs:", "this", "logprobs:", *[None] * 20, "logprobs:",
     ]  # fmt: skip
+
+
+def test_a_rank_that_one_adapter_lacks_is_the_rows_error(service: Running, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"prompt": "hi", "model": "lora"}] * 20
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Client(service.url) as client:
+        options: Any = {"adapter_column": "model", "adapter_rank": 1, **GREEDY}
+        assert client.generate_file(source, target, **options).failed == 20
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (lambda: httpx2.Response(200, html="<p>welcome</p>"), "200, with a web page; is this the"),
+        (lambda: httpx2.Response(301, headers={"Location": "https://a"}), "301, with another add"),
+    ],
+)
+def test_what_is_no_service_is_told_at_once(source: Path, fault: Fault, told: str) -> None:
+    class Elsewhere(Failing):
+        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+            return fault()
+
+    with pytest.raises(SpecError, match=told):
+        Elsewhere(fault, good=0).answer(source, progress=False)
+    assert [path.name for path in source.parent.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"base_url": "localhost:8000"}, {"api_key": "graft-key\n"}], ids=str
+)
+def test_an_address_or_a_key_that_cannot_be_sent_is_told_at_once(
+    service: Running, source: Path, wrong: dict[str, str]
+) -> None:
+    with Client(**{"base_url": service.url, **wrong}) as client, pytest.raises(SpecError):
+        client.generate_file(source, source.with_name("out.jsonl"), **GREEDY)
 
 
 def test_one_prompt_has_one_answer(client: Client) -> None:

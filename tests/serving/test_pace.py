@@ -60,6 +60,19 @@ def test_nobody_begins_before_the_time_that_the_service_asked_for() -> None:
     assert 0.15 < asyncio.run(run()) < 5
 
 
+def test_no_two_clients_come_back_at_one_instant() -> None:
+    async def until_s() -> float:
+        pace = Pace(4, clock=lambda: 0.0)
+        with pytest.raises(OverloadedError):
+            async with pace.turn():
+                raise OverloadedError("busy", retry_after_s=10)
+        return pace._not_before_s
+
+    found = [asyncio.run(until_s()) for _ in range(20)]
+    assert all(10 <= until <= 11 for until in found)
+    assert len(set(found)) > 10
+
+
 def test_a_turn_that_is_given_up_goes_to_the_next() -> None:
     async def run() -> None:
         pace = Pace(1)

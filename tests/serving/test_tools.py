@@ -8,6 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pyarrow as pa
 import pytest
@@ -182,6 +183,17 @@ def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running,
     biases = {str(token): -100 for token in spaces}
     with running(base, folder) as service:
         yield service, {"tools": [WEATHER], "temperature": 0, "logit_bias": biases}
+
+
+def test_a_tool_whose_parameters_are_no_schema(calling: tuple[Running, dict[str, Any]]) -> None:
+    service, _ = calling
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}}}
+    said = {"model": BASE_NAME, "messages": [{"role": "user", "content": "hi"}]}
+    asked = {**said, "tools": [tool], "tool_choice": "required", "max_tokens": 9}
+    response = httpx2.post(f"{service.url}/v1/chat/completions", json=asked)
+    detail = response.json()["error"]
+    assert (response.status_code, detail["param"]) == (400, "tools")
+    assert detail["message"].startswith("tools (json_schema) cannot be compiled")
 
 
 def test_a_tool_that_must_be_called_is(calling: tuple[Running, dict[str, Any]]) -> None:

@@ -11,13 +11,15 @@ from conftest import closing_tokenizer
 from workers import Case, difference, run_case, run_cases, state_of
 
 from cluster.base_model import empty_base
-from cluster.errors import BaseModelError
+from cluster.errors import BaseModelError, SpecError
 from cluster.spec import parse_spec
 from cluster.tables import write_table
 from training.assembly import check_base
 from training.checkpoint import read_checkpoint
 from training.data import tokenize
 from training.data_spec import DataSpec
+from training.dry_run import Shape
+from training.estimate import estimate
 from training.place import Place
 from training.spec import TrainingSpec
 
@@ -83,6 +85,9 @@ def test_zero_is_refused_where_workers_would_reach_other_experts(base: Path) -> 
         }
         check_base(empty_base(str(base), task="seq_2_seq_lm"), parse_spec(TrainingSpec, settings))
 
+    spec = case(base, base, "lora", 2, "unused").spec
+    with pytest.raises(SpecError, match="cannot be predicted"):
+        estimate(parse_spec(TrainingSpec, spec), {"unused": Shape(1, 8, 8)})
     checked(0, 2)
     checked(2, 1)
     with pytest.raises(BaseModelError, match=r"set zero\.stage to 0"):

@@ -26,9 +26,10 @@ from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cluster.base_model import empty_base, quantization_of
+from cluster.errors import SpecError
 from cluster.quantized_linear import is_quantized
 from cluster.tasks import Task
-from training.assembly import check_base, make_backend, settle_norms
+from training.assembly import check_base, has_lone_experts, make_backend, settle_norms
 from training.backend import Backend
 from training.ledger import Ledger, without_bytes
 from training.methods import METHODS, count_parameters
@@ -112,6 +113,10 @@ class DryRun:
         file_bytes: Of the weights' file.
         packed_file_bytes: Of these, what is read to be packed into other memory.
         is_packed: Whether rows lie end to end.
+
+    Raises:
+        CallerError: the base or the method does not fit.
+        SpecError: which of the base's modules run depends on what they read.
     """
 
     def __init__(self, specs: Mapping[str, TrainingSpec], shapes: Mapping[str, Shape]) -> None:
@@ -119,6 +124,11 @@ class DryRun:
         self.moments: dict[str, int] = {}
         self._spec = spec = next(iter(specs.values()))
         base = empty_base(spec.trained_base, task=spec.task, labels=spec.data.labels)
+        if has_lone_experts(base):
+            raise SpecError(
+                f"base_model {spec.trained_base}: which of its experts run depends on what they "
+                "read, so its memory cannot be predicted"
+            )
         check_base(base, spec)
         dtype = DTYPES[spec.precision]
         base.to(dtype)

@@ -12,10 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from cluster.base_model import empty_base
 from cluster.errors import SpecError
 from training import heap
-from training.assembly import has_lone_experts
 from training.dry_run import PARTS, DryRun, Shape, quiet
 from training.ledger import lone_worker
 from training.spec import TrainingSpec, ZeroSpec
@@ -81,11 +79,6 @@ def estimate(
     if wrong := sorted(set(stages) - set(stages_of(spec))):
         what = "adapters do" if spec.adapters else "quantization does"
         raise SpecError(f"{what} not fit ZeRO stage {wrong[0]}; leave it out of --stage")
-    if has_lone_experts(empty_base(spec.trained_base, task=spec.task, labels=spec.data.labels)):
-        raise SpecError(
-            f"base_model {spec.trained_base}: which of its experts run depends on what they read, "
-            "so its memory cannot be predicted"
-        )
     world_size, on_cpu = spec.workers.least, not spec.workers.gpus
     found: list[StageEstimate] = []
     counts, runtimes = (0, 0), dict[bool, float]()

@@ -118,6 +118,12 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """What failed is told at once, since a run that is cut off comes to no summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.nodeid}, {report.when}:\n{report.longreprtext}", flush=True)
+
+
 def byte_tokenizer(opening: str | None = None) -> Any:
     """Every byte is a token, so any text round-trips and half characters occur.
 

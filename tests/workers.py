@@ -36,6 +36,8 @@ from training.spec import TrainingSpec
 from training.step import Continuation
 
 _LOG, _LOGITS = "log.json", "logits.safetensors"
+# What takes a worker most of its start: imported once, in the process that all are forked from.
+_IMPORTED = ("deepspeed", "training.assembly", "training.several", "training.loop")
 
 
 @dataclass(frozen=True)
@@ -199,10 +201,12 @@ class Workers:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(_IMPORTED))
         for rank in range(self._world_size):
             ours, theirs = context.Pipe()
-            arguments = (rank, self._world_size, port, theirs)
+            # A fork has the environment of the time when the first worker was started.
+            arguments = (rank, self._world_size, port, theirs, dict(os.environ))
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()  # so that a worker's death is the end of its pipe
@@ -216,8 +220,11 @@ class Workers:
         self._processes, self._connections = [], []
 
 
-def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+def _serve(
+    rank: int, world_size: int, port: int, connection: Connection, environment: Mapping[str, str]
+) -> None:
     """A worker: does what it is sent and replies with a traceback or None, until it gets None."""
+    os.environ |= environment
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
                    "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}  # fmt: skip
     torch.set_num_threads(1)

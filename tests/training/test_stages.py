@@ -38,7 +38,7 @@ from training.step import LossModel, collate
 STEPS, HALF = 4, 2
 STAGES = (0, 1, 2, 3)
 ASKED = [72, 101, 108, 108, 111]
-ALONE, CLIPPED, EVALUATED = "alone", "alone, clipped", "alone, evaluated"
+ALONE, CLIPPED, EVALUATED = "alone", "alone, clipped", "alone, clipped, evaluated"
 _CLIPS = {"max_grad_norm": 0.5}
 _EVALUATES = {
     "data": {"validation": 0.3},
@@ -49,7 +49,7 @@ _EVALUATES = {
 WAYS: Mapping[str, Mapping[str, Any]] = {
     ALONE: {"zero": {"stage": 0}},
     CLIPPED: {"zero": {"stage": 0}, "optimizer": _CLIPS},
-    EVALUATED: {"zero": {"stage": 0}, **_EVALUATES},
+    EVALUATED: {"zero": {"stage": 0}, "optimizer": _CLIPS, **_EVALUATES},
     **{f"{stage}": {"zero": {"stage": stage}} for stage in STAGES},
     "2, accumulated": {
         "zero": {"stage": 2, "offload_optimizer": True},
@@ -57,12 +57,12 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
         "micro_batch_size": 2,
         "gradient_checkpointing": True,
     },
-    "3, offloaded": {
+    "3, offloaded, evaluated": {
         "zero": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
         "optimizer": _CLIPS,
         "gradient_checkpointing": True,
+        **_EVALUATES,
     },
-    "3, evaluated": {"zero": {"stage": 3}, **_EVALUATES},
     "2, cpu_adam": {
         "zero": {"stage": 2, "offload_optimizer": True},
         "optimizer": {**_CLIPS, "kind": "cpu_adam"},
@@ -284,14 +284,15 @@ def check_resumed(runs: Runs, row: str, way: str) -> None:
 
 
 @pytest.mark.slow
-@each(DISTINCT, ["2, accumulated", "3, offloaded", "3, evaluated"])
+@each(DISTINCT, ["2, accumulated", "3, offloaded, evaluated"])
 def test_however_a_step_is_made_the_run_is_the_same(runs: Runs, row: str, way: str) -> None:
-    alone = runs.whole(row, EVALUATED if way == "3, evaluated" else CLIPPED)
+    alone = runs.whole(row, EVALUATED if "evaluated" in way else CLIPPED)
     run = runs.whole(row, way)
     assert difference(weights_of(alone), weights_of(run)) < 1e-5
     assert difference(state_of(alone), state_of(run)) < 1e-5
     check_told(run, alone)
-    check_resumed(runs, row, way)
+    if "offloaded" not in way:  # test_cpu_adam_is_adamw goes on with what is offloaded
+        check_resumed(runs, row, way)
 
 
 @pytest.mark.slow
@@ -314,7 +315,7 @@ def test_a_checkpoint_of_any_stage_resumes_on_one_worker_without_deepspeed(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "way"),
-    [*((row, "3") for row in TRAINED), *((row, "3, evaluated") for row in DISTINCT)],
+    [*((row, "3") for row in TRAINED), *((row, "3, offloaded, evaluated") for row in DISTINCT)],
 )
 def test_a_checkpoint_is_as_large_as_what_is_trained(
     runs: Runs, row: str, way: str, tmp_path: Path
@@ -339,7 +340,7 @@ def test_a_checkpoint_is_as_large_as_what_is_trained(
     for name in names:
         files = (tmp_path / "store/runs/job" / name).iterdir()
         assert sum(file.stat().st_size for file in files) <= 1.1 * content + header + 1000
-    assert len(store.list("runs/job/best")) == (way == "3, evaluated")
+    assert len(store.list("runs/job/best")) == ("evaluated" in way)
     fetch_checkpoint(store, "runs/job/step-2", tmp_path / "fetched")
     for file in whole.iterdir():
         assert (tmp_path / "fetched" / file.name).read_bytes() == file.read_bytes()

@@ -14,7 +14,7 @@ import torch
 import transformers
 from adapters import randomize
 from conftest import CONFIGS, byte_tokenizer, closing_tokenizer
-from workers import Case, run_case, run_cases, state_of, weights_of
+from workers import Case, Workers, run_case, state_of, weights_of
 
 from cluster.base_model import empty_base, load_base
 from cluster.errors import BaseModelError, DataError, SpecError
@@ -548,7 +548,7 @@ def case_of(base: Path, family: str, number: int, workers: int, how: tuple[int, 
         "optimizer": {"learning_rate": 0.003}, "max_steps": STEPS, "micro_batch_size": micro,
         "gradient_accumulation_steps": accumulation, "zero": {"stage": stage},
         "workers": {"count": workers}, "checkpoint_every_steps": HALF, "log_every_steps": 1,
-        "evaluation": {"every_steps": HALF, "generations": 2, "max_new_tokens": 4},
+        "evaluation": {"every_steps": HALF, "generations": 2, "max_new_tokens": 2},
         # A prefix on a padded base cannot be computed again, and is refused below.
         "gradient_checkpointing": stage == 2 and method["kind"] != "prefix_tuning",
     }  # fmt: skip
@@ -557,43 +557,43 @@ def case_of(base: Path, family: str, number: int, workers: int, how: tuple[int, 
 
 
 @pytest.fixture(scope="module")
-def runs(base_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Finished runs of each of RUNS, alone and on two workers as HOWS has it."""
-    folder = tmp_path_factory.mktemp("runs")
-    for family, methods in RUNS.items():
-        task = task_of(family)
-        rows = [{"prompt": "ab" * (i % 7 + 1) + chr(97 + i), "completion": LABELS[i % 3]}
-                for i in range(29)]  # fmt: skip
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base_of(family))
-        (folder / family).mkdir()
-        labels = {"labels": LABELS} if task == "sequence_classification" else {}
-        tokenized(folder / family, rows, task, tokenizer, **labels)
-        tokens, cases = folder / family / "tokens", list[Case]()
-        for number in range(len(methods)):
-            make = partial(case_of, base_of(family), family, number)
-            run_case(Case(make(1, (0, 8, 1)), folder / f"{family}{number}-alone"), tokens, Place())
-            for name, how in HOWS.items():
-                place = folder / f"{family}{number}-{name}"
-                cases.append(Case(make(2, how), place))
-                half = place / f"checkpoint-{HALF}"
-                cases.append(Case(make(2, how), Path(f"{place}-resumed"), half))
-        run_cases(2, cases, tokens)
+def workers() -> Iterator[Workers]:
+    with Workers(2) as workers:
+        yield workers
+
+
+ALL_RUNS = [(family, number) for family in RUNS for number in range(len(RUNS[family]))]
+
+
+@pytest.fixture(scope="module", params=ALL_RUNS, ids="{0[0]}{0[1]}".format)
+def runs(
+    request: pytest.FixtureRequest,
+    base_of: Callable[[str], Path],
+    workers: Workers,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Finished runs of one of RUNS, alone and on two workers as HOWS has it."""
+    family, number = request.param
+    folder, task = tmp_path_factory.mktemp(family), task_of(family)
+    rows = [{"prompt": "ab" * (i % 7 + 1) + chr(97 + i), "completion": LABELS[i % 3]}
+            for i in range(29)]  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base_of(family))
+    labels = {"labels": LABELS} if task == "sequence_classification" else {}
+    tokenized(folder, rows, task, tokenizer, **labels)
+    make = partial(case_of, base_of(family), family, number)
+    run_case(Case(make(1, (0, 8, 1)), folder / "alone"), folder / "tokens", Place())
+    for name, how in HOWS.items():
+        half = folder / name / f"checkpoint-{HALF}"
+        cases = [Case(make(2, how), folder / name), Case(make(2, how), folder / f"{name}-on", half)]
+        workers.run(cases, folder / "tokens")
     return folder
 
 
-def all_runs() -> Iterator[tuple[str, str]]:
-    for family, methods in RUNS.items():
-        for number in range(len(methods)):
-            for how in HOWS:
-                yield f"{family}{number}", how
-
-
-@pytest.mark.parametrize(("run", "how"), list(all_runs()))
+@pytest.mark.parametrize("how", HOWS)
 def test_a_run_is_the_same_however_it_is_cut_and_where_it_goes_on(
-    runs: Path, run: str, how: str
+    runs: Path, how: str, request: pytest.FixtureRequest
 ) -> None:
-    alone, cut = runs / f"{run}-alone", runs / f"{run}-{how}"
-    resumed = Path(f"{cut}-resumed")
+    alone, cut, resumed = (runs / name for name in ("alone", how, f"{how}-on"))
     last = f"checkpoint-{STEPS}"
     for name in (
         f"{last}/state.safetensors", f"{last}/best.safetensors", "adapter/adapter_model.safetensors"
@@ -612,7 +612,7 @@ def test_a_run_is_the_same_however_it_is_cut_and_where_it_goes_on(
         assert mine == pytest.approx(theirs, abs=1e-5)
     for mine, theirs in zip(*(m["evaluations"] for m in measured), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
-        is_classifier = not run.startswith(SEQ2SEQ)
+        is_classifier = request.node.callspec.params["runs"][0] not in SEQ2SEQ
         assert (mine["accuracy"] is not None) == (mine["macro_f1"] is not None) == is_classifier
         assert (mine["rouge_l"] is None) == is_classifier
 

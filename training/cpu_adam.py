@@ -6,13 +6,18 @@ no ZeRO; imported only where a spec asks for it.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder  # type: ignore[attr-defined] # by accelerator
+from torch.utils.cpp_extension import get_default_build_root
 
 from cluster.errors import SpecError
 
@@ -39,16 +44,41 @@ class CpuAdam(DeepSpeedCPUAdam):
         return super().step(closure)
 
 
+def build_folder() -> Path:
+    """Where it is compiled and kept, below TORCH_EXTENSIONS_DIR or torch's own place."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    version = f"py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
+    return Path(root, f"graft-{version}")
+
+
 def _compile() -> None:
     # ninja comes with DeepSpeed, beside an interpreter whose scripts need not be on the path.
     scripts, path = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
     if scripts not in path.split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([path, scripts])
     try:
-        CPUAdamBuilder().load(verbose=False)
+        _load(build_folder())
     except Exception as error:  # compilers fail in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SpecError(
             f"optimizer.kind cpu_adam: DeepSpeed cannot compile it here ({reason}); install a C++ "
             "compiler on every node, or take adamw"
         ) from error
+
+
+def _load(folder: Path) -> None:
+    """One process of a machine at a time. Torch's own lock is a file, which whoever is killed while
+    it compiles leaves behind, and for which everybody waits from then on; this one ends with its
+    process, and the folder is Graft's alone, so a file that is there then is such a one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "compiling").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "cpu_adam" / "lock").unlink(missing_ok=True)
+        before = os.environ.get("TORCH_EXTENSIONS_DIR")
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+        try:
+            CPUAdamBuilder().load(verbose=False)
+        finally:
+            del os.environ["TORCH_EXTENSIONS_DIR"]
+            if before is not None:
+                os.environ["TORCH_EXTENSIONS_DIR"] = before

@@ -393,13 +393,13 @@ FORMATS: list[dict[str, Any]] = [
 
 
 def test_refusals_are_quick_and_take_no_memory(http: httpx2.Client) -> None:
-    """The best of some tries: this machine does other things too."""
+    """In CPU time of gateway and client, the best of some tries: this machine does other things."""
 
     def took(path: str, body: dict[str, Any]) -> float:
         raw = json.dumps(body).encode()
-        began = time.monotonic()
+        began = time.process_time()
         response = http.post(path, content=raw)
-        seconds = time.monotonic() - began
+        seconds = time.process_time() - began
         error(response, 400)
         return seconds
 

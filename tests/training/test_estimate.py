@@ -110,8 +110,8 @@ def test_a_real_worker_needs_about_as_much(base: Path) -> None:
 
 def test_a_base_of_70_billion_parameters_is_estimated_without_memory(tmp_path: Path) -> None:
     transformers.LlamaConfig(
-        vocab_size=128_256, hidden_size=8_192, intermediate_size=28_672, num_hidden_layers=80,
-        num_attention_heads=64, num_key_value_heads=8,
+        vocab_size=128_256, hidden_size=16_384, intermediate_size=58_624, num_hidden_layers=19,
+        num_attention_heads=128, num_key_value_heads=16,
     ).save_pretrained(tmp_path)  # fmt: skip
     (tmp_path / "model.safetensors").touch()  # its weights are never opened
     document = make_spec(

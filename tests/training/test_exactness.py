@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from presets import KINDS, method_of
 from safetensors.torch import load_file, save_file
 from workers import Case, Workers, difference, run_case, run_cases, state_of, weights_of
@@ -55,6 +56,22 @@ def test_a_compiler_is_named_where_cpu_adam_needs_one(
     settings["optimizer"] = {"kind": "cpu_adam"}
     with pytest.raises(Exception, match=r"cannot compile it here .* install a C\+\+ compiler"):
         run_cases(1, [Case(settings, tmp_path / "run")], tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # of which compiling takes most, once on a machine
+def test_who_is_killed_while_cpu_adam_is_compiled_stops_nobody() -> None:
+    """Torch's lock is a file, which it leaves behind."""
+    from training.cpu_adam import CpuAdam, build_folder
+
+    lock = build_folder() / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    CpuAdam([{"params": [weight]}], lr=0.1, weight_decay=0.0).step()
+    assert torch.allclose(weight.detach(), torch.full((3,), 0.9))
+    assert not lock.exists()
 
 
 @pytest.mark.slow

@@ -319,6 +319,8 @@ def test_a_bad_adapter_is_refused_by_name_and_disturbs_nobody(
         engine.add_adapter("bad", bad)
     assert str(bad) in caught.value.message
     assert reason in caught.value.message
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 2100
     assert engine.stats == before
     assert "bad" not in engine.adapters
     while engine.has_work:

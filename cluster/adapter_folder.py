@@ -237,6 +237,13 @@ def _read_header(path: Path) -> tuple[Mapping[str, TensorEntry], Mapping[str, st
 
 def _entry(path: Path, name: str, raw: Any, data_start: int) -> TensorEntry:
     try:
+        if isinstance(raw["dtype"], str) and raw["dtype"] not in _DTYPE_BYTES:
+            raise fault(
+                path,
+                WEIGHTS,
+                f"has tensor {name!r} of {raw['dtype'][:40]!r}, which is not read; save it as F32, "
+                "F16 or BF16",
+            )
         dtype, shape, (start, end) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]
         whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
         sound = whole and _DTYPE_BYTES[dtype] * math.prod(shape) == end - start

@@ -35,6 +35,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_MOST_CHARACTERS = 2000
+
 
 class GraftError(Exception):
     """Root of the tree. `message` is for people: the thing, its value, the remedy."""
@@ -59,7 +61,21 @@ class DataError(CallerError):
 
 
 class AdapterError(CallerError):
-    """An adapter folder cannot be used."""
+    """An adapter folder cannot be used.
+
+    Its message is cut, and escaped where it is not printable, since it has text of the folder's:
+    nobody forges a line of a log with it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_legible(message))
+
+
+def _legible(text: str) -> str:
+    """`text` without its middle if it is long; the remedy stands at its end."""
+    if len(text) > _MOST_CHARACTERS:
+        text = f"{text[: _MOST_CHARACTERS - 600]} […] {text[-500:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class BaseModelError(CallerError):

@@ -37,7 +37,20 @@ def save_whole(name: str, size: int) -> Callable[[Path], object]:
     return apply
 
 
+def spoil_tensor(
+    ending: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[Path], object]:
+    """The first whose name ends so."""
+
+    def apply(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in tensors if name.endswith(ending))
+        tensors[name] = change(tensors[name])
+
+    return edit_tensors(apply)
+
+
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+NORM_BIAS = "base_model.model.model.norm.bias"
 # A variant of tests/adapters.py, what is wrong with it, how it gets so, and what is told of it.
 BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("lora", "DoRA", edit_config(lambda c: c.update(use_dora=True)), "magnitude"),
@@ -62,6 +75,29 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
      "modules_to_save"),
     ("lora", "saved whole of another shape", save_whole("base_model.model.model.norm.weight", 7),
      "shape"),
+    ("lora", "two of a matrix", edit_tensors(lambda t: t.update(
+        {A.replace(".weight", ".default.weight"): t[A] * 2})), "and another lora_A"),
+    ("lora", "a bias of a norm", edit_tensors(lambda t: t.update({NORM_BIAS: torch.ones(32)})),
+     "no bias there"),
+    ("lora", "a forged line", edit_config(lambda c: c.update(
+        r=5, base_model_name_or_path="a\nERROR\u202e\ud800" + "x" * 900_000)), "made for another"),
+    ("lora", "a long name", edit_tensors(lambda t: t.update({"z" * 2_000_000: torch.ones(1)})),
+     "keys begin with"),
+    ("vera", "a norm of another", edit_tensors(lambda t: t.update({NORM_BIAS: torch.ones(32)})),
+     "norm.bias"),
+    ("vera", "an endless pattern", edit_config(lambda c: c.update(target_modules=r"(\w+\w*\.?)+!")),
+     "target_modules"),
+    ("lora", "look-around", edit_config(lambda c: c.update(rank_pattern={"(?=x)": 2})),
+     "rank_pattern, which RE2 does not match"),
+    ("adalora", "a number", spoil_tensor("lora_A", lambda t: t[0, 0].clone()), "shapes"),
+    ("bottleneck", "activation a list", edit_config(lambda c: c.update(activation=["relu"])),
+     "has activation \"['relu']\""),
+    ("bottleneck", "one number", spoil_tensor("down.bias", lambda t: t[0].clone()), "shapes"),
+    ("llama_adapter", "no prompt", spoil_tensor("prompt", lambda t: t[:0].clone()), "another size"),
+    ("llama_adapter", "no tokens", spoil_tensor("prompt", lambda t: t[:, :0].clone()),
+     "another size"),
+    ("shira", "places alone", edit_tensors(lambda t: t.pop(next(
+        key for key in t if key.endswith("shira_weight")))), "no whole pair"),
     ("prompt_tuning", "length", edit_config(lambda c: c.update(num_virtual_tokens=6)), "shape"),
     ("prompt_tuning", "extra", edit_tensors(lambda t: t.update({"x": torch.ones(1)})), "alone"),
     ("prefix_tuning", "encoder", edit_config(lambda c: c.update(num_transformer_submodules=2)),

@@ -26,9 +26,11 @@ def lower_bottleneck(
     AdapterError."""
     refuse_unread(folder, {"activation", "scaling", "inputs"}, ())
     activation, inputs = folder.config.get("activation"), mapping(folder, "inputs")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        raise fault(folder.path, CONFIG, f"has activation {activation!r}; served are {known}")
+        raise fault(
+            folder.path, CONFIG, f"has activation {str(activation)[:80]!r}; served are {known}"
+        )
     scale = number(folder, folder.config.get("scaling", 1.0), "scaling")
     found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
@@ -39,10 +41,10 @@ def lower_bottleneck(
         found[match[1]][f"{match[2]}.{match[3]}"] = own
     blocks: dict[str, Delta] = {}
     for name, parts in found.items():
-        width, hidden = len(parts.get("down.bias", ())), target.hidden_size
+        shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+        width, hidden = next(iter(shapes.get("down.bias", ())), 0), target.hidden_size
         expected = {"down.weight": (width, hidden), "down.bias": (width,),
                     "up.weight": (hidden, width), "up.bias": (hidden,)}  # fmt: skip
-        shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
         if shapes != expected:
             raise fault(
                 folder.path,
@@ -55,7 +57,7 @@ def lower_bottleneck(
             parts["down.bias"],
             parts["up.weight"].T.contiguous() * scale,
             parts["up.bias"] * scale,
-            str(activation),
+            activation,
             None if name not in inputs else str(inputs[name]),
         )
     return LoweredAdapter(blocks)

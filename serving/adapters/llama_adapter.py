@@ -32,7 +32,8 @@ def lower_llama_adapter(
         if match is None or any(name not in tensors for name in pair):
             raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which is no gated prompt")
         prompt, gate = (tensors[name].float() for name in pair)
-        if prompt.ndim != 3 or prompt.shape[2] != target.hidden_size or gate.numel() != 1:
+        has_prompt = prompt.ndim == 3 and prompt.shape[0] == 1 and prompt.shape[1] > 0
+        if not has_prompt or prompt.shape[2] != target.hidden_size or gate.numel() != 1:
             raise fault(
                 folder.path,
                 WEIGHTS,

@@ -15,13 +15,15 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from cluster.adapter_folder import CONFIG, MIN_RANK, WEIGHTS, AdapterFolder, fault
-from serving.adapters.config import mapping, number, refuse_unread
+from serving.adapters.config import number, refuse_unread
 from serving.adapters.linear import change_of_bias, fit_shift, placed
 from serving.adapters.pace import give_way
+from serving.adapters.patterns import by_pattern
 from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter
 from serving.adapters.saved import replacements, saved_whole
 from serving.adapters.target import PREFIX, ModuleShape, Target, bare_name, shape_of
@@ -67,6 +69,27 @@ class _Found:
     rows: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """The ranks and alphas of single modules, and the config's own of the others."""
+
+    folder: AdapterFolder
+    ranks: Mapping[str, Any]
+    alphas: Mapping[str, Any]
+
+    def rank(self, module: str) -> int:
+        """Raises AdapterError."""
+        value = self.ranks.get(module, self.folder.config.get("r", 8))
+        return int(number(self.folder, value, "r", whole=True))
+
+    def scale(self, module: str) -> float:
+        """Raises AdapterError."""
+        value = self.alphas.get(module, self.folder.config.get("lora_alpha", 8))
+        rank = self.rank(module)
+        root = self.folder.config.get("use_rslora", False)
+        return number(self.folder, value, "lora_alpha") / (math.sqrt(rank) if root else rank)
+
+
 def lower_lora(
     folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
 ) -> LoweredAdapter:
@@ -81,11 +104,16 @@ def lower_lora(
             f"has init_lora_weights = {start!r}, which changed the base's weights; convert it with "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
-    found = _read(folder, tensors, target)
+    sizes = _Sizes(
+        folder,
+        by_pattern(folder, "rank_pattern", target.modules),
+        by_pattern(folder, "alpha_pattern", target.modules),
+    )
+    found = _read(folder, tensors, target, sizes)
     deltas: dict[str, Delta] = {}
     for module, parts in found.factors.items():
         give_way()
-        rank, scale = _rank(folder, module), _scale(folder, module)
+        rank, scale = sizes.rank(module), sizes.scale(module)
         shape = _checked(folder, module, parts, rank, target)
         a_rI, b_Or = parts["A"].float(), parts["B"].float() * scale
         if start in _KNOWN_STARTS:
@@ -112,7 +140,7 @@ def lower_adalora(
     found = _read(folder, tensors, target)
     deltas: dict[str, Delta] = {}
     for module, parts in found.factors.items():
-        rank = parts["A"].shape[0] if "A" in parts else 0
+        rank = next(iter(parts["A"].shape), 0) if "A" in parts else 0
         shape = _checked(folder, module, parts, rank, target, needed={"A", "B", "E"})
         if rank:
             # The little is PEFT's.
@@ -142,7 +170,12 @@ def _lowered(
     return LoweredAdapter(placed_deltas, ranks=range(int(lowest), highest + 1))
 
 
-def _read(folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target) -> _Found:
+def _read(
+    folder: AdapterFolder,
+    tensors: Mapping[str, torch.Tensor],
+    target: Target,
+    sizes: _Sizes | None = None,
+) -> _Found:
     """Every tensor in its place. Raises AdapterError for one that has none."""
     found = _Found()
     others: dict[str, torch.Tensor] = {}
@@ -150,7 +183,11 @@ def _read(folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Ta
         give_way()
         if match := _PART.fullmatch(bare_name(folder, key)):
             # An embedding keeps A as [r, vocabulary] and B as [out, r], like a linear module.
-            found.factors[match[1]][match[2] or match[3]] = tensor
+            parts, part = found.factors[match[1]], match[2] or match[3]
+            if part in parts:
+                reason = f"has {key!r} and another lora_{part} of {match[1]!r}; save it anew"
+                raise fault(folder.path, WEIGHTS, reason)
+            parts[part] = tensor
         else:
             others[key] = tensor
     found.replaced = saved_whole(folder, others, target)
@@ -161,9 +198,12 @@ def _read(folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Ta
             continue
         if match := _TOKENS.fullmatch(name):
             found.rows[match[1]] = tensor
-        elif match := _SHIFT.fullmatch(name):
+        elif (match := _SHIFT.fullmatch(name)) and (sizes or match[2] == "bias"):
             module, shape = match[1], shape_of(folder, key, match[1], target)
-            scale = _scale(folder, module) if match[2] == "lora_B.bias" else None
+            if match[2] == "bias" and shape.bias is None:
+                reason = f"has {key!r}, and the base {target.name} has no bias there; save it anew"
+                raise fault(folder.path, WEIGHTS, reason)
+            scale = sizes.scale(module) if sizes and match[2] == "lora_B.bias" else None
             change = tensor.float() * scale if scale else change_of_bias(tensor, shape)
             found.shifts[module] = found.shifts.get(module, 0) + fit_shift(
                 folder, key, change, shape
@@ -281,28 +321,3 @@ def _weight(folder: AdapterFolder, module: str, shape: ModuleShape) -> torch.Ten
 
 def _listed(parts: Mapping[str, object] | set[str]) -> str:
     return ", ".join(f"lora_{part}" for part in sorted(parts))
-
-
-def _rank(folder: AdapterFolder, module: str) -> int:
-    patterns = mapping(folder, "rank_pattern")
-    value = patterns.get(_pattern(patterns, module), folder.config.get("r", 8))
-    return int(number(folder, value, "r", whole=True))
-
-
-def _scale(folder: AdapterFolder, module: str) -> float:
-    patterns = mapping(folder, "alpha_pattern")
-    value = patterns.get(_pattern(patterns, module), folder.config.get("lora_alpha", 8))
-    rank = _rank(folder, module)
-    root = folder.config.get("use_rslora", False)
-    return number(folder, value, "lora_alpha") / (math.sqrt(rank) if root else rank)
-
-
-def _pattern(patterns: Mapping[str, object], module: str) -> str:
-    """The key of a rank or alpha pattern that PEFT would take for `module`."""
-    for key in patterns:
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return key
-        except re.error:
-            continue  # PEFT would have failed on it while training
-    return module

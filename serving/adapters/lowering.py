@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 from cluster.adapter_folder import (
     CONFIG,
+    CONTENT,
     WEIGHTS,
     AdapterFolder,
     check_finite,
     fault,
     open_adapter_folder,
+    unchanged,
 )
 from serving.adapters.bottleneck import lower_bottleneck
 from serving.adapters.linear import lower_bitfit, lower_ia3
@@ -86,7 +88,13 @@ def lower(
     Raises:
         AdapterError: naming the file, the reason and the remedy; nothing was loaded.
     """
-    folder = open_adapter_folder(path)
+    with unchanged(Path(path), CONTENT):  # to the end: the tensors are the mapped file's
+        return _lower(open_adapter_folder(path), target, small_bases or {}, content)
+
+
+def _lower(
+    folder: AdapterFolder, target: Target, small_bases: Mapping[str, Target], content: str | None
+) -> LoweredAdapter:
     if content is None:
         check_finite(folder)
     try:
@@ -104,7 +112,7 @@ def lower(
         return lower_kind(part, tensors, base)
 
     if folder.method == PROXY:
-        lowered = lower_proxy(folder, small_bases or {}, lower_on)
+        lowered = lower_proxy(folder, small_bases, lower_on)
     else:
         lowered = lower_on(folder, target)
     return replace(lowered, content=content or _content(folder, tensors))

@@ -24,9 +24,10 @@ from serving.adapters.alone import peft_alone
 from serving.adapters.config import refuse_unread
 from serving.adapters.dense import factored
 from serving.adapters.linear import change_of_bias, fit_shift, placed
+from serving.adapters.patterns import without_patterns
 from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter
 from serving.adapters.saved import replacements, saved_whole
-from serving.adapters.target import PREFIX, ModuleShape, Target, bare_name, shape_of
+from serving.adapters.target import PREFIX, ModuleShape, Target
 
 # Each was tried on what PEFT saves of it (tests/equivalence/test_merged.py). Those of the second
 # list decompose the base's weights anew at each load.
@@ -86,8 +87,8 @@ def _split(
         if name in whole.get(module, ()):
             continue
         module = module.removesuffix(".base_layer")
-        if name == "bias" and module in target.modules:
-            shape = shape_of(folder, key, bare_name(folder, f"{PREFIX}{module}"), target)
+        shape = target.modules.get(module)
+        if name == "bias" and shape is not None and shape.bias is not None:
             shifts[module] = fit_shift(folder, key, change_of_bias(tensor, shape), shape)
         else:
             own[key] = tensor.float() if tensor.is_floating_point() else tensor
@@ -144,6 +145,7 @@ def _with_peft(
     import peft
 
     base = _hollow(target, tensors if folder.method in _FROM_WEIGHTS else {})
+    without_patterns(folder, config, [name for name, _ in base.named_modules() if name])
     try:
         model: Any = peft.PeftModel(base, config, _NAME, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
         found: Any = peft.set_peft_model_state_dict(

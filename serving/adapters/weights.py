@@ -100,9 +100,13 @@ def lower_shira(
     deltas: dict[str, Delta] = {}
     for key, values_K in tensors.items():
         module, _, part = bare_name(folder, key).rpartition(".")
-        places_2K = tensors.get(key.removesuffix(part) + "shira_indices")
-        if part not in ("shira_weight", "shira_indices") or places_2K is None:
-            raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which is not of SHiRA")
+        names = "shira_weight", "shira_indices"
+        pair = [tensors.get(key.removesuffix(part) + name) for name in names]
+        places_2K = pair[1]
+        if part not in names or pair[0] is None or places_2K is None:
+            raise fault(
+                folder.path, WEIGHTS, f"has tensor {key!r}, which is not of SHiRA or no whole pair"
+            )
         if part == "shira_indices":
             continue
         shape = shape_of(folder, key, module, target)

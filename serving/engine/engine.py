@@ -6,7 +6,6 @@ and `cancel` from the one thread that owns the engine. No Ray, no HTTP.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
@@ -27,7 +26,7 @@ from serving.engine.host_tier import HostTier
 from serving.engine.intake import Intake
 from serving.engine.offset import SmallBases
 from serving.engine.pages import PagePool
-from serving.engine.ranges import require
+from serving.engine.ranges import is_number, require, shown
 from serving.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -166,8 +165,8 @@ class Engine:
         """
         require(len(weights) > 0, "weights", "weights is empty; give at least one adapter")
         for part, weight in weights.items():
-            wrong = f"weights[{part[:120]!r}] is {weight!r}; it must be a finite number"
-            require(math.isfinite(weight), "weights", wrong)
+            wrong = f"weights[{shown(part)}] is {shown(weight)}; it must be a finite number"
+            require(is_number(weight), "weights", wrong)
         parts = [Part(n, self._bank.get(n).lowered, weight) for n, weight in weights.items()]
         self.install_adapter(name, self.mix(parts))
 

@@ -96,14 +96,29 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, _source(wanted), log_level=0, limits=_LIMITS)
         if not matcher.is_error():
             matcher.compute_bitmask()
-        if matcher.is_error():
-            reason = " ".join(matcher.get_error().split())
-            if "NoExtensionBias" in reason:  # llguidance's word for it
-                reason = "nothing can follow it, as where a $ref leads to itself and nothing else"
-            raise _refusal(f"({wanted.kind}) cannot be compiled: {reason:.300}")
+        _refuse_failed(wanted, matcher)
         if matcher.is_stopped() and not matcher.is_accepting():
             raise _refusal(f"({wanted.kind}) is followed by no text at all")
+        _try_token(wanted, matcher.deep_copy())
         return matcher
+
+
+def _try_token(wanted: ResponseFormat, trial: LLMatcher) -> None:
+    """Raise RequestError for what shows at an answer's first token alone."""
+    trial.consume_tokens([])
+    if trial.is_stopped():
+        raise _refusal(f"({wanted.kind}) allows no text but an empty one; leave it out")
+    mask = np.frombuffer(trial.compute_bitmask(), dtype=np.uint8)
+    trial.consume_tokens([int(np.unpackbits(mask, bitorder="little").argmax())])
+    _refuse_failed(wanted, trial)
+
+
+def _refuse_failed(wanted: ResponseFormat, matcher: LLMatcher) -> None:
+    if matcher.is_error():
+        reason = " ".join(matcher.get_error().split())
+        if "NoExtensionBias" in reason:  # llguidance's word for it
+            reason = "nothing can follow it, as where a $ref leads to itself and nothing else"
+        raise _refusal(f"({wanted.kind}) cannot be compiled: {reason:.300}; make it simpler")
 
 
 def _source(wanted: ResponseFormat) -> str:

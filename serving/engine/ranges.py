@@ -39,7 +39,8 @@ def check_token_ids(ids: Collection[int], vocabulary: int, param: str) -> None:
         if not (is_int(token) and 0 <= token < vocabulary)
     )
     raise RequestError(
-        f"{param}[{position}] is {token!r}; token ids are whole numbers from 0 to {vocabulary - 1}",
+        f"{param}[{position}] is {shown(token)}; token ids are whole numbers from 0 to "
+        f"{vocabulary - 1}",
         param=param,
     )
 
@@ -60,7 +61,7 @@ def room(
     if wanted > left:
         beside = f" + {taken_tokens} that {taker}" if taken_tokens else ""
         is_full = prompt_tokens + taken_tokens >= context_tokens
-        asked = "" if is_pooled else f" and max_tokens is {wanted}"
+        asked = "" if is_pooled else f" and max_tokens is {shown(wanted)}"
         remedy = "shorten the prompt" + (" or lower max_tokens" if wanted else "")
         # It begins as OpenAI's own: clients know this failure by these words.
         raise ContextLengthError(
@@ -76,10 +77,27 @@ def is_int(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+def is_number(value: object) -> bool:
+    """Whether it is a finite number that a float can hold, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         return False
-    return math.isfinite(value)
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def is_list(value: object) -> bool:
+    """Whether it is things in an order, and no text."""
+    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
+
+
+def shown(value: object) -> str:
+    """A value as a refusal tells it. Python writes no whole number of thousands of digits."""
+    try:
+        return f"{value!r:.80}"
+    except (ValueError, RecursionError):
+        return f"no {type(value).__name__} that can be written"
 
 
 def is_text(value: object) -> bool:
@@ -92,7 +110,7 @@ def _is_bias(value: object) -> bool:
         isinstance(value, Mapping)
         and len(value) <= MAX_LOGIT_BIAS
         and all(is_int(token) for token in value)
-        and all(_is_number(bias) and -100 <= bias <= 100 for bias in value.values())
+        and all(is_number(bias) and -100 <= bias <= 100 for bias in value.values())
     )
 
 
@@ -107,7 +125,7 @@ def are(value: object, check: Callable[[Any], bool], most: float) -> bool:
 
 
 def _number(least: float, most: float) -> Callable[[Any], bool]:
-    return lambda value: _is_number(value) and least <= value <= most
+    return lambda value: is_number(value) and least <= value <= most
 
 
 def _whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
@@ -123,11 +141,11 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "cache_salt": (is_text, "a text"),
     "max_tokens": (_whole(0), "a whole number above 0"),
     "temperature": (_number(0, 100), "between 0 and 100"),
-    "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "above 0 and at most 1"),
+    "top_p": (lambda value: is_number(value) and 0 < value <= 1, "above 0 and at most 1"),
     "top_k": (_whole(1), "a whole number above 0"),
     "min_p": (_number(0, 1), "between 0 and 1"),
     "repetition_penalty": (
-        lambda value: _is_number(value) and 0 < value <= 100,
+        lambda value: is_number(value) and 0 < value <= 100,
         "above 0 and at most 100",
     ),
     "presence_penalty": _PENALTY,

@@ -26,8 +26,10 @@ from serving.engine.ranges import (
     are,
     depth,
     is_int,
+    is_list,
     is_text,
     require,
+    shown,
 )
 from serving.engine.ranges import MAX_SEED as MAX_SEED
 
@@ -144,11 +146,14 @@ class GenerationRequest:
     def check(self) -> None:
         """Raise RequestError, naming the field, unless the request is possible for some engine."""
         self._check_source()
-        if self.response_format is not None:
+        if isinstance(self.response_format, ResponseFormat):
             self.response_format.check()
+        else:
+            wrong = f"response_format is {shown(self.response_format)}; it must be a ResponseFormat"
+            require(self.response_format is None, "response_format", wrong)
         for name, (is_possible, meaning) in RANGES.items():
             value = getattr(self, name)
-            require(is_possible(value), name, f"{name} is {value!r:.80}; it must be {meaning}")
+            require(is_possible(value), name, f"{name} is {shown(value)}; it must be {meaning}")
         if self.max_tokens == 0 and self.prompt_logprobs is None and self.pooling is None:
             raise RequestError(
                 "max_tokens is 0; ask for at least one token, or for prompt_logprobs",
@@ -183,6 +188,9 @@ class GenerationRequest:
             "prompt",
             "prompt must be one text that can be written as UTF-8; give many as many requests",
         )
+        ids = self.prompt_token_ids
+        wrong = f"prompt_token_ids is {shown(ids)}; it must be a list of token ids"
+        require(ids is None or is_list(ids), "prompt_token_ids", wrong)
 
 
 @dataclass(frozen=True)

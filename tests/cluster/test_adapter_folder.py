@@ -78,7 +78,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "gap": (lambda p: tensors(p, {"a": entry(4, 8)}, b"\0" * 8), "gaps"),
     "cut short": (lambda p: tensors(p, {"a": entry(0, 4)}, b"\0" * 2), "bytes where"),
     "trailing bytes": (lambda p: tensors(p, {"a": entry(0, 4)}, b"\0" * 9), "bytes where"),
-    "unknown dtype": (lambda p: tensors(p, {"a": entry(0, 4, "Q9")}, b"\0" * 4), "'a' wrongly"),
+    "unknown dtype": (
+        lambda p: tensors(p, {"a": entry(0, 1, "F8_E4M3")}, b"\0"),
+        "has tensor 'a' of 'F8_E4M3', which is not read; save it as F32, F16 or BF16",
+    ),
     "negative shape": (
         lambda p: tensors(p, {"a": entry(0, 4, shape=(-1, -1))}, b"\0" * 4),
         "'a' wrongly",

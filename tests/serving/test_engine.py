@@ -196,6 +196,13 @@ def test_max_tokens_none_fills_the_context(engine: Engine) -> None:
         ({"prompt_token_ids": [-1]}, "prompt_token_ids"),
         ({"prompt_token_ids": [1.0]}, "prompt_token_ids"),
         ({"prompt_token_ids": [True]}, "prompt_token_ids"),
+        ({"prompt_token_ids": [10**5000]}, "prompt_token_ids"),
+        ({"prompt_token_ids": 5}, "prompt_token_ids"),
+        ({"prompt_token_ids": {1: 2}}, "prompt_token_ids"),
+        ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"prompt": "x", "max_tokens": 10**5000}, "max_tokens"),
+        ({"prompt": "x", "temperature": 10**5000}, "temperature"),
+        ({"prompt": "x", "top_p": 10**400}, "top_p"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "max_tokens": -1}, "max_tokens"),
         ({"prompt": "x", "max_tokens": 10**12}, "max_tokens"),
@@ -319,6 +326,8 @@ def test_a_bad_adapter_is_refused_by_name_and_disturbs_nobody(
         engine.add_adapter("bad", bad)
     assert str(bad) in caught.value.message
     assert reason in caught.value.message
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 2100
     assert engine.stats == before
     assert "bad" not in engine.adapters
     while engine.has_work:

@@ -1,6 +1,7 @@
 """What cannot be lowered is refused by name: unread fields, and kinds that no primitive equals."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ import pytest
 import torch
 from adapters import load, make_adapter
 from peft.utils import PeftType
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from cluster.adapter_folder import AdapterFolder, check_finite
 from cluster.errors import AdapterError
-from serving.adapters import describe, lower
+from serving.adapters import describe, lower, lowering
 from serving.adapters.lowering import _REFUSED, LOWER
 from serving.adapters.offset import PROXY
 
@@ -70,3 +72,20 @@ def test_an_encoder_decoders_prefix_of_one_stack_is_refused(bases: Bases, tmp_pa
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_transformer_submodules": 1}))
     with pytest.raises(AdapterError, match="num_transformer_submodules = 1, where the base mt5"):
         lower(folder, target)
+
+
+def test_weights_that_are_replaced_behind_their_check_are_refused(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter("lora", bases("llama"), tmp_path)
+
+    def check_and_replace(opened: AdapterFolder) -> None:
+        check_finite(opened)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        nan = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
+        save_file(nan, folder / "new")
+        os.replace(folder / "new", folder / "adapter_model.safetensors")
+
+    monkeypatch.setattr(lowering, "check_finite", check_and_replace)
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors was changed while it was"):
+        lower(folder, describe(load(bases("llama")), "llama"))

@@ -150,7 +150,9 @@ IMPOSSIBLE: dict[str, tuple[Any, Any]] = {
     "half a regex": ("regex", "("),
     "look-ahead": ("regex", "(?=a)b"),
     "no regex": ("regex", 5),
+    "a long count": ("regex", "a{1000000}"),
     "no choices": ("choice", []),
+    "an empty choice": ("choice", [""]),
     "text as choices": ("choice", "yes"),
     "too many choices": ("choice", ["x"] * 2000),
     "rule of an object": ("json_object", {}),
@@ -173,7 +175,7 @@ def test_impossible_formats_are_refused_at_once(engine: Engine, case: str) -> No
 def test_a_grammar_that_grows_too_complex_fails_its_own_request_alone(engine: Engine) -> None:
     other = GenerationRequest(prompt="y", max_tokens=20, ignore_eos=True)
     (expected,) = engine.generate([other])
-    bad = engine.submit(request("regex", "(a?){500}a{500}"))
+    bad = engine.submit(request("regex", "[xy]{3}(a?){500}a{500}"))
     good = engine.submit(other)
     tokens: list[int] = []
     errors: list[str | None] = []

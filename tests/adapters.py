@@ -88,11 +88,19 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
             rank_pattern={_QUERIES_0: 2},
         )
     ),
+    "dora_embeddings": _peft(
+        peft.LoraConfig(**_CAUSAL, r=3, use_dora=True, target_modules=["lm_head", *_EMBEDDINGS])
+    ),
+    # Of an embedding, both are plain.
     "pissa": _peft(
-        peft.LoraConfig(**_CAUSAL, r=3, init_lora_weights="pissa", target_modules="all-linear")
+        peft.LoraConfig(
+            **_CAUSAL, r=3, init_lora_weights="pissa", target_modules=[*_SOME, *_EMBEDDINGS]
+        )
     ),
     "olora": _peft(
-        peft.LoraConfig(**_CAUSAL, r=3, init_lora_weights="olora", target_modules="all-linear")
+        peft.LoraConfig(
+            **_CAUSAL, r=3, init_lora_weights="olora", target_modules=[*_SOME, *_EMBEDDINGS]
+        )
     ),
     "saved_modules": _peft(
         peft.LoraConfig(
@@ -188,6 +196,7 @@ _FAMILIES: Mapping[str, set[str]] = {
     "dylora": _FIVE,
     "trainable_tokens": {"llama", "gemma"},
     "lora_tokens": {"llama", "qwen3"},
+    "dora_embeddings": {"gemma"},
     "vera": {"llama", "gpt2"},
     "lokr": {"llama"},
     "oft": {"opt"},

@@ -88,7 +88,8 @@ def lower_lora(
         rank, scale = _rank(folder, module), _scale(folder, module)
         shape = _checked(folder, module, parts, rank, target)
         a_rI, b_Or = parts["A"].float(), parts["B"].float() * scale
-        if start in _KNOWN_STARTS:
+        # PEFT starts an embedding plainly, whatever it starts other modules with.
+        if start in _KNOWN_STARTS and shape.kind != "embedding":
             first_a_rI, first_b_Or = _first(folder, module, shape, rank, scale, str(start))
             a_rI, b_Or = torch.cat([a_rI, first_a_rI]), torch.cat([b_Or, -first_b_Or], dim=1)
         shift = found.shifts.pop(module, None)
@@ -96,8 +97,7 @@ def lower_lora(
             factors, magnitude_O = (a_rI, b_Or), parts["magnitude"].float()
             deltas[module] = _dora(folder, module, shape, factors, magnitude_O, shift)
         else:
-            b_Or = b_Or if shape.scale == 1 else b_Or * shape.scale
-            deltas[module] = LinearDelta(a_rI.T, b_Or.T, shift)
+            deltas[module] = LinearDelta(a_rI.T, (b_Or * shape.scale).T, shift)
     return _lowered(folder, found, deltas, target)
 
 
@@ -237,15 +237,16 @@ def _dora(
     magnitude_O: torch.Tensor,
     shift: torch.Tensor | None,
 ) -> LinearDelta:
-    """g ∘ (y - bias) + g ∘ (x A) B + new bias, with g = m / ||W + B A|| and y = W x + bias."""
+    """g ∘ (y - bias) + g ∘ (x A) B + new bias, with g = m / ||W + B A|| and y = W x + bias; where
+    an embedding scales y, both."""
     a_rI, b_Or = factors
     norm_O = torch.linalg.norm(_weight(folder, module, shape) + b_Or @ a_rI, dim=1)
     gain_O = magnitude_O / norm_O
     if shape.bias is not None:
         own_O = shape.bias.float().cpu()
         shift = own_O + (0 if shift is None else shift) - gain_O * own_O
-    # PEFT leaves an embedding's own scale out of a DoRA's update.
-    return LinearDelta(a_rI.T, (gain_O[:, None] * b_Or).T, shift, scale_O=gain_O)
+    gain_O1 = gain_O[:, None]
+    return LinearDelta(a_rI.T, (gain_O1 * b_Or * shape.scale).T, shift, scale_O=gain_O)
 
 
 def _first(

@@ -60,7 +60,7 @@ def _adalora(base: Path) -> Any:
 _CAUSAL = {"task_type": "CAUSAL_LM"}
 _SOME = ["q_proj", "down_proj", "fc1", "c_attn", "c_proj"]
 _QUERIES = ["q_proj", "c_attn", "query_key_value", "SelfAttention.q"]
-_EMBEDDINGS = ["embed_tokens", "wte", "word_embeddings"]  # T5's are of two stacks: refused
+_EMBEDDINGS = ["embed_tokens", "wte", "word_embeddings", "shared"]
 # What a family's first attention and its second feed-forward layer end in.
 _QUERIES_0 = r"0\.(self_attn\.q_proj|attn\.c_attn|self_attention\.query_key_value|SelfAttention\.q)"
 _OUT_1 = r"1\..*(down_proj|c_proj|fc2|dense_4h_to_h|wo)"
@@ -120,6 +120,14 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
     "lora_tokens": _peft(
         peft.LoraConfig(
             **_CAUSAL, r=3, target_modules=["q_proj"], trainable_token_indices=[40, 13, 7]
+        )
+    ),
+    "head_tokens": _peft(
+        peft.LoraConfig(
+            **_CAUSAL,
+            r=3,
+            target_modules=["q_proj"],
+            trainable_token_indices={"lm_head": [40, 13, 7]},
         )
     ),
     "vera": _peft(peft.VeraConfig(**_CAUSAL, r=3, target_modules=_SOME)),
@@ -188,15 +196,16 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
 _FIVE = {"llama", "qwen3", "gpt2", "bloom", "t5"}
 _FAMILIES: Mapping[str, set[str]] = {
     "dora": _FIVE | {"opt"},
+    "dora_embeddings": {"gemma"},
     "pissa": {"llama", "gpt2"},
     "olora": {"llama"},  # PEFT has none of GPT-2's modules
     "saved_modules": _FIVE | {"gemma"},
     "embeddings": _FIVE | {"gemma"},
     "adalora": _FIVE,
     "dylora": _FIVE,
-    "trainable_tokens": {"llama", "gemma"},
+    "trainable_tokens": {"llama", "gemma", "t5", "bart"},
     "lora_tokens": {"llama", "qwen3"},
-    "dora_embeddings": {"gemma"},
+    "head_tokens": {"qwen3", "phi"},  # one with a tied embedding, one with a bias
     "vera": {"llama", "gpt2"},
     "lokr": {"llama"},
     "oft": {"opt"},
@@ -222,6 +231,7 @@ _VARIANTS: Mapping[str, tuple[str, ...]] = {
         "dora",
         "saved_modules",
         "embeddings",
+        "trainable_tokens",
         "adalora",
         "dylora",
         "ia3",
@@ -239,7 +249,15 @@ _VARIANTS: Mapping[str, tuple[str, ...]] = {
         "cartridge",
     ),
     "mt5": ("lora", "prompt_tuning", "prefix_tuning"),
-    "bart": ("lora", "ia3", "bitfit", "layernorm", "prompt_tuning", "prefix_tuning"),
+    "bart": (
+        "lora",
+        "trainable_tokens",
+        "ia3",
+        "bitfit",
+        "layernorm",
+        "prompt_tuning",
+        "prefix_tuning",
+    ),
 }
 
 

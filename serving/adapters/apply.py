@@ -127,8 +127,8 @@ class DeltaHooks:
         if wrong is not None:
             raise AdapterError(
                 f"the adapter changes module {wrong!r}, which does not see the tokens of a step "
-                "one by one in this base (a router or an expert, say); leave it out of the "
-                "adapter's targets"
+                "one by one in this base (a router, an expert or a table of positions, say); leave "
+                "it out of the adapter's targets"
             )
 
     def install(self, deltas: Mapping[str, Delta]) -> None:

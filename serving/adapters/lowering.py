@@ -107,7 +107,9 @@ def lower(
         lowered = lower_proxy(folder, small_bases or {}, lower_on)
     else:
         lowered = lower_on(folder, target)
-    return replace(lowered, content=content or _content(folder, tensors))
+    # What no pass runs changes nothing, in PEFT either.
+    deltas = {name: delta for name, delta in lowered.deltas.items() if name not in target.idle}
+    return replace(lowered, deltas=deltas, content=content or _content(folder, tensors))
 
 
 def _is_expected(key: str, tensor: torch.Tensor) -> bool:

@@ -59,7 +59,10 @@ class Target:
     device: torch.device
     dtype: torch.dtype
     refuses_prefix: str | None  # why a prefix would be computed wrongly here
+    input_embedding: str  # a module
     is_seq2seq: bool = False
+    # Modules that no pass runs: T5's `shared`, of which each stack has an embedding of its own.
+    idle: frozenset[str] = frozenset()
 
     @property
     def task_type(self) -> str:
@@ -85,7 +88,10 @@ def describe(model: Any, name: str) -> Target:
             f"base_model {name}: {type(model).__name__} is not served: its layers do not all "
             f"attend with the same heads ({error})"
         ) from error
-    weight = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings()
+    weight, is_seq2seq = embedding.weight, bool(config.is_encoder_decoder)
+    input_embedding = next(n for n, module in model.named_modules() if module is embedding)
+    is_idle = is_seq2seq and model.get_encoder().get_input_embeddings() is not embedding
     return Target(
         name=name,
         modules={n: shape for n, m in model.named_modules() if (shape := _shape(m)) is not None},
@@ -96,7 +102,9 @@ def describe(model: Any, name: str) -> Target:
         device=weight.device,
         dtype=weight.dtype,
         refuses_prefix=next((k for k in _NO_PREFIX if getattr(config, k, None)), None),
-        is_seq2seq=bool(config.is_encoder_decoder),
+        input_embedding=input_embedding,
+        is_seq2seq=is_seq2seq,
+        idle=frozenset({input_embedding} if is_idle else ()),
     )
 
 
@@ -140,11 +148,12 @@ def _shape(module: torch.nn.Module) -> ModuleShape | None:
     if isinstance(module, Conv1D):
         return ModuleShape(module.nx, module.nf, "transposed", own, bias, read_weight=read)
     if isinstance(module, torch.nn.Embedding):
-        scale = float(getattr(module, "embed_scale", 1.0))
+        scale = getattr(module, "embed_scale", None)
         # With a forward of its own, as for positions, it may be called with something else.
-        takes_ids = scale != 1 or type(module).forward is torch.nn.Embedding.forward
+        takes_ids = scale is not None or type(module).forward is torch.nn.Embedding.forward
         size = (module.num_embeddings, module.embedding_dim)
         kind = "embedding" if takes_ids else "other"
+        scale = 1.0 if scale is None else float(scale)
         return ModuleShape(*size, kind, own, None, weight, scale, read if takes_ids else None)
     if not own:
         return None

@@ -130,6 +130,24 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
             trainable_token_indices={"lm_head": [40, 13, 7]},
         )
     ),
+    # What a spec that says no more makes of a mixture: PEFT takes experts and router in.
+    "experts": _own(kind="lora"),
+    "parameters": _peft(
+        peft.LoraConfig(
+            **_CAUSAL,
+            r=3,
+            use_rslora=True,
+            target_modules=["q_proj"],
+            target_parameters=[
+                "experts.gate_up_proj",
+                "experts.down_proj",
+                "router.weight",
+                "up_proj.weight",
+            ],
+            rank_pattern={r".*(experts\.down_proj|\.up_proj\.weight)": 2},
+            alpha_pattern={r".*up_proj(\.weight)?": 5},
+        )
+    ),
     "vera": _peft(peft.VeraConfig(**_CAUSAL, r=3, target_modules=_SOME)),
     "lokr": _peft(peft.LoKrConfig(**_CAUSAL, r=2, target_modules=_SOME)),
     "oft": _peft(
@@ -209,6 +227,8 @@ _FAMILIES: Mapping[str, set[str]] = {
     "vera": {"llama", "gpt2"},
     "lokr": {"llama"},
     "oft": {"opt"},
+    "experts": {"mixtral", "qwen3_moe", "deepseek_v3"},
+    "parameters": {"llama", "mixtral", "qwen2_moe", "gpt_oss"},
     "child_tuning": {"llama", "gpt2"},
     "shira": _FIVE - {"gpt2"},  # PEFT has none of its modules
     "pfeiffer": {"llama", "gpt2", "bloom", "t5"},
@@ -217,13 +237,17 @@ _FAMILIES: Mapping[str, set[str]] = {
     "cartridge": _FIVE,
     "cpt": {"llama", "gpt2", "bloom"},
 }
-# Families that differ from others in how they attend alone: with these variants alone.
+# Families that differ from others in how they attend, or in their experts: with these variants.
 _VARIANTS: Mapping[str, tuple[str, ...]] = {
     "falcon": ("lora", "bitfit", "prompt_tuning", "prefix_tuning"),
     "falcon_alibi": ("lora", "layernorm", "prompt_tuning", "prefix_tuning"),
     "falcon_multi_query": ("lora", "layernorm", "bitfit", "prompt_tuning"),
     "gptj": ("lora", "bitfit", "prompt_tuning", "prefix_tuning"),
     "mpt": ("lora", "layernorm", "prompt_tuning"),
+    "mixtral": ("experts", "parameters"),
+    "qwen3_moe": ("experts",),
+    "deepseek_v3": ("experts",),
+    "gpt_oss": ("parameters",),
     "gemma2": ("lora", "layernorm", "prompt_tuning", "prefix_tuning"),
     "t5": (
         "lora",

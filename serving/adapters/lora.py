@@ -22,7 +22,8 @@ from cluster.adapter_folder import CONFIG, MIN_RANK, WEIGHTS, AdapterFolder, fau
 from serving.adapters.config import mapping, number, refuse_unread
 from serving.adapters.linear import change_of_bias, fit_shift, placed
 from serving.adapters.pace import give_way
-from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter
+from serving.adapters.parameters import change_of_parameter, targeted_parameters
+from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter, LowRank, Replacement
 from serving.adapters.saved import replacements, saved_whole
 from serving.adapters.target import PREFIX, ModuleShape, Target, bare_name, shape_of
 from serving.adapters.tokens import add_rows
@@ -42,6 +43,7 @@ _TRAINED_WITH = {
 _READ = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "lora_bias",
     "init_lora_weights", "use_dora", "modules_to_save", "trainable_token_indices",
+    "target_parameters",
 }  # fmt: skip
 _ADALORA_TRAINED_WITH = {
     "r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
@@ -82,7 +84,7 @@ def lower_lora(
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
     found = _read(folder, tensors, target)
-    deltas: dict[str, Delta] = {}
+    deltas = _of_parameters(folder, found, str(start), target)
     for module, parts in found.factors.items():
         give_way()
         rank, scale = _rank(folder, module), _scale(folder, module)
@@ -99,6 +101,27 @@ def lower_lora(
         else:
             deltas[module] = LinearDelta(a_rI.T, (b_Or * shape.scale).T, shift)
     return _lowered(folder, found, deltas, target)
+
+
+def _of_parameters(
+    folder: AdapterFolder, found: _Found, start: str, target: Target
+) -> dict[str, Delta]:
+    """What is on parameters, taken out of `found`. Raises AdapterError."""
+    changes: dict[str, dict[str, torch.Tensor | LowRank]] = defaultdict(dict)
+    for key, place in targeted_parameters(folder, target).items():
+        module, name = place
+        if start in _KNOWN_STARTS or module in found.replaced or MIN_RANK in folder.metadata:
+            raise fault(
+                folder.path,
+                CONFIG,
+                f"has {name!r} of {module!r} in target_parameters, of which neither a part was "
+                "taken by init_lora_weights nor the rank can be chosen, and which is not saved "
+                "whole too; leave it out of target_parameters",
+            )
+        full = f"{module}.{name}"
+        parts, sizes = found.factors.pop(key, {}), (_rank(folder, full), _scale(folder, full))
+        changes[module][name] = change_of_parameter(folder, place, parts, *sizes, target)
+    return {module: Replacement(parameters) for module, parameters in changes.items()}
 
 
 def lower_adalora(
@@ -128,8 +151,10 @@ def _lowered(
     deltas |= {module: LinearDelta(shift_O=shift) for module, shift in found.shifts.items()}
     placed_deltas: dict[str, Delta] = {
         name: placed(delta, target, is_embedding=target.modules[name].kind == "embedding")
-        for name, delta in deltas.items() if isinstance(delta, LinearDelta)
-    }  # fmt: skip
+        if isinstance(delta, LinearDelta)
+        else delta
+        for name, delta in deltas.items()
+    }
     placed_deltas |= replacements(found.replaced, target)
     add_rows(folder, found.rows, placed_deltas, target)
     lowest = folder.metadata.get(MIN_RANK)

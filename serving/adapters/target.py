@@ -39,6 +39,7 @@ class ModuleShape:
     # The weight in [out, in] order, float32 on CPU, of whatever is linear or an embedding.
     read_weight: Callable[[], torch.Tensor] | None = None
     is_quantized: bool = False
+    is_transposed: bool = False  # its stacked experts' matrices are [in, out]
 
     @property
     def takes_low_rank(self) -> bool:
@@ -159,7 +160,8 @@ def _shape(module: torch.nn.Module) -> ModuleShape | None:
         return None
     vector = next((p for p in (bias, weight) if p is not None and p.ndim == 1), None)
     features = 0 if vector is None else vector.shape[0]  # of a norm
-    return ModuleShape(features, features, "other", own, bias)
+    is_transposed = bool(getattr(module, "is_transposed", False))
+    return ModuleShape(features, features, "other", own, bias, is_transposed=is_transposed)
 
 
 def _quantized_shape(module: Any, own: dict[str, torch.Tensor]) -> ModuleShape:

@@ -27,8 +27,13 @@ from training import load_adapter
 
 Bases = Callable[[str], Path]
 Setups = Callable[[str], SideBySide]
-FLAT = ["llama", "qwen3", "mistral", "gpt2", "gemma", "opt", "phi", "qwen2_moe"]
-PADDED = ["bloom", "falcon", "falcon_alibi", "falcon_multi_query", "gptj", "mpt", "gemma2"]
+FLAT = [
+    "llama", "qwen3", "mistral", "gpt2", "gemma", "opt", "phi", "qwen2_moe", "mixtral", "qwen3_moe",
+]  # fmt: skip
+PADDED = [
+    "bloom", "falcon", "falcon_alibi", "falcon_multi_query", "gptj", "mpt", "gemma2", "deepseek_v3",
+    "gpt_oss",
+]  # fmt: skip
 FAMILIES = [*FLAT, *PADDED]
 PAIRS = [(family, variant) for family in FAMILIES for variant in variants_of(family)]
 PROMPTS = [

@@ -62,6 +62,27 @@ def test_what_peft_has_of_linear_modules_alone_is_refused_on_gpt2s(
         assert reason in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"r": 5}, r"of shapes .* for 'weight' of 'model.layers.0.mlp.gate', where the base"),
+        ({"target_parameters": ["gate_up_proj"]}, r"for 'gate_up_proj' of '.*', where the base"),
+        ({"target_parameters": "down_proj"}, "has target_parameters = 'down_proj', not names"),
+        ({"target_parameters": ["norm.weight"]}, "which is no plain matrix, or stack of some"),
+        ({"init_lora_weights": "pissa"}, "in target_parameters, of which neither a part was"),
+        ({"use_dora": True}, "where lora_A, lora_B, lora_magnitude are needed"),
+    ],
+)
+def test_a_lora_on_parameters_that_do_not_fit_is_refused(
+    bases: Bases, tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    target = describe(load(bases("mixtral")), "mixtral")
+    path = make_adapter("experts", bases("mixtral"), tmp_path) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterError, match=reason):
+        lower(tmp_path, target)
+
+
 def test_an_encoder_decoders_prefix_of_one_stack_is_refused(bases: Bases, tmp_path: Path) -> None:
     """Its prompt may be of the encoder alone."""
     target = describe(load(bases("mt5")), "mt5")

@@ -158,8 +158,13 @@ def is_linear(module: torch.nn.Module) -> bool:
 
 
 def check_linear(adapted: Any, remedy: str) -> None:
-    """Raise SpecError for a targeted module that is not linear; `remedy` says why and what to
-    do."""
+    """Raise SpecError for a targeted module that is not linear, or a parameter, such as stacked
+    experts, which PEFT targets in place of modules; `remedy` says why and what to do."""
+    for name in adapted.base_model.targeted_parameter_names:
+        raise SpecError(
+            f"method.target_modules: means the parameter {name!r} too, where it can list the names "
+            f"of linear modules; {remedy}"
+        )
     for name in adapted.base_model.targeted_module_names:
         module = adapted.base_model.model.get_submodule(name).get_base_layer()
         if not is_linear(module):

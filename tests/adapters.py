@@ -51,6 +51,7 @@ def _adalora(base: Path) -> Any:
     attach = _own(kind="adalora", r=2, init_r=3, alpha=5)
     model = attach(base)
     names = [name for name, _ in model.base_model.model.named_parameters() if ".lora_E." in name]
+    model.peft_config["default"].use_rslora = True  # which PEFT's AdaLoRA does not look at
     model.peft_config["default"].rank_pattern = {
         name: [place % 3 > 0, place % 2 > 0, place > 0] for place, name in enumerate(names)
     }
@@ -119,7 +120,11 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
     ),
     "lora_tokens": _peft(
         peft.LoraConfig(
-            **_CAUSAL, r=3, target_modules=["q_proj"], trainable_token_indices=[40, 13, 7]
+            **_CAUSAL,
+            r=3,
+            target_modules=["q_proj"],
+            trainable_token_indices=[40, 13, 7],
+            velora_config=peft.VeloraConfig(),
         )
     ),
     "head_tokens": _peft(

@@ -24,17 +24,15 @@ _NO_PREFIX = ("hidden_size_per_layer_input", "num_kv_shared_layers")
 class ModuleShape:
     """One module that a delta can act on. A transposed one is linear with its weight in [in, out]
     order; another, such as a norm, takes no change of its weight by a product. `parameters` are
-    all that it has itself, by name; `weight` that of a linear module in [out, in] order or of an
-    embedding, or None; `scale` is what an embedding multiplies its vectors by, and PEFT a LoRA.
-    Of a weight in 4 or 8 bits, `parameters` have the shape alone (meta device), and `weight` is
-    None: only `read_weight` tells its values."""
+    all that it has itself, by name; `scale` is what an embedding multiplies its vectors by, and
+    PEFT a LoRA. Of a weight in 4 or 8 bits, `parameters` have the shape alone (meta device): only
+    `read_weight` tells its values."""
 
     in_features: int
     out_features: int
     kind: Literal["linear", "transposed", "embedding", "other"]
     parameters: Mapping[str, torch.Tensor]
     bias: torch.Tensor | None
-    weight: torch.Tensor | None = None
     scale: float = 1.0
     # The weight in [out, in] order, float32 on CPU, of whatever is linear or an embedding.
     read_weight: Callable[[], torch.Tensor] | None = None
@@ -145,7 +143,7 @@ def _shape(module: torch.nn.Module) -> ModuleShape | None:
         return _quantized_shape(module, own)
     if isinstance(module, torch.nn.Linear):
         size = (module.in_features, module.out_features)
-        return ModuleShape(*size, "linear", own, bias, weight, read_weight=read)
+        return ModuleShape(*size, "linear", own, bias, read_weight=read)
     if isinstance(module, Conv1D):
         return ModuleShape(module.nx, module.nf, "transposed", own, bias, read_weight=read)
     if isinstance(module, torch.nn.Embedding):
@@ -155,7 +153,7 @@ def _shape(module: torch.nn.Module) -> ModuleShape | None:
         size = (module.num_embeddings, module.embedding_dim)
         kind = "embedding" if takes_ids else "other"
         scale = 1.0 if scale is None else float(scale)
-        return ModuleShape(*size, kind, own, None, weight, scale, read if takes_ids else None)
+        return ModuleShape(*size, kind, own, None, scale, read if takes_ids else None)
     if not own:
         return None
     vector = next((p for p in (bias, weight) if p is not None and p.ndim == 1), None)

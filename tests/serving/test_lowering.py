@@ -42,6 +42,19 @@ def test_each_other_kind_of_peft_is_refused_with_its_reason(
     assert f"has peft_type {kind!r}, {_REFUSED[kind]}" in caught.value.message
 
 
+def test_ties_to_be_kept_are_refused_where_there_are_some(bases: Bases, tmp_path: Path) -> None:
+    """Where a base ties nothing, PEFT only warns."""
+    config = {"peft_type": "LORA", "ensure_weight_tying": True, "modules_to_save": ["embed_tokens"]}
+    names = ("model.embed_tokens", "lm_head")
+    tensors = {f"base_model.model.{name}.weight": torch.ones(261, 32) for name in names}
+    target = describe(load(bases("qwen3")), "qwen3")
+    with pytest.raises(AdapterError, match="has ensure_weight_tying = 'True', which is not served"):
+        lower(write_folder(tmp_path, config, tensors), target)
+    del tensors["base_model.model.lm_head.weight"]
+    folder = write_folder(tmp_path, config, tensors)
+    assert lower(folder, describe(load(bases("llama")), "llama")).deltas.keys() == {names[0]}
+
+
 def test_what_peft_has_of_linear_modules_alone_is_refused_on_gpt2s(
     bases: Bases, tmp_path: Path
 ) -> None:

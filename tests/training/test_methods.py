@@ -227,6 +227,8 @@ def test_what_needs_linear_modules_is_refused_on_experts(
     """PEFT takes these in where all linear modules are meant."""
     with pytest.raises(SpecError, match=r"means the parameter '.*gate.weight' too, where it can"):
         attach(bases("mixtral"), **method)
+    with pytest.raises(SpecError, match=r"exclude_modules: means '.*gate', whose parameters PEFT"):
+        attach(bases("mixtral"), kind="lora", exclude_modules=["gate"])
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])

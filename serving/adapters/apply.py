@@ -10,10 +10,12 @@ runs the base as it is.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -339,6 +341,17 @@ def _rows_of(sparse: torch.Tensor, ids_T: torch.Tensor) -> torch.Tensor:
     return dense
 
 
+class _Experts:
+    """A stack p of matrices and its change, of which a forward asks for one expert at a time."""
+
+    def __init__(self, own: torch.Tensor, change: LowRank) -> None:
+        self._own, self._change = own, change
+
+    def __getitem__(self, expert: torch.Tensor) -> torch.Tensor:
+        left, right = self._change.left[expert], self._change.right[expert]
+        return torch.addmm(self._own[expert], left, right)
+
+
 def _run_with(
     module: torch.nn.Module,
     parameters: Mapping[str, torch.Tensor | LowRank],
@@ -347,11 +360,21 @@ def _run_with(
 ) -> Any:
     """The module's own output, with other parameters and without hooks."""
     own = dict(module.named_parameters(recurse=False))
+    forward: Callable[..., Any] = module.forward
+    # Whatever way transformers' classes of experts go (`has_gate` is of these), each has one that
+    # takes those that are asked for one by one: a change of these is as cheap as they are few.
+    one_by_one = inspect.unwrap(type(module).forward)
     # A module's attribute hides its parameter of that name.
     for name, value in parameters.items():
-        module.__dict__[name] = value.added_to(own[name]) if isinstance(value, LowRank) else value
+        if not isinstance(value, LowRank):
+            module.__dict__[name] = value
+        elif value.left.ndim == 3 and hasattr(module, "has_gate"):
+            module.__dict__[name] = _Experts(own[name], value)
+            forward = partial(one_by_one, module)
+        else:
+            module.__dict__[name] = value.added_to(own[name])
     try:
-        return module.forward(*args, **options)
+        return forward(*args, **options)
     finally:
         for name in parameters:
             del module.__dict__[name]

@@ -48,7 +48,7 @@ class LinearDelta:
 @dataclass(frozen=True)
 class LowRank:
     """A parameter as the base's plus left @ right, of each expert where it is a stack of them. The
-    sum is made anew in each step, and gone behind the module, as in PEFT."""
+    sum is made anew in each step, and gone behind the module."""
 
     left: torch.Tensor
     right: torch.Tensor

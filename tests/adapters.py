@@ -51,6 +51,7 @@ def _adalora(base: Path) -> Any:
     attach = _own(kind="adalora", r=2, init_r=3, alpha=5)
     model = attach(base)
     names = [name for name, _ in model.base_model.model.named_parameters() if ".lora_E." in name]
+    model.peft_config["default"].use_rslora = True  # which PEFT's AdaLoRA does not look at
     model.peft_config["default"].rank_pattern = {
         name: [place % 3 > 0, place % 2 > 0, place > 0] for place, name in enumerate(names)
     }
@@ -60,7 +61,7 @@ def _adalora(base: Path) -> Any:
 _CAUSAL = {"task_type": "CAUSAL_LM"}
 _SOME = ["q_proj", "down_proj", "fc1", "c_attn", "c_proj"]
 _QUERIES = ["q_proj", "c_attn", "query_key_value", "SelfAttention.q"]
-_EMBEDDINGS = ["embed_tokens", "wte", "word_embeddings"]  # T5's are of two stacks: refused
+_EMBEDDINGS = ["embed_tokens", "wte", "word_embeddings", "shared"]
 # What a family's first attention and its second feed-forward layer end in.
 _QUERIES_0 = r"0\.(self_attn\.q_proj|attn\.c_attn|self_attention\.query_key_value|SelfAttention\.q)"
 _OUT_1 = r"1\..*(down_proj|c_proj|fc2|dense_4h_to_h|wo)"
@@ -88,11 +89,19 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
             rank_pattern={_QUERIES_0: 2},
         )
     ),
+    "dora_embeddings": _peft(
+        peft.LoraConfig(**_CAUSAL, r=3, use_dora=True, target_modules=["lm_head", *_EMBEDDINGS])
+    ),
+    # Of an embedding, both are plain.
     "pissa": _peft(
-        peft.LoraConfig(**_CAUSAL, r=3, init_lora_weights="pissa", target_modules="all-linear")
+        peft.LoraConfig(
+            **_CAUSAL, r=3, init_lora_weights="pissa", target_modules=[*_SOME, *_EMBEDDINGS]
+        )
     ),
     "olora": _peft(
-        peft.LoraConfig(**_CAUSAL, r=3, init_lora_weights="olora", target_modules="all-linear")
+        peft.LoraConfig(
+            **_CAUSAL, r=3, init_lora_weights="olora", target_modules=[*_SOME, *_EMBEDDINGS]
+        )
     ),
     "saved_modules": _peft(
         peft.LoraConfig(
@@ -111,7 +120,37 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
     ),
     "lora_tokens": _peft(
         peft.LoraConfig(
-            **_CAUSAL, r=3, target_modules=["q_proj"], trainable_token_indices=[40, 13, 7]
+            **_CAUSAL,
+            r=3,
+            target_modules=["q_proj"],
+            trainable_token_indices=[40, 13, 7],
+            velora_config=peft.VeloraConfig(),
+        )
+    ),
+    "head_tokens": _peft(
+        peft.LoraConfig(
+            **_CAUSAL,
+            r=3,
+            target_modules=["q_proj"],
+            trainable_token_indices={"lm_head": [40, 13, 7]},
+        )
+    ),
+    # What a spec that says no more makes of a mixture: PEFT takes experts and router in.
+    "experts": _own(kind="lora"),
+    "parameters": _peft(
+        peft.LoraConfig(
+            **_CAUSAL,
+            r=3,
+            use_rslora=True,
+            target_modules=["q_proj"],
+            target_parameters=[
+                "experts.gate_up_proj",
+                "experts.down_proj",
+                "router.weight",
+                "up_proj.weight",
+            ],
+            rank_pattern={r".*(experts\.down_proj|\.up_proj\.weight)": 2},
+            alpha_pattern={r".*up_proj(\.weight)?": 5},
         )
     ),
     "vera": _peft(peft.VeraConfig(**_CAUSAL, r=3, target_modules=_SOME)),
@@ -180,17 +219,21 @@ VARIANTS: Mapping[str, Callable[[Path], Any]] = {
 _FIVE = {"llama", "qwen3", "gpt2", "bloom", "t5"}
 _FAMILIES: Mapping[str, set[str]] = {
     "dora": _FIVE | {"opt"},
+    "dora_embeddings": {"gemma"},
     "pissa": {"llama", "gpt2"},
     "olora": {"llama"},  # PEFT has none of GPT-2's modules
     "saved_modules": _FIVE | {"gemma"},
     "embeddings": _FIVE | {"gemma"},
     "adalora": _FIVE,
     "dylora": _FIVE,
-    "trainable_tokens": {"llama", "gemma"},
+    "trainable_tokens": {"llama", "gemma", "t5", "bart"},
     "lora_tokens": {"llama", "qwen3"},
+    "head_tokens": {"qwen3", "phi"},  # one with a tied embedding, one with a bias
     "vera": {"llama", "gpt2"},
     "lokr": {"llama"},
     "oft": {"opt"},
+    "experts": {"mixtral", "qwen3_moe", "deepseek_v3"},
+    "parameters": {"llama", "mixtral", "qwen2_moe", "gpt_oss"},
     "child_tuning": {"llama", "gpt2"},
     "shira": _FIVE - {"gpt2"},  # PEFT has none of its modules
     "pfeiffer": {"llama", "gpt2", "bloom", "t5"},
@@ -199,13 +242,17 @@ _FAMILIES: Mapping[str, set[str]] = {
     "cartridge": _FIVE,
     "cpt": {"llama", "gpt2", "bloom"},
 }
-# Families that differ from others in how they attend alone: with these variants alone.
+# Families that differ from others in how they attend, or in their experts: with these variants.
 _VARIANTS: Mapping[str, tuple[str, ...]] = {
     "falcon": ("lora", "bitfit", "prompt_tuning", "prefix_tuning"),
     "falcon_alibi": ("lora", "layernorm", "prompt_tuning", "prefix_tuning"),
     "falcon_multi_query": ("lora", "layernorm", "bitfit", "prompt_tuning"),
     "gptj": ("lora", "bitfit", "prompt_tuning", "prefix_tuning"),
     "mpt": ("lora", "layernorm", "prompt_tuning"),
+    "mixtral": ("experts", "parameters"),
+    "qwen3_moe": ("experts",),
+    "deepseek_v3": ("experts",),
+    "gpt_oss": ("parameters",),
     "gemma2": ("lora", "layernorm", "prompt_tuning", "prefix_tuning"),
     "t5": (
         "lora",
@@ -213,6 +260,7 @@ _VARIANTS: Mapping[str, tuple[str, ...]] = {
         "dora",
         "saved_modules",
         "embeddings",
+        "trainable_tokens",
         "adalora",
         "dylora",
         "ia3",
@@ -230,7 +278,15 @@ _VARIANTS: Mapping[str, tuple[str, ...]] = {
         "cartridge",
     ),
     "mt5": ("lora", "prompt_tuning", "prefix_tuning"),
-    "bart": ("lora", "ia3", "bitfit", "layernorm", "prompt_tuning", "prefix_tuning"),
+    "bart": (
+        "lora",
+        "trainable_tokens",
+        "ia3",
+        "bitfit",
+        "layernorm",
+        "prompt_tuning",
+        "prefix_tuning",
+    ),
 }
 
 

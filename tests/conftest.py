@@ -73,6 +73,29 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         num_experts=4,
         num_experts_per_tok=2,
     ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **_LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **_LLAMA_LIKE, head_dim=16, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
+    ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **_LLAMA_LIKE | {"num_key_value_heads": 4},
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **_LLAMA_LIKE, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=9
+    ),
     "bloom": lambda: transformers.BloomConfig(**_COMMON, hidden_size=32, n_layer=2, n_head=4),
     "falcon": lambda: transformers.FalconConfig(
         **_FALCON, num_kv_heads=2, new_decoder_architecture=True

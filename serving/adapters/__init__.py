@@ -1,6 +1,6 @@
 """Adapters as the engine runs them: primitives, and how each method lowers to them."""
 
-from serving.adapters.apply import DeltaHooks, Segment
+from serving.adapters.apply import DeltaHooks
 from serving.adapters.lowering import lower
 from serving.adapters.memory import moved, num_bytes, pinned
 from serving.adapters.merged import KINDS as MERGED
@@ -17,6 +17,7 @@ from serving.adapters.primitives import (
     LoweredAdapter,
     Replacement,
 )
+from serving.adapters.rows import Segment
 from serving.adapters.target import Target, describe
 
 __all__ = [

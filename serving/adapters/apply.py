@@ -10,11 +10,13 @@ runs the base as it is.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -29,21 +31,14 @@ from serving.adapters.primitives import (
     Delta,
     GatedPrompt,
     LinearDelta,
+    LowRank,
     Replacement,
 )
+from serving.adapters.rows import Place, Rows, Segment, learning, parts
 
 # A module's name, and what of it: its input changed, its output changed, or its input kept for a
 # block elsewhere.
 _Place = tuple[str, Literal["input", "output", "kept"]]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Rows `start` to `end` (excluded) of the flattened tokens, and what changes them."""
-
-    start: int
-    end: int
-    deltas: Mapping[str, Delta]
 
 
 class DeltaHooks:
@@ -57,46 +52,32 @@ class DeltaHooks:
         self._body: Sequence[Segment] = ()
         self._head_rows: Sequence[Segment] = ()
         self._is_active = False  # outside of a step, modules are the base's own
-        # Which dimension of a module's output counts the step's tokens, by name.
-        self._rows_dim: dict[str, int] = {}
+        self._num_rows = 0  # of a padded batch
+        self._rows: dict[str, Place] = {}  # where a module has them, by name
         self._tasks: dict[str, _Tasks] = {}  # of these segments, by module
         self._kept: dict[str, torch.Tensor] = {}  # inputs of this pass, by module
         self.queries: dict[int, torch.Tensor] = {}  # [T, H, D] of this pass, by layer
-        self._is_tuple: dict[str, bool] = {}  # a router's, say; replaced parameters alone fit it
         self.has_queries = True  # whether passes note them
 
     def forget(self) -> None:
         """Take back what was learned."""
-        self._rows_dim.clear()
-        self._is_tuple.clear()
+        self._rows.clear()
 
     @contextmanager
-    def learning(self, num_rows: int, dim: int | None = None) -> Generator[None]:
+    def learning(
+        self, num_rows: int, dim: int | None = None, width: int | None = None
+    ) -> Generator[None]:
         """The scope of one forward pass of `num_rows` rows that shows where each module has
         them: tokens in [1, T, O], [T, O] in experts, [1, H, T, D] in norms of heads; or rows of a
-        padded batch, which can only be in `dim`. A module that shows them nowhere, or in two
-        places, cannot be changed for some rows alone."""
-
-        def look(name: str) -> Any:
-            def note(_: torch.nn.Module, _args: object, output: Any) -> None:
-                found = [_dims(part, num_rows, dim) for part in _parts(output)]
-                if len(found[0]) == 1 and all(dims == found[0] for dims in found):
-                    self._rows_dim[name] = found[0][0]
-                    self._is_tuple[name] = isinstance(output, tuple)
-
-            return note
-
-        handles = [m.register_forward_hook(look(n)) for n, m in self._modules.items() if n]
-        try:
+        padded batch, which can only be in `dim`, or, where they are `width` tokens long, lie end to
+        end. A module that shows them nowhere, or in two places, cannot be changed for some rows
+        alone."""
+        with learning(self._modules, self._rows.__setitem__, num_rows, dim, width):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            if self._head is not None:
-                # It sees the wanted rows alone, as [1, N, hidden].
-                head = [n for n, m in self._modules.items() if m is self._head]
-                self._rows_dim |= dict.fromkeys(head, 1)
-                self._is_tuple |= dict.fromkeys(head, False)
+        if self._head is not None:
+            # It sees the wanted rows alone, as [1, N, hidden].
+            head = [n for n, m in self._modules.items() if m is self._head]
+            self._rows |= dict.fromkeys(head, Place(1))
 
     def check(self, deltas: Mapping[str, Delta]) -> None:
         """Raise AdapterError for a module that cannot be changed so for some rows alone."""
@@ -111,25 +92,23 @@ class DeltaHooks:
                 f"the adapter changes module {unknown!r}, which this base does not have; it was "
                 "made for another base"
             )
-        wrong = next(
-            (
-                name
-                for name, part in _places(deltas)
-                if name not in self._rows_dim
-                or (
-                    self._is_tuple[name]
-                    and part != "kept"
-                    and not isinstance(deltas[name], Replacement)
-                )
-            ),
-            None,
-        )
+        wrong = next((n for n, part in _places(deltas) if not self._fits(n, part, deltas)), None)
         if wrong is not None:
             raise AdapterError(
                 f"the adapter changes module {wrong!r}, which does not see the tokens of a step "
-                "one by one in this base (a router or an expert, say); leave it out of the "
-                "adapter's targets"
+                "one by one in this base (a router, an expert or a table of positions, say); leave "
+                "it out of the adapter's targets"
             )
+
+    def _fits(self, name: str, part: str, deltas: Mapping[str, Delta]) -> bool:
+        place, delta = self._rows.get(name), deltas.get(name)
+        if place is None:
+            return False
+        if part == "kept":
+            return not place.is_flat
+        if place.is_tuple:
+            return isinstance(delta, Replacement)
+        return not place.is_flat or isinstance(delta, LinearDelta | Replacement)
 
     def install(self, deltas: Mapping[str, Delta]) -> None:
         """Count one more adapter with these deltas, by module name."""
@@ -147,18 +126,21 @@ class DeltaHooks:
 
     def uninstall(self, deltas: Mapping[str, Delta]) -> None:
         """Count one adapter less."""
-        self._plan((), ())
+        self._plan((), (), 0)
         for place in _places(deltas):
             self._users[place] -= 1
             if not self._users[place]:
                 self._handles.pop(place).remove()
 
     @contextmanager
-    def active(self, body: Sequence[Segment], head: Sequence[Segment]) -> Generator[None]:
-        """The scope of one forward pass: `body` counts the step's tokens, `head` the rows of which
-        logits are made."""
-        if [*map(_key, (body, head))] != [*map(_key, (self._body, self._head_rows))]:
-            self._plan(body, head)  # steps that decode the same requests have the same tasks
+    def active(
+        self, body: Sequence[Segment], head: Sequence[Segment], num_rows: int = 0
+    ) -> Generator[None]:
+        """The scope of one forward pass: `body` counts the step's tokens, or the `num_rows` rows of
+        a padded batch, `head` the rows of which logits are made."""
+        before = (self._body, self._head_rows, self._num_rows)
+        if _key(body, head, num_rows) != _key(*before):
+            self._plan(body, head, num_rows)  # steps that decode the same have the same tasks
         self._is_active = True
         try:
             yield
@@ -167,8 +149,8 @@ class DeltaHooks:
             self._kept.clear()
             self.queries.clear()
 
-    def _plan(self, body: Sequence[Segment], head: Sequence[Segment]) -> None:
-        self._body, self._head_rows = body, head
+    def _plan(self, body: Sequence[Segment], head: Sequence[Segment], num_rows: int) -> None:
+        self._body, self._head_rows, self._num_rows = body, head, num_rows
         self._tasks.clear()
 
     def _keep_hook(self, name: str) -> Any:
@@ -178,11 +160,14 @@ class DeltaHooks:
         return keep
 
     def _input_hook(self, name: str) -> Any:
-        rows_dim = self._rows_dim[name]
+        place = self._rows[name]
+        rows_dim = place.dim
 
         def scale(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
             x: torch.Tensor | None = None
-            for segment in self._body if self._is_active else ():
+            if not self._is_active:
+                return None
+            for segment in place.segments(self._body, self._num_rows, args[0].shape[rows_dim]):
                 delta = segment.deltas.get(name)
                 if isinstance(delta, LinearDelta) and delta.scale_I is not None:
                     x = args[0].clone() if x is None else x  # others may read the same input
@@ -205,7 +190,8 @@ class DeltaHooks:
         return output[0].transpose(0, 1).flatten(1)
 
     def _output_hook(self, name: str, module: torch.nn.Module) -> Any:
-        is_head, rows_dim = module is self._head, self._rows_dim[name]
+        is_head, place = module is self._head, self._rows[name]
+        rows_dim = place.dim
 
         def apply(
             _: torch.nn.Module, args: tuple[Any, ...], options: Mapping[str, Any], output: Any
@@ -215,10 +201,13 @@ class DeltaHooks:
             tasks, entered = self._tasks.get(name), args[0]
             # This runs for every module of every step: what follows from shapes is kept.
             if tasks is None or not tasks.fit(entered, output):
-                segments = self._head_rows if is_head else self._body
+                segments = self._head_rows
+                if not is_head:
+                    shown = parts(output)[0].shape[rows_dim]
+                    segments = place.segments(self._body, self._num_rows, shown)
                 tasks = self._tasks[name] = _tasks(name, segments, rows_dim, entered, output)
             for segment, delta in tasks.single:
-                rows = _Rows(rows_dim, _parts(output)[0].shape[rows_dim], segment)
+                rows = Rows(rows_dim, parts(output)[0].shape[rows_dim], segment)
                 if isinstance(delta, LinearDelta):
                     _add(rows.of(output), rows.of(args[0]), delta)
                     continue
@@ -236,7 +225,7 @@ class DeltaHooks:
                     continue
                 own = ([rows.of(a) for a in args], {k: rows.of(v) for k, v in options.items()})
                 replayed = _run_with(module, delta.parameters, *own)
-                for part, new in zip(_parts(output), _parts(replayed), strict=True):
+                for part, new in zip(parts(output), parts(replayed), strict=True):
                     own_part = rows.of(part)
                     own_part.copy_(new.reshape(own_part.shape))
             if tasks.low_rank is not None:
@@ -260,6 +249,7 @@ class _Tasks:
 
 
 def _forms(x: Any, y: Any) -> tuple[object, ...]:
+    y = parts(y)[0]
     if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
         return ()
     return x.shape, x.dtype, y.shape, y.dtype, y.is_contiguous()
@@ -291,36 +281,9 @@ def _row_tokens(x: Any, y: Any, rows_dim: int) -> int | None:
     return math.prod(after) if math.prod(before) == 1 else None
 
 
-def _key(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
-    return [(segment.start, segment.end, id(segment.deltas)) for segment in segments]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """A segment's rows of whatever has `total` of them in `dim`."""
-
-    dim: int
-    total: int
-    segment: Segment
-
-    def of(self, value: Any) -> Any:
-        """Its rows, a view; `value` itself where it has no rows."""
-        if not isinstance(value, torch.Tensor) or value.ndim <= self.dim:
-            return value
-        if value.shape[self.dim] != self.total:
-            return value
-        return value.narrow(self.dim, self.segment.start, self.segment.end - self.segment.start)
-
-
-def _dims(part: Any, num_rows: int, dim: int | None) -> list[int]:
-    """The dimensions of a module's output that can be the rows."""
-    sizes = part.shape[:-1] if isinstance(part, torch.Tensor) else ()
-    return [at for at, size in enumerate(sizes) if size == num_rows and dim in (None, at)]
-
-
-def _parts(output: Any) -> tuple[Any, ...]:
-    """The tensors that a module returns."""
-    return cast("tuple[Any, ...]", output) if isinstance(output, tuple) else (output,)
+def _key(body: Sequence[Segment], head: Sequence[Segment], num_rows: int) -> list[object]:
+    own = [[(part.start, part.end, id(part.deltas)) for part in side] for side in (body, head)]
+    return [*own, num_rows]
 
 
 def _places(deltas: Mapping[str, Delta]) -> Generator[_Place]:
@@ -378,17 +341,40 @@ def _rows_of(sparse: torch.Tensor, ids_T: torch.Tensor) -> torch.Tensor:
     return dense
 
 
+class _Experts:
+    """A stack p of matrices and its change, of which a forward asks for one expert at a time."""
+
+    def __init__(self, own: torch.Tensor, change: LowRank) -> None:
+        self._own, self._change = own, change
+
+    def __getitem__(self, expert: torch.Tensor) -> torch.Tensor:
+        left, right = self._change.left[expert], self._change.right[expert]
+        return torch.addmm(self._own[expert], left, right)
+
+
 def _run_with(
     module: torch.nn.Module,
-    parameters: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor | LowRank],
     args: Sequence[Any],
     options: Mapping[str, Any],
 ) -> Any:
     """The module's own output, with other parameters and without hooks."""
+    own = dict(module.named_parameters(recurse=False))
+    forward: Callable[..., Any] = module.forward
+    # Whatever way transformers' classes of experts go (`has_gate` is of these), each has one that
+    # takes those that are asked for one by one: a change of these is as cheap as they are few.
+    one_by_one = inspect.unwrap(type(module).forward)
     # A module's attribute hides its parameter of that name.
-    module.__dict__.update(parameters)
+    for name, value in parameters.items():
+        if not isinstance(value, LowRank):
+            module.__dict__[name] = value
+        elif value.left.ndim == 3 and hasattr(module, "has_gate"):
+            module.__dict__[name] = _Experts(own[name], value)
+            forward = partial(one_by_one, module)
+        else:
+            module.__dict__[name] = value.added_to(own[name])
     try:
-        return module.forward(*args, **options)
+        return forward(*args, **options)
     finally:
         for name in parameters:
             del module.__dict__[name]

@@ -38,7 +38,7 @@ def lower_ia3(
     """An IA3 folder as output and input scales. Raises AdapterError."""
     trained_with = {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out",
                     "init_ia3_weights"}  # fmt: skip
-    refuse_unread(folder, (), trained_with)
+    refuse_unread(folder, {"modules_to_save"}, trained_with)
     deltas: dict[str, LinearDelta] = {}
     for key, module, shape in _by_module(folder, tensors, ".ia3_l", "is not of IA3", target):
         tensor = tensors[key]

@@ -1,4 +1,4 @@
-"""LoRA and AdaLoRA folders as linear deltas; modules saved whole as replacements.
+"""LoRA and AdaLoRA folders as linear deltas.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685): W' = W + s B A, with s = alpha / r (rsLoRA,
 arXiv:2312.03732: alpha / √r). DoRA (arXiv:2402.09353): W' = m / ||W + s B A|| ∘ (W + s B A), norms
@@ -23,31 +23,34 @@ from cluster.adapter_folder import CONFIG, MIN_RANK, WEIGHTS, AdapterFolder, fau
 from serving.adapters.config import number, refuse_unread
 from serving.adapters.linear import change_of_bias, fit_shift, placed
 from serving.adapters.pace import give_way
+from serving.adapters.parameters import change_of_parameter, targeted_parameters
 from serving.adapters.patterns import by_pattern
-from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter
-from serving.adapters.saved import replacements, saved_whole
+from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter, LowRank, Replacement
 from serving.adapters.target import PREFIX, ModuleShape, Target, bare_name, shape_of
 from serving.adapters.tokens import add_rows
+from serving.adapters.weights import sharing
 
 _PART = re.compile(
     r"(.+)\.lora_(?:embedding_)?(?:([ABE])|(magnitude)_vector)(?:\.default)?(?:\.weight)?"
 )
 _SHIFT = re.compile(r"(.+?)(?:\.base_layer)?\.(lora_B\.bias|bias)")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
-_BASE_WEIGHT = re.compile(r"(.+)\.base_layer\.weight")
+_TRAINED_PART = ".lora_velora_embed"  # VeLoRA's, of the backward pass alone
 # Fields that chose where and how a LoRA was trained; the tensors tell the result.
 _TRAINED_WITH = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
     "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "megatron_core", "runtime_config", "qalora_group_size",
+    "megatron_core", "runtime_config", "qalora_group_size", "velora_config",
 }  # fmt: skip
 _READ = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "lora_bias",
     "init_lora_weights", "use_dora", "modules_to_save", "trainable_token_indices",
+    "target_parameters",
 }  # fmt: skip
 _ADALORA_TRAINED_WITH = {
     "r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
     "total_step", "rank_pattern", "init_lora_weights",
+    "use_rslora", "alpha_pattern",  # PEFT's AdaLoRA does not look at them
 }  # fmt: skip
 # Starting values that leave the base's weights alone. Others take a part of them into the adapter,
 # so that B A alone is not the change; of these two, the part follows from the weights.
@@ -63,9 +66,6 @@ class _Found:
         default_factory=lambda: defaultdict[str, dict[str, torch.Tensor]](dict)
     )
     shifts: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
-    replaced: dict[str, dict[str, torch.Tensor]] = field(
-        default_factory=dict[str, dict[str, torch.Tensor]]
-    )
     rows: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
 
@@ -94,7 +94,7 @@ def lower_lora(
     folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
 ) -> LoweredAdapter:
     """A LoRA folder as deltas. Raises AdapterError for whatever does not fit the target."""
-    refuse_unread(folder, _READ, _TRAINED_WITH)
+    refuse_unread(folder, _READ, _TRAINED_WITH | _of_ties(target))
     start = folder.config.get("init_lora_weights", True)
     start = start.lower() if isinstance(start, str) else start
     if start not in (*_PLAIN_STARTS, *_KNOWN_STARTS):
@@ -104,19 +104,22 @@ def lower_lora(
             f"has init_lora_weights = {start!r}, which changed the base's weights; convert it with "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
+    on_parameters = targeted_parameters(folder, target)
+    names = [*target.modules, *(f"{module}.{name}" for module, name in on_parameters.values())]
     sizes = _Sizes(
         folder,
-        by_pattern(folder, "rank_pattern", target.modules),
-        by_pattern(folder, "alpha_pattern", target.modules),
+        by_pattern(folder, "rank_pattern", names),
+        by_pattern(folder, "alpha_pattern", names),
     )
     found = _read(folder, tensors, target, sizes)
-    deltas: dict[str, Delta] = {}
+    deltas = _of_parameters(found, on_parameters, sizes, str(start), target)
     for module, parts in found.factors.items():
         give_way()
         rank, scale = sizes.rank(module), sizes.scale(module)
         shape = _checked(folder, module, parts, rank, target)
         a_rI, b_Or = parts["A"].float(), parts["B"].float() * scale
-        if start in _KNOWN_STARTS:
+        # PEFT starts an embedding plainly, whatever it starts other modules with.
+        if start in _KNOWN_STARTS and shape.kind != "embedding":
             first_a_rI, first_b_Or = _first(folder, module, shape, rank, scale, str(start))
             a_rI, b_Or = torch.cat([a_rI, first_a_rI]), torch.cat([b_Or, -first_b_Or], dim=1)
         shift = found.shifts.pop(module, None)
@@ -124,17 +127,48 @@ def lower_lora(
             factors, magnitude_O = (a_rI, b_Or), parts["magnitude"].float()
             deltas[module] = _dora(folder, module, shape, factors, magnitude_O, shift)
         else:
-            b_Or = b_Or if shape.scale == 1 else b_Or * shape.scale
-            deltas[module] = LinearDelta(a_rI.T, b_Or.T, shift)
+            deltas[module] = LinearDelta(a_rI.T, (b_Or * shape.scale).T, shift)
     return _lowered(folder, found, deltas, target)
+
+
+def _of_ties(target: Target) -> set[str]:
+    """The field that ties what is trained to what the base ties, if it ties nothing."""
+    weight = target.modules[target.input_embedding].parameters["weight"]
+    return set() if len([*sharing(target, weight)]) > 1 else {"ensure_weight_tying"}
+
+
+def _of_parameters(
+    found: _Found,
+    on_parameters: Mapping[str, tuple[str, str]],
+    sizes: _Sizes,
+    start: str,
+    target: Target,
+) -> dict[str, Delta]:
+    """What is on parameters, taken out of `found`. Raises AdapterError."""
+    folder = sizes.folder
+    changes: dict[str, dict[str, torch.Tensor | LowRank]] = defaultdict(dict)
+    for key, place in on_parameters.items():
+        module, name = place
+        if start in _KNOWN_STARTS or MIN_RANK in folder.metadata:
+            raise fault(
+                folder.path,
+                CONFIG,
+                f"has {name!r} of {module!r} in target_parameters, of which neither a part was "
+                "taken by init_lora_weights nor the rank can be chosen; leave it out of "
+                "target_parameters",
+            )
+        full, parts = f"{module}.{name}", found.factors.pop(key, {})
+        rank, scale = sizes.rank(full), sizes.scale(full)
+        changes[module][name] = change_of_parameter(folder, place, parts, rank, scale, target)
+    return {module: Replacement(parameters) for module, parameters in changes.items()}
 
 
 def lower_adalora(
     folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
 ) -> LoweredAdapter:
     """An AdaLoRA folder as deltas, each at the rank it was left. Raises AdapterError."""
-    read = {"init_r", "lora_alpha", "bias", "modules_to_save"}
-    refuse_unread(folder, read, _TRAINED_WITH | _ADALORA_TRAINED_WITH)
+    read = {"init_r", "lora_alpha", "bias", "modules_to_save", "trainable_token_indices"}
+    refuse_unread(folder, read, _TRAINED_WITH | _ADALORA_TRAINED_WITH | _of_ties(target))
     init_r = number(folder, folder.config.get("init_r", 12), "init_r", whole=True)
     alpha = number(folder, folder.config.get("lora_alpha", 8), "lora_alpha")
     found = _read(folder, tensors, target)
@@ -156,9 +190,10 @@ def _lowered(
     deltas |= {module: LinearDelta(shift_O=shift) for module, shift in found.shifts.items()}
     placed_deltas: dict[str, Delta] = {
         name: placed(delta, target, is_embedding=target.modules[name].kind == "embedding")
-        for name, delta in deltas.items() if isinstance(delta, LinearDelta)
-    }  # fmt: skip
-    placed_deltas |= replacements(found.replaced, target)
+        if isinstance(delta, LinearDelta)
+        else delta
+        for name, delta in deltas.items()
+    }
     add_rows(folder, found.rows, placed_deltas, target)
     lowest = folder.metadata.get(MIN_RANK)
     if lowest is None:
@@ -190,11 +225,9 @@ def _read(
             parts[part] = tensor
         else:
             others[key] = tensor
-    found.replaced = saved_whole(folder, others, target)
     for key, tensor in others.items():
         name = bare_name(folder, key)
-        module, _, parameter = name.rpartition(".")
-        if parameter in found.replaced.get(module, ()):
+        if name.endswith(_TRAINED_PART):
             continue
         if match := _TOKENS.fullmatch(name):
             found.rows[match[1]] = tensor
@@ -208,26 +241,9 @@ def _read(
             found.shifts[module] = found.shifts.get(module, 0) + fit_shift(
                 folder, key, change, shape
             )
-        elif match := _BASE_WEIGHT.fullmatch(name):
-            _check_base_weight(folder, key, tensor, shape_of(folder, key, match[1], target))
         else:
             raise fault(folder.path, WEIGHTS, f"has tensor {key!r}, which is not of a LoRA")
     return found
-
-
-def _check_base_weight(
-    folder: AdapterFolder, key: str, tensor: torch.Tensor, shape: ModuleShape
-) -> None:
-    """PEFT saves a copy of an embedding that a LoRA is on; it must be the base's own."""
-    own = shape.weight
-    if own is None or own.shape != tensor.shape or not torch.equal(tensor.to(own.dtype), own.cpu()):
-        raise fault(
-            folder.path,
-            WEIGHTS,
-            f"has {key!r}, which differs from the base's weights; only an adapter over unchanged "
-            "weights is served: save it with save_embedding_layers=False if they should be the "
-            "base's",
-        )
 
 
 def _checked(
@@ -277,15 +293,16 @@ def _dora(
     magnitude_O: torch.Tensor,
     shift: torch.Tensor | None,
 ) -> LinearDelta:
-    """g ∘ (y - bias) + g ∘ (x A) B + new bias, with g = m / ||W + B A|| and y = W x + bias."""
+    """g ∘ (y - bias) + g ∘ (x A) B + new bias, with g = m / ||W + B A|| and y = W x + bias; where
+    an embedding scales y, both."""
     a_rI, b_Or = factors
     norm_O = torch.linalg.norm(_weight(folder, module, shape) + b_Or @ a_rI, dim=1)
     gain_O = magnitude_O / norm_O
     if shape.bias is not None:
         own_O = shape.bias.float().cpu()
         shift = own_O + (0 if shift is None else shift) - gain_O * own_O
-    # PEFT leaves an embedding's own scale out of a DoRA's update.
-    return LinearDelta(a_rI.T, (gain_O[:, None] * b_Or).T, shift, scale_O=gain_O)
+    gain_O1 = gain_O[:, None]
+    return LinearDelta(a_rI.T, (gain_O1 * b_Or * shape.scale).T, shift, scale_O=gain_O)
 
 
 def _first(

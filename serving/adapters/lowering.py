@@ -29,6 +29,7 @@ from serving.adapters.lora import lower_adalora, lower_lora
 from serving.adapters.merged import KINDS, lower_merged
 from serving.adapters.offset import PROXY, lower_proxy
 from serving.adapters.primitives import LoweredAdapter
+from serving.adapters.saved import take_out
 from serving.adapters.soft_prompt import lower_prefix_tuning, lower_prompt_tuning
 from serving.adapters.target import Target
 from serving.adapters.tokens import lower_trainable_tokens
@@ -67,7 +68,7 @@ _REFUSED: Mapping[str, str] = {
     "XLORA": "which chooses weights by the input itself, so that no fixed change equals it",
 }
 
-# How the names of integer tensors end; a method that has none refuses them.
+# What the names of integer tensors have; a method that has none refuses them.
 INDICES = "indices"
 
 
@@ -109,17 +110,24 @@ def _lower(
         )
         if wrong is not None:
             raise fault(folder.path, WEIGHTS, f"has tensor {wrong!r} that is not floating point")
-        return lower_kind(part, tensors, base)
+        own, whole = take_out(part, tensors, base)
+        lowered = lower_kind(part, own, base)
+        both = next((module for module in whole if module in lowered.deltas), None)
+        if both is not None:
+            raise fault(folder.path, WEIGHTS, f"changes {both!r} and has it saved whole too")
+        return replace(lowered, deltas={**lowered.deltas, **whole})
 
     if folder.method == PROXY:
         lowered = lower_proxy(folder, small_bases, lower_on)
     else:
         lowered = lower_on(folder, target)
-    return replace(lowered, content=content or _content(folder, tensors))
+    # What no pass runs changes nothing, in PEFT either.
+    deltas = {name: delta for name, delta in lowered.deltas.items() if name not in target.idle}
+    return replace(lowered, deltas=deltas, content=content or _content(folder, tensors))
 
 
 def _is_expected(key: str, tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or key.endswith(INDICES)
+    return tensor.is_floating_point() or INDICES in key.rpartition(".")[2]
 
 
 def _lowering_of(folder: AdapterFolder, target: Target) -> Lower:

@@ -26,7 +26,6 @@ from serving.adapters.dense import factored
 from serving.adapters.linear import change_of_bias, fit_shift, placed
 from serving.adapters.patterns import without_patterns
 from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter
-from serving.adapters.saved import replacements, saved_whole
 from serving.adapters.target import PREFIX, ModuleShape, Target
 
 # Each was tried on what PEFT saves of it (tests/equivalence/test_merged.py). Those of the second
@@ -51,8 +50,7 @@ def lower_merged(
     """A folder of one of KINDS as linear deltas. Raises AdapterError."""
     with peft_alone():
         config = _config(folder, tensors, target)
-        whole = saved_whole(folder, _of_base(tensors), target)
-        shifts, own = _split(folder, tensors, whole, target)
+        shifts, own = _split(folder, tensors, target)
         model = _with_peft(folder, config, own, target)
     deltas: dict[str, Delta] = {}
     for module, layer in _layers(model):
@@ -65,34 +63,38 @@ def lower_merged(
         is_embedding = target.modules[module].kind == "embedding"
         deltas[module] = placed(delta, target, is_embedding=is_embedding)
     deltas |= {module: placed(LinearDelta(shift_O=s), target) for module, s in shifts.items()}
-    return LoweredAdapter(deltas | replacements(whole, target))
-
-
-def _of_base(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without what all modules of an adapter share, which PEFT keeps elsewhere."""
-    return {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
+    return LoweredAdapter(deltas)
 
 
 def _split(
-    folder: AdapterFolder,
-    tensors: Mapping[str, torch.Tensor],
-    whole: Mapping[str, Mapping[str, torch.Tensor]],
-    target: Target,
+    folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The changes of biases by module, and what PEFT's layers hold themselves, in float32."""
     shifts: dict[str, torch.Tensor] = {}
     own: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         module, _, name = key.removeprefix(PREFIX).rpartition(".")
-        if name in whole.get(module, ()):
-            continue
         module = module.removesuffix(".base_layer")
+        _check_linear(folder, key, target)
         shape = target.modules.get(module)
         if name == "bias" and shape is not None and shape.bias is not None:
             shifts[module] = fit_shift(folder, key, change_of_bias(tensor, shape), shape)
         else:
             own[key] = tensor.float() if tensor.is_floating_point() else tensor
     return shifts, own
+
+
+def _check_linear(folder: AdapterFolder, key: str, target: Target) -> None:
+    """Raise AdapterError for a tensor of an embedding, which the hollow base does not have."""
+    for name in _parents(key.removeprefix(PREFIX)):
+        shape = target.modules.get(name)
+        if shape is not None and shape.kind == "embedding":
+            raise fault(
+                folder.path,
+                WEIGHTS,
+                f"has {key!r}, of the embedding {name!r}, where {folder.method} is served of "
+                "linear modules alone; leave it out of target_modules, or train a LoRA of it",
+            )
 
 
 def _config(folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target) -> Any:

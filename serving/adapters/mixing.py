@@ -19,7 +19,7 @@ import torch
 from cluster.errors import RequestError
 from serving.adapters.alone import without_warnings
 from serving.adapters.pace import give_way
-from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter, Replacement
+from serving.adapters.primitives import Delta, LinearDelta, LoweredAdapter, LowRank, Replacement
 from serving.adapters.target import Target
 
 
@@ -154,12 +154,22 @@ def _sum_of_replaced(
     module: str, terms: Sequence[tuple[_Term, Replacement]], target: Target
 ) -> Replacement:
     """p + Σ w (p' - p) of each parameter that one of them has."""
-    shape, parameters = target.modules[module], dict[str, torch.Tensor]()
-    for term, replacement in terms:
-        for name, value in replacement.parameters.items():
-            own = shape.parameters[name]
-            if own.is_meta:
-                raise _refused(term.name, f"replaces {module!r}, whose weight is quantised here")
-            change = term.weight * (value.float() - own.float())
-            parameters[name] = parameters.get(name, own.float()) + change
-    return Replacement({n: p.to(target.dtype).contiguous() for n, p in parameters.items()})
+    shape, parameters = target.modules[module], dict[str, torch.Tensor | LowRank]()
+    for name in dict.fromkeys(name for _, r in terms for name in r.parameters):
+        own = shape.parameters[name]
+        found = [(t, r.parameters[name]) for t, r in terms if name in r.parameters]
+        if own.is_meta:
+            reason = f"replaces {module!r}, whose weight is quantised here"
+            raise _refused(found[0][0].name, reason)
+        low_rank = [(t.weight, value) for t, value in found if isinstance(value, LowRank)]
+        if len(low_rank) == len(found):
+            left = torch.cat([value.left.float() * w for w, value in low_rank], dim=-1)
+            right = torch.cat([value.right for _, value in low_rank], dim=-2)
+            parameters[name] = LowRank(left.to(right.dtype), right)
+            continue
+        total = own.float()
+        for term, value in found:
+            whole = value.added_to(own) if isinstance(value, LowRank) else value
+            total = total + term.weight * (whole.float() - own.float())
+        parameters[name] = total.to(target.dtype).contiguous()
+    return Replacement(parameters)

@@ -46,12 +46,26 @@ class LinearDelta:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """A parameter as the base's plus left @ right, of each expert where it is a stack of them. The
+    sum is made anew in each step, and gone behind the module."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def added_to(self, own: torch.Tensor) -> torch.Tensor:
+        """The whole parameter, a copy."""
+        add = torch.baddbmm if own.ndim == 3 else torch.addmm
+        return add(own, self.left, self.right)
+
+
+@dataclass(frozen=True)
 class Replacement:
     """Parameters of one module in place of the base's, by their name in the module: the module
     runs again with them on the adapter's rows. What a norm's weight needs, since no change of its
-    output is the same as a change of its weight."""
+    output is the same as a change of its weight; and experts, which see some of the rows each."""
 
-    parameters: Mapping[str, torch.Tensor]
+    parameters: Mapping[str, torch.Tensor | LowRank]
 
 
 @dataclass(frozen=True)

@@ -24,21 +24,20 @@ _NO_PREFIX = ("hidden_size_per_layer_input", "num_kv_shared_layers")
 class ModuleShape:
     """One module that a delta can act on. A transposed one is linear with its weight in [in, out]
     order; another, such as a norm, takes no change of its weight by a product. `parameters` are
-    all that it has itself, by name; `weight` that of a linear module in [out, in] order or of an
-    embedding, or None; `scale` is what an embedding multiplies its vectors by, and PEFT a LoRA.
-    Of a weight in 4 or 8 bits, `parameters` have the shape alone (meta device), and `weight` is
-    None: only `read_weight` tells its values."""
+    all that it has itself, by name; `scale` is what an embedding multiplies its vectors by, and
+    PEFT a LoRA. Of a weight in 4 or 8 bits, `parameters` have the shape alone (meta device): only
+    `read_weight` tells its values."""
 
     in_features: int
     out_features: int
     kind: Literal["linear", "transposed", "embedding", "other"]
     parameters: Mapping[str, torch.Tensor]
     bias: torch.Tensor | None
-    weight: torch.Tensor | None = None
     scale: float = 1.0
     # The weight in [out, in] order, float32 on CPU, of whatever is linear or an embedding.
     read_weight: Callable[[], torch.Tensor] | None = None
     is_quantized: bool = False
+    is_transposed: bool = False  # its stacked experts' matrices are [in, out]
 
     @property
     def takes_low_rank(self) -> bool:
@@ -59,7 +58,10 @@ class Target:
     device: torch.device
     dtype: torch.dtype
     refuses_prefix: str | None  # why a prefix would be computed wrongly here
+    input_embedding: str  # a module
     is_seq2seq: bool = False
+    # Modules that no pass runs: T5's `shared`, of which each stack has an embedding of its own.
+    idle: frozenset[str] = frozenset()
 
     @property
     def task_type(self) -> str:
@@ -85,7 +87,10 @@ def describe(model: Any, name: str) -> Target:
             f"base_model {name}: {type(model).__name__} is not served: its layers do not all "
             f"attend with the same heads ({error})"
         ) from error
-    weight = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings()
+    weight, is_seq2seq = embedding.weight, bool(config.is_encoder_decoder)
+    input_embedding = next(n for n, module in model.named_modules() if module is embedding)
+    is_idle = is_seq2seq and model.get_encoder().get_input_embeddings() is not embedding
     return Target(
         name=name,
         modules={n: shape for n, m in model.named_modules() if (shape := _shape(m)) is not None},
@@ -96,7 +101,9 @@ def describe(model: Any, name: str) -> Target:
         device=weight.device,
         dtype=weight.dtype,
         refuses_prefix=next((k for k in _NO_PREFIX if getattr(config, k, None)), None),
-        is_seq2seq=bool(config.is_encoder_decoder),
+        input_embedding=input_embedding,
+        is_seq2seq=is_seq2seq,
+        idle=frozenset({input_embedding} if is_idle else ()),
     )
 
 
@@ -136,21 +143,23 @@ def _shape(module: torch.nn.Module) -> ModuleShape | None:
         return _quantized_shape(module, own)
     if isinstance(module, torch.nn.Linear):
         size = (module.in_features, module.out_features)
-        return ModuleShape(*size, "linear", own, bias, weight, read_weight=read)
+        return ModuleShape(*size, "linear", own, bias, read_weight=read)
     if isinstance(module, Conv1D):
         return ModuleShape(module.nx, module.nf, "transposed", own, bias, read_weight=read)
     if isinstance(module, torch.nn.Embedding):
-        scale = float(getattr(module, "embed_scale", 1.0))
+        scale = getattr(module, "embed_scale", None)
         # With a forward of its own, as for positions, it may be called with something else.
-        takes_ids = scale != 1 or type(module).forward is torch.nn.Embedding.forward
+        takes_ids = scale is not None or type(module).forward is torch.nn.Embedding.forward
         size = (module.num_embeddings, module.embedding_dim)
         kind = "embedding" if takes_ids else "other"
-        return ModuleShape(*size, kind, own, None, weight, scale, read if takes_ids else None)
+        scale = 1.0 if scale is None else float(scale)
+        return ModuleShape(*size, kind, own, None, scale, read if takes_ids else None)
     if not own:
         return None
     vector = next((p for p in (bias, weight) if p is not None and p.ndim == 1), None)
     features = 0 if vector is None else vector.shape[0]  # of a norm
-    return ModuleShape(features, features, "other", own, bias)
+    is_transposed = bool(getattr(module, "is_transposed", False))
+    return ModuleShape(features, features, "other", own, bias, is_transposed=is_transposed)
 
 
 def _quantized_shape(module: Any, own: dict[str, torch.Tensor]) -> ModuleShape:

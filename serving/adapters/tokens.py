@@ -1,7 +1,9 @@
-"""Trainable tokens: rows of an embedding in place of the base's, also where a head is tied to it.
+"""Trainable tokens: rows of an embedding in place of the base's, also where a head is tied to it;
+or of a head alone.
 
 PEFT saves the rows and, in the config, which tokens they are of: TRAINABLE_TOKENS, or a LoRA's
-`trainable_token_indices`. W'[token] = row, so that W' - W is sparse.
+`trainable_token_indices`. W'[token] = row, so that W' - W is sparse. Its head with such rows is
+x W'ᵀ: it leaves out a bias that the base's head has, in training and after.
 
     K tokens    H hidden
 """
@@ -44,7 +46,8 @@ def add_rows(
     deltas: dict[str, Delta],
     target: Target,
 ) -> None:
-    """Put the changed rows of each module in `rows`, and of what is tied to it, into `deltas`.
+    """Put the changed rows of each module in `rows`, and of what is tied to the input embedding if
+    that is one, into `deltas`.
 
     Raises:
         AdapterError: they fit neither the config nor the base, or `deltas` has the module already.
@@ -53,8 +56,9 @@ def add_rows(
     for module, rows_KH in rows.items():
         weight, change = _change(folder, module, rows_KH, target)
         for tied, _ in sharing(target, weight):
-            if tied != module and tied in rows:
-                continue  # PEFT unties what it trained with other tokens
+            # PEFT ties others to the input embedding alone, and not those with rows of their own.
+            if tied != module and (module != target.input_embedding or tied in rows):
+                continue
             if tied in deltas:
                 raise fault(
                     folder.path,
@@ -62,7 +66,11 @@ def add_rows(
                     f"trains tokens of {module!r} and changes {tied!r}, of the same weight, "
                     "otherwise; merge the adapter, or train it without",
                 )
-            deltas[tied] = LinearDelta(sparse=compressed(change, target.modules[tied], target))
+            shape = target.modules[tied]
+            deltas[tied] = LinearDelta(
+                shift_O=None if shape.bias is None else -shape.bias.to(target.dtype),
+                sparse=compressed(change, shape, target),
+            )
             changed.add(tied)
     asked = _asked(folder)
     names = [str(name) for name in asked] if isinstance(asked, dict) else [""] if asked else []

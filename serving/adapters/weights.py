@@ -47,7 +47,7 @@ def lower_layernorm(
     folder: AdapterFolder, tensors: Mapping[str, torch.Tensor], target: Target
 ) -> LoweredAdapter:
     """A LayerNorm-tuning folder as replacements. Raises AdapterError."""
-    refuse_unread(folder, (), {"target_modules", "exclude_modules"})
+    refuse_unread(folder, {"modules_to_save"}, {"target_modules", "exclude_modules"})
     found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         module, infix, name = bare_name(folder, key).partition(_NORM)
@@ -96,7 +96,7 @@ def lower_shira(
     """A SHiRA folder as sparse deltas. Raises AdapterError."""
     trained_with = {"r", "mask_type", "random_seed", "target_modules", "fan_in_fan_out",
                     "init_weights"}  # fmt: skip
-    refuse_unread(folder, (), trained_with)
+    refuse_unread(folder, {"modules_to_save"}, trained_with)
     deltas: dict[str, Delta] = {}
     for key, values_K in tensors.items():
         module, _, part = bare_name(folder, key).rpartition(".")

@@ -57,7 +57,8 @@ class Encoder:
         ]
         start: int = self._model.config.decoder_start_token_id
         start_B1 = torch.full((len(sources), 1), start, device=self._device)
-        with self._hooks.active(segments([source.deltas for source in sources]), ()):
+        body = segments([source.deltas for source in sources])
+        with self._hooks.active(body, (), len(sources)):
             states_BCH = self._model.get_encoder()(**inputs, attention_mask=mask)[0]
             # One decoder token, whose own output nobody wants, has the base's modules make each
             # layer's keys and values of the source.

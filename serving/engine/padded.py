@@ -118,7 +118,7 @@ class PaddedPass:
         if self._takes_positions:
             inputs["position_ids"] = positions
         with ExitStack() as scope:
-            scope.enter_context(self._hooks.active(group.body, group.head))
+            scope.enter_context(self._hooks.active(group.body, group.head, len(rows)))
             if self._encoder is not None:
                 seen = self._encoder.seen_by(rows, memory, cache, positions)
                 inputs |= scope.enter_context(seen)

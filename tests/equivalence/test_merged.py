@@ -96,10 +96,24 @@ def test_every_kind_is_served_as_peft_computes_it(
     engine.check()
 
 
-def test_a_folder_with_modules_saved_whole(bases: Callable[[str], Path], tmp_path: Path) -> None:
+# PEFT saves copies of the base's own embeddings where one is a target.
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LOHA", {"modules_to_save": ["lm_head", "final_layer_norm"]}),
+        ("SHIRA", {"r": 2, "modules_to_save": ["lm_head", "final_layer_norm"]}),
+        ("IA3", {"feedforward_modules": ["fc1"], "modules_to_save": ["final_layer_norm"]}),
+        ("IA3", {"target_modules": ["fc1", "lm_head"], "feedforward_modules": ["fc1"]}),
+        ("LN_TUNING", {"target_modules": ["embed_tokens"], "modules_to_save": ["fc2"]}),
+        ("UNILORA", {"save_indices": True}),
+    ],
+)
+def test_a_folder_with_more_than_the_methods_own_weights(
+    bases: Callable[[str], Path], tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
     base = bases("opt")
-    saved = ["lm_head", "final_layer_norm"]
-    folder, expected = make_folder("LOHA", base, tmp_path, modules_to_save=saved)
+    folder, expected = make_folder(kind, base, tmp_path, **options)
     engine = Engine(EngineSpec(base_model=str(base)))
     engine.add_adapter("a", folder)
     (logits,) = engine.score([ScoreRequest(PROMPT, "a")])
@@ -126,6 +140,16 @@ def test_a_folder_that_peft_would_not_take_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(AdapterError, match=message):
         lower(folder, describe(load(bases("opt")), "opt"))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("kind", ["OFT", "HIRA", "TINYLORA"])
+def test_what_is_on_an_embedding_is_refused_by_name(
+    bases: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    folder, _ = make_folder(kind, bases("llama"), tmp_path, target_modules=["embed_tokens"])
+    with pytest.raises(AdapterError, match=rf"of the embedding '.*', where {kind} is served of"):
+        lower(folder, describe(load(bases("llama")), "llama"))
 
 
 def test_a_method_that_does_more_than_its_merged_weight_is_refused(
@@ -231,5 +255,5 @@ def test_tokens_of_a_weight_that_is_saved_whole_too_are_refused(
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "trainable_token_indices": [3], "modules_to_save": ["lm_head"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match=r"trains tokens of .* and changes 'lm_head'"):
+    with pytest.raises(AdapterError, match=r"changes 'lm_head' and has it saved whole too"):
         lower(tmp_path, describe(load(base), "qwen3"))

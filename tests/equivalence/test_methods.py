@@ -1,5 +1,6 @@
 """Every method, on several families: Graft's logits and greedy tokens are PEFT's."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from adapters import load, make_adapter, variants_of
 from conftest import CONTEXT
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from side_by_side import (
     NEW_TOKENS,
     TOLERANCE,
@@ -27,8 +28,13 @@ from training import load_adapter
 
 Bases = Callable[[str], Path]
 Setups = Callable[[str], SideBySide]
-FLAT = ["llama", "qwen3", "mistral", "gpt2", "gemma", "opt", "phi", "qwen2_moe"]
-PADDED = ["bloom", "falcon", "falcon_alibi", "falcon_multi_query", "gptj", "mpt", "gemma2"]
+FLAT = [
+    "llama", "qwen3", "mistral", "gpt2", "gemma", "opt", "phi", "qwen2_moe", "mixtral", "qwen3_moe",
+]  # fmt: skip
+PADDED = [
+    "bloom", "falcon", "falcon_alibi", "falcon_multi_query", "gptj", "mpt", "gemma2", "deepseek_v3",
+    "gpt_oss",
+]  # fmt: skip
 FAMILIES = [*FLAT, *PADDED]
 PAIRS = [(family, variant) for family in FAMILIES for variant in variants_of(family)]
 PROMPTS = [
@@ -149,17 +155,36 @@ def test_a_rank_that_an_adapter_has_not_is_refused(bases: Bases, tmp_path: Path)
             )
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_embeddings_without_copies_of_the_base(bases: Bases, tmp_path: Path, family: str) -> None:
-    """Gemma scales its embeddings; PEFT saves copies of the base's own by default."""
-    base, copies = bases(family), make_adapter("embeddings", bases(family), tmp_path / "copies")
-    model: Any = load_adapter(load(base), copies)
-    model.save_pretrained(str(tmp_path / "bare"), save_embedding_layers=False)
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        ("llama", "embeddings"), ("gemma", "embeddings"), ("qwen3", "lora"), ("phi", "lora"),
+        ("llama", "ia3"), ("llama", "layernorm"), ("llama", "shira"), ("llama", "lokr"),
+    ],
+)  # fmt: skip
+def test_copies_of_the_bases_embeddings_change_nothing(
+    bases: Bases, tmp_path: Path, family: str, variant: str
+) -> None:
+    """Whole or rounded. PEFT saves them where an embedding is a target, or if it is told to."""
+    base, key = bases(family), "base_model.model.lm_head"
+    model: Any = load_adapter(load(base), make_adapter(variant, base, tmp_path / "made"))
     engine = Engine(EngineSpec(base_model=str(base)))
-    for name in ("copies", "bare"):
+    for name, has_copies in (("bare", False), ("copies", True), ("rounded", True)):
+        model.save_pretrained(str(tmp_path / name), save_embedding_layers=has_copies)
+        path = tmp_path / name / "adapter_model.safetensors"
+        tensors = load_file(path)
+        names = [k for k in tensors if re.search(r"(_tokens|head)(\.base_layer)?\.weight$", k)]
+        copies = {k: tensors[k].half() for k in names}
+        assert bool(copies) == has_copies
+        if name == "rounded":
+            save_file(tensors | copies, path)
         engine.add_adapter(name, tmp_path / name)
-    one, other = engine.score([ScoreRequest(PROMPTS[2], name) for name in ("copies", "bare")])
-    assert torch.equal(one, other)
+    bare, *others = engine.score([ScoreRequest(PROMPTS[2], n) for n in engine.adapters])
+    assert all(torch.equal(bare, other) for other in others)
+    weight = load(base).get_output_embeddings().weight.detach()
+    save_file(tensors | {f"{key}.weight": weight + 1}, path)
+    with pytest.raises(AdapterError, match="which differs from the base's weights"):
+        engine.add_adapter("other", path.parent)
 
 
 @pytest.mark.parametrize(

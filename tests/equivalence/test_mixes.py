@@ -78,6 +78,7 @@ def test_a_mix_of_loras_is_pefts(bases: Bases, tmp_path: Path) -> None:
         ("llama", ("dora", "vera", "trainable_tokens", "layernorm")),
         ("gpt2", ("lora_patterns", "dora", "vera")),
         ("llama", ("ia3", "trainable_tokens", "layernorm")),
+        ("mixtral", ("experts", "parameters")),
     ],
 )
 def test_a_mix_is_the_sum_of_the_changes_of_weights(

@@ -19,8 +19,9 @@ from serving.engine import Engine, EngineSpec, GenerationRequest, ScoreRequest
 from training import load_adapter
 
 BITS = [4, 8]
-# Their first factors would have to be told from weights that are gone.
-VARIANTS = [variant for variant in variants_of("llama") if variant not in ("pissa", "olora")]
+# What they start from, or add to, are weights that are gone.
+_OF_WEIGHTS = ("pissa", "olora", "parameters")
+VARIANTS = [variant for variant in variants_of("llama") if variant not in _OF_WEIGHTS]
 PROMPTS = [[72, 101, 108, 108, 111], list(range(40, 70)), [7]]
 NEW_TOKENS = 24
 

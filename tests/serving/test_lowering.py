@@ -44,6 +44,19 @@ def test_each_other_kind_of_peft_is_refused_with_its_reason(
     assert f"has peft_type {kind!r}, {_REFUSED[kind]}" in caught.value.message
 
 
+def test_ties_to_be_kept_are_refused_where_there_are_some(bases: Bases, tmp_path: Path) -> None:
+    """Where a base ties nothing, PEFT only warns."""
+    config = {"peft_type": "LORA", "ensure_weight_tying": True, "modules_to_save": ["embed_tokens"]}
+    names = ("model.embed_tokens", "lm_head")
+    tensors = {f"base_model.model.{name}.weight": torch.ones(261, 32) for name in names}
+    target = describe(load(bases("qwen3")), "qwen3")
+    with pytest.raises(AdapterError, match="has ensure_weight_tying = 'True', which is not served"):
+        lower(write_folder(tmp_path, config, tensors), target)
+    del tensors["base_model.model.lm_head.weight"]
+    folder = write_folder(tmp_path, config, tensors)
+    assert lower(folder, describe(load(bases("llama")), "llama")).deltas.keys() == {names[0]}
+
+
 def test_what_peft_has_of_linear_modules_alone_is_refused_on_gpt2s(
     bases: Bases, tmp_path: Path
 ) -> None:
@@ -62,6 +75,27 @@ def test_what_peft_has_of_linear_modules_alone_is_refused_on_gpt2s(
         with pytest.raises(AdapterError) as caught:
             lower(write_folder(tmp_path, config, tensors), target)
         assert reason in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"r": 5}, r"of shapes .* for 'weight' of 'model.layers.0.mlp.gate', where the base"),
+        ({"target_parameters": ["gate_up_proj"]}, r"for 'gate_up_proj' of '.*', where the base"),
+        ({"target_parameters": "down_proj"}, "has target_parameters = 'down_proj', not names"),
+        ({"target_parameters": ["norm.weight"]}, "which is no plain matrix, or stack of some"),
+        ({"init_lora_weights": "pissa"}, "in target_parameters, of which neither a part was"),
+        ({"use_dora": True}, "where lora_A, lora_B, lora_magnitude are needed"),
+    ],
+)
+def test_a_lora_on_parameters_that_do_not_fit_is_refused(
+    bases: Bases, tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    target = describe(load(bases("mixtral")), "mixtral")
+    path = make_adapter("experts", bases("mixtral"), tmp_path) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterError, match=reason):
+        lower(tmp_path, target)
 
 
 def test_an_encoder_decoders_prefix_of_one_stack_is_refused(bases: Bases, tmp_path: Path) -> None:

@@ -220,6 +220,17 @@ def test_a_target_that_matches_nothing_lists_what_there_is(
             attach(bases("llama"), kind=kind, target_modules=targets, **options)
 
 
+@pytest.mark.parametrize("method", [{"kind": "dylora"}, {"kind": "lora", "init": "pissa"}])
+def test_what_needs_linear_modules_is_refused_on_experts(
+    bases: Bases, method: dict[str, str]
+) -> None:
+    """PEFT takes these in where all linear modules are meant."""
+    with pytest.raises(SpecError, match=r"means the parameter '.*gate.weight' too, where it can"):
+        attach(bases("mixtral"), **method)
+    with pytest.raises(SpecError, match=r"exclude_modules: means '.*gate', whose parameters PEFT"):
+        attach(bases("mixtral"), kind="lora", exclude_modules=["gate"])
+
+
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_matches_nothing_is_refused(bases: Bases, field: str) -> None:
     with pytest.raises(SpecError, match=rf"method.{field}: 'qproj' matches no targeted module"):

@@ -16,7 +16,7 @@ from cluster.errors import SpecError
 from cluster.tasks import head_modules, peft_task_type
 from training.method_spec import LowRankSpec
 from training.methods.head import is_of_head
-from training.methods.targets import check_targets
+from training.methods.targets import check_targets, is_targeted
 
 # Of what PEFT says that finds no module to adapt.
 _NO_TARGET = ("target modules", "modules were targeted", "modules were excluded")
@@ -71,6 +71,7 @@ def attach_low_rank(model: Any, config: Any, spec: LowRankSpec, base_path: str) 
         if not any(part in str(error).lower() for part in _NO_TARGET):
             raise SpecError(f"method: PEFT refuses it on {base_path}: {error}") from error
         raise _no_target(model, spec, base_path) from error
+    _check_excluded(adapted, spec)
     targeted: list[str] = adapted.base_model.targeted_module_names
     for layer in spec.layers_to_transform:
         if not _has_layer(targeted, layer):
@@ -82,6 +83,19 @@ def attach_low_rank(model: Any, config: Any, spec: LowRankSpec, base_path: str) 
             f"method.bias: {spec.bias!r}, but {base_path} has no such bias; set it to none"
         )
     return in_float32(adapted)
+
+
+def _check_excluded(adapted: Any, spec: LowRankSpec) -> None:
+    """Raise SpecError for a parameter that PEFT trains although its module is excluded: it looks at
+    modules alone there."""
+    for name in adapted.base_model.targeted_parameter_names:
+        module = name.rpartition(".")[0]
+        if spec.exclude_modules and is_targeted(module, spec.exclude_modules):
+            raise SpecError(
+                f"method.exclude_modules: means {module!r}, whose parameters PEFT trains with "
+                f"target_modules {spec.target_modules!r} all the same; list the names of linear "
+                "modules there instead"
+            )
 
 
 def _no_target(model: Any, spec: LowRankSpec, base_path: str) -> SpecError:
@@ -158,8 +172,13 @@ def is_linear(module: torch.nn.Module) -> bool:
 
 
 def check_linear(adapted: Any, remedy: str) -> None:
-    """Raise SpecError for a targeted module that is not linear; `remedy` says why and what to
-    do."""
+    """Raise SpecError for a targeted module that is not linear, or a parameter, such as stacked
+    experts, which PEFT targets in place of modules; `remedy` says why and what to do."""
+    for name in adapted.base_model.targeted_parameter_names:
+        raise SpecError(
+            f"method.target_modules: means the parameter {name!r} too, where it can list the names "
+            f"of linear modules; {remedy}"
+        )
     for name in adapted.base_model.targeted_module_names:
         module = adapted.base_model.model.get_submodule(name).get_base_layer()
         if not is_linear(module):

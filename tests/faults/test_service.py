@@ -435,9 +435,9 @@ def test_a_terminated_service_finishes_what_runs_and_leaves_no_process(service: 
     own = set[psutil.Process]()
     assert asyncio.run(last()) == service.expected
 
-    deadline = time.monotonic() + PATIENCE_S
+    assert service.command.wait(PATIENCE_S).code == 0
+    deadline = time.monotonic() + 10
     # A process that has ended and whom nobody has waited for counts as running.
     while left := there() | {process for process in own if process.is_running()}:
         assert time.monotonic() < deadline, (left, service.command.said)
         time.sleep(0.1)
-    assert service.command.wait(60).code == 0

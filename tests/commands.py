@@ -92,7 +92,7 @@ class Command:
             assert not was_over, said
             time.sleep(0.05)
 
-    def wait(self, timeout_s: float = 280) -> Ended:
+    def wait(self, timeout_s: float = 560) -> Ended:
         """Until it has ended."""
         try:
             code = self.process.wait(timeout_s)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import httpx2
 import pytest
 from adapters import make_adapter
-from bad_adapters import BAD
-from service import ASK, Running, error
+from bad_adapters import BAD, edit_config
+from rewriting import out_of_reach
+from service import ASK, CATALOGUE_TTL_S, Running, error
 
 from cluster.errors import AdapterError
 
@@ -117,3 +119,28 @@ def test_a_stream_ends_on_the_version_that_it_began_with(
         assert not first.startswith(short)
 
     assert streamed(http, "turning:live", move) == first
+
+
+def test_a_store_that_fails_costs_only_what_must_be_fetched(
+    service: Running, http: httpx2.Client, sound: dict[str, Path], tmp_path: Path
+) -> None:
+    """What was not fetched yet is refused for now, whether its manifest was read or not."""
+    store = service.registry.store.local_path()
+    assert store is not None
+    held = text(http, "lora")
+    for name in ("listed", "unseen"):  # each of a content of its own, so of no local copy
+        folder = Path(shutil.copytree(sound["lora"], tmp_path / name))
+        edit_config(lambda config, name=name: config.update(revision=name))(folder)
+        service.registry.publish(name, folder)
+    service.service.catalogue.refresh()
+    assert http.get("/v1/models/listed").status_code == 200
+    with out_of_reach(store):
+        for _ in range(2):
+            for name in ("listed", "unseen"):
+                answer = http.post("/v1/completions", json={"model": name, **ASK})
+                assert error(answer, 503)["code"] == "store_unavailable"
+                assert answer.headers["retry-after"] == "1"
+            assert text(http, "lora") == held
+            time.sleep(CATALOGUE_TTL_S)  # so the catalogue asks the store again
+        assert http.get("/ready").status_code == 200
+    assert [text(http, name) for name in ("listed", "unseen")] == [held, held]

@@ -1,4 +1,4 @@
-"""A file that does not hold still, and a folder that is out of reach."""
+"""A file that does not hold still."""
 
 import threading
 from collections.abc import Iterator
@@ -27,15 +27,3 @@ def rewritten(file: Path, *contents: bytes) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-@contextmanager
-def out_of_reach(folder: Path) -> Iterator[None]:
-    """The scope in which whatever is asked of the folder fails, root's questions too."""
-    away = folder.rename(folder.with_name(f"{folder.name}-away"))
-    folder.write_text("a file where the folder was")
-    try:
-        yield
-    finally:
-        folder.unlink()
-        away.rename(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from adapters import make_adapter
-from rewriting import out_of_reach
+from out_of_reach import out_of_reach
 
 from cluster.errors import ModelNotFoundError, StoreError
 from cluster.registry import Registry

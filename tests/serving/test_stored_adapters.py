@@ -1,9 +1,11 @@
 """Adapters of the store under requests over HTTP: bad ones, those that go away or are replaced."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,14 @@ import httpx2
 import pytest
 from adapters import make_adapter
 from bad_adapters import BAD, edit_config
-from rewriting import out_of_reach
+from damaged_folders import DAMAGED, canary
+from out_of_reach import out_of_reach
 from service import ASK, CATALOGUE_TTL_S, Running, error
 
+from cluster.adapter_folder import CONTENT
 from cluster.errors import AdapterError
+from cluster.imports import Imports
+from cluster.registry import SCHEMA, AdapterVersion, Registry, _content_hash, file_entry
 
 Bases = Callable[[str], Path]
 
@@ -76,6 +82,60 @@ def test_a_bad_adapter_is_refused_by_its_reason_and_disturbs_nobody(
 
     assert streamed(http, "lora", refused) == undisturbed
     assert f"{name}@1" not in service.replica.adapters
+
+
+def put(registry: Registry, name: str, folder: Path) -> None:
+    """As a version that nobody checked, by whoever writes into the store past the registry."""
+    files = {file: file_entry(folder / file) for file in CONTENT}
+    for file in CONTENT:
+        registry.store.create_file(f"adapters/{name}/00000001/{file}", folder / file)
+    version = AdapterVersion(name, 1, "LORA", None, _content_hash(files), "", files, card={})
+    registry.reveal({"schema": SCHEMA, **asdict(version)})
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_folder_is_told_by_its_reason_on_every_way_in(
+    service: Running, http: httpx2.Client, sound: dict[str, Path], undisturbed: str,
+    tmp_path: Path, case: str,
+) -> None:  # fmt: skip
+    """Published, dropped under the import prefix, or in the store already."""
+    name = f"damaged-{case.lower().replace(' ', '-').translate({44: None, 94: None})}"
+    bad, (spoil, reason) = Path(shutil.copytree(sound["lora"], tmp_path / name)), DAMAGED[case]
+    spoil(bad)
+    store = service.registry.store.local_path()
+    assert store is not None
+    has_both = all((bad / file).is_file() and not (bad / file).is_symlink() for file in CONTENT)
+
+    def ask(status: int) -> dict[str, Any]:
+        return error(http.post("/v1/completions", json={"model": name, **ASK}), status)
+
+    def tried() -> None:
+        with pytest.raises(AdapterError, match=re.escape(reason)):
+            service.registry.publish(name, bad)
+        shutil.copytree(bad, store / "imports" / name, symlinks=True)
+        imports = Imports(service.registry)
+        looks = [imports.look() for _ in range(2)]
+        assert not any(look.imported or look.failed for look in looks)
+        told = [file for look in looks for file in look.waiting.values()] or [
+            message for look in looks for message in look.refused.values()
+        ]
+        assert any(file in told[0] for file in CONTENT)
+        assert reason in told[0] or not has_both
+        service.service.catalogue.refresh()
+        assert ask(404)["code"] == "model_not_found"
+        if has_both:
+            put(service.registry, name, bad)
+            service.service.catalogue.refresh()
+            detail = ask(400)
+            assert detail["code"] == "invalid_adapter"
+            assert reason in detail["message"]
+
+    try:
+        assert streamed(http, "lora", tried) == undisturbed
+    finally:
+        shutil.rmtree(store / "imports", ignore_errors=True)
+    assert http.get("/ready").status_code == 200
+    assert not canary(bad).exists()
 
 
 def test_an_adapter_that_is_deleted_under_a_stream(

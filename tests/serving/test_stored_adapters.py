@@ -1,10 +1,13 @@
 """Adapters of the store under requests over HTTP: bad ones, those that go away or are replaced."""
 
 import json
+import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,12 @@ import pytest
 from adapters import make_adapter
 from bad_adapters import BAD, edit_config
 from damaged_folders import DAMAGED, canary
-from out_of_reach import out_of_reach
-from service import ASK, CATALOGUE_TTL_S, Running, error
+from out_of_reach import as_nobody, out_of_reach
+from rewriting import rewritten
+from safetensors.torch import load_file, save_file
+from service import ASK, BASE_NAME, CATALOGUE_TTL_S, Running, error, publish, running
 
-from cluster.adapter_folder import CONTENT
+from cluster.adapter_folder import CONTENT, WEIGHTS
 from cluster.errors import AdapterError
 from cluster.imports import Imports
 from cluster.registry import SCHEMA, AdapterVersion, Registry, _content_hash, file_entry
@@ -204,3 +209,61 @@ def test_a_store_that_fails_costs_only_what_must_be_fetched(
             time.sleep(CATALOGUE_TTL_S)  # so the catalogue asks the store again
         assert http.get("/ready").status_code == 200
     assert [text(http, name) for name in ("listed", "unseen")] == [held, held]
+
+
+def test_a_version_that_the_service_may_not_read_is_told_as_such(bases: Bases) -> None:
+    # Where others may go: pytest's own folders are its user's alone.
+    with tempfile.TemporaryDirectory(dir="/tmp") as place, ExitStack() as stack:
+        os.chmod(place, 0o755)
+        cache = Path(place, "cache")
+        cache.mkdir()
+        cache.chmod(0o777)
+        service = stack.enter_context(running(bases("llama"), Path(place)))
+        http = stack.enter_context(httpx2.Client(base_url=service.url, timeout=60, trust_env=False))
+        publish(service.registry, bases("llama"), Path(place), "lora", "bitfit")
+        held = text(http, "lora")
+        closed = Path(place, "store", "adapters", "bitfit", "00000001", WEIGHTS)
+        closed.chmod(0)
+        with as_nobody():
+            answer = http.post("/v1/completions", json={"model": "bitfit", **ASK})
+            detail = error(answer, 503)
+            assert detail["code"] == "store_unavailable"
+            assert f"bitfit/00000001/{WEIGHTS}: permission denied" in detail["message"]
+            assert text(http, "lora") == held
+        closed.chmod(0o644)
+        with as_nobody():
+            assert text(http, "bitfit") != held
+
+
+def test_a_copy_that_is_replaced_while_it_is_loaded(bases: Bases, tmp_path: Path) -> None:
+    """The right answer or a refusal for now, never an answer of what lies there."""
+    folder = make_adapter("lora", bases("llama"), tmp_path / "lora")
+    tensors = load_file(folder / WEIGHTS)
+    room = 1.5 * sum(tensor.nbytes for tensor in tensors.values())  # each of two is loaded anew
+    with (
+        running(bases("llama"), tmp_path, adapters_gib=room / 2**30) as service,
+        httpx2.Client(base_url=service.url, timeout=60, trust_env=False) as http,
+    ):
+        for name in ("neighbour", "rewritten"):
+            edit_config(lambda config, name=name: config.update(revision=name))(folder)
+            version = service.registry.publish(name, folder)
+        right, plain = text(http, "rewritten"), text(http, BASE_NAME)
+        assert text(http, "neighbour") == right != plain
+        weights = tmp_path / "cache" / version.content_hash / WEIGHTS
+        sound = weights.read_bytes()
+        save_file({key: 0 * tensor for key, tensor in tensors.items()}, tmp_path / WEIGHTS)
+        statuses = list[int]()
+        with rewritten(weights, (tmp_path / WEIGHTS).read_bytes(), sound):
+            for _ in range(20):
+                answer = http.post(
+                    "/v1/completions", json={"model": "rewritten", **ASK, "ignore_eos": True}
+                )
+                statuses.append(answer.status_code)
+                if answer.status_code == 200:
+                    assert answer.json()["choices"][0]["text"] == right
+                else:
+                    assert error(answer, 503)["code"] == "copy_changed"
+                    assert answer.headers["retry-after"] == "1"
+                assert text(http, "neighbour") == right
+        assert 503 in statuses
+        assert text(http, "rewritten") == right

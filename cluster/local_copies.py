@@ -45,14 +45,14 @@ class LocalCopies:
         target = self._cache / version.content_hash
         if self._is_sound(version, target, pause):
             return target
-        is_changed = target.exists()
-        if is_changed:
-            _log.warning("adapter %s: its copy %s was changed; fetched anew", version.ref, target)
         try:
+            is_changed = target.exists()
             self._cache.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=self._cache))
         except OSError as error:
             raise unwritable(f"cache {self._cache}", error) from error
+        if is_changed:
+            _log.warning("adapter %s: its copy %s was changed; fetched anew", version.ref, target)
         try:
             fresh = scratch / "fresh"
             fresh.mkdir(mode=0o700)

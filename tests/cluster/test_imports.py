@@ -4,14 +4,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from out_of_reach import as_nobody
 from safetensors.numpy import save_file
 
 from cluster.adapter_folder import CONFIG, WEIGHTS
@@ -112,18 +112,6 @@ def test_whoever_ends_before_a_version_is_visible_is_finished_by_another(tmp_pat
     assert registry.names() == []
     other = Imports(registry)
     assert [version.ref for _ in range(2) for version in other.look().imported] == ["bot@1"]
-
-
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """What files' modes forbid is forbidden to root too."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o444, 0o111])

@@ -1,10 +1,13 @@
 """Copies are made once, verified, and never used once somebody has touched them."""
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from out_of_reach import as_nobody
 from safetensors.torch import save_file
 
 from cluster.adapter_folder import CONFIG, WEIGHTS
@@ -17,7 +20,7 @@ def published(registry: Registry, folder: Path) -> AdapterVersion:
     folder.mkdir()
     config = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": "some/base"}
     (folder / CONFIG).write_text(json.dumps(config))
-    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 3)}, folder / WEIGHTS)
+    save_file({"base_model.model.x.bias": torch.ones(2, 3)}, folder / WEIGHTS)
     return registry.publish("bot", folder)
 
 
@@ -67,3 +70,14 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(StoreError, match=r"cache .*cache: cannot be written .*another folder"):
         LocalCopies(registry, tmp_path / "cache").fetch(published(registry, tmp_path / "a"))
+
+
+def test_a_cache_that_may_not_be_entered_is_told() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        os.chmod(place, 0o755)
+        registry, cache = Registry(f"{place}/store"), Path(place, "cache")
+        version = published(registry, Path(place, "a"))
+        cache.mkdir(mode=0)
+        with as_nobody(), pytest.raises(StoreError, match=r"Permission denied.*another folder"):
+            LocalCopies(registry, cache).fetch(version)
+        cache.chmod(0o755)

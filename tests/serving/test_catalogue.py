@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from adapters import make_adapter
+from out_of_reach import out_of_reach
 
+from cluster.errors import ModelNotFoundError, StoreError
 from cluster.registry import Registry
 from serving.catalogue import Catalogue
 
@@ -41,3 +43,27 @@ def test_what_is_at_hand_needs_no_store(
     if ttl_s:
         shutil.rmtree(tmp_path / "store")
         assert [catalogue.resolve(model) for model in asked] == found
+
+
+def test_a_store_that_fails_takes_away_nothing_that_was_seen(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    registry, asked = Registry(str(tmp_path / "store")), ("a", "a@1", "a:live")
+    registry.publish("a", make_adapter("lora", bases("llama"), tmp_path / "a"))
+    registry.set_alias("a", "live", 1)
+
+    def catalogue() -> Catalogue:
+        return Catalogue(registry, base_name=BASE, base_folder=str(bases("llama")), ttl_s=0)
+
+    running = catalogue()
+    found = [running.resolve(model) for model in asked]
+    with out_of_reach(tmp_path / "store"):
+        assert [running.resolve(model) for model in asked] == found
+        assert running.resolve(BASE) is None
+        for model in ("b", "a@2", "a:dead"):
+            with pytest.raises(ModelNotFoundError):
+                running.resolve(model)
+        with pytest.raises(StoreError, match="storage failed"):
+            catalogue().resolve("a")
+    registry.publish("b", tmp_path / "a")
+    assert running.resolve("b") == registry.resolve("b")

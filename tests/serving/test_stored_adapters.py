@@ -1,18 +1,31 @@
 """Adapters of the store under requests over HTTP: bad ones, those that go away or are replaced."""
 
 import json
+import os
+import re
 import shutil
+import tempfile
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from adapters import make_adapter
-from bad_adapters import BAD
-from service import ASK, Running, error
+from bad_adapters import BAD, edit_config
+from damaged_folders import DAMAGED, canary
+from out_of_reach import as_nobody, out_of_reach
+from rewriting import rewritten
+from safetensors.torch import load_file, save_file
+from service import ASK, BASE_NAME, CATALOGUE_TTL_S, Running, error, publish, running
 
+from cluster.adapter_folder import CONTENT, WEIGHTS
 from cluster.errors import AdapterError
+from cluster.imports import Imports
+from cluster.registry import SCHEMA, AdapterVersion, Registry, _content_hash, file_entry
 
 Bases = Callable[[str], Path]
 
@@ -76,6 +89,60 @@ def test_a_bad_adapter_is_refused_by_its_reason_and_disturbs_nobody(
     assert f"{name}@1" not in service.replica.adapters
 
 
+def put(registry: Registry, name: str, folder: Path) -> None:
+    """As a version that nobody checked, by whoever writes into the store past the registry."""
+    files = {file: file_entry(folder / file) for file in CONTENT}
+    for file in CONTENT:
+        registry.store.create_file(f"adapters/{name}/00000001/{file}", folder / file)
+    version = AdapterVersion(name, 1, "LORA", None, _content_hash(files), "", files, card={})
+    registry.reveal({"schema": SCHEMA, **asdict(version)})
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_folder_is_told_by_its_reason_on_every_way_in(
+    service: Running, http: httpx2.Client, sound: dict[str, Path], undisturbed: str,
+    tmp_path: Path, case: str,
+) -> None:  # fmt: skip
+    """Published, dropped under the import prefix, or in the store already."""
+    name = f"damaged-{case.lower().replace(' ', '-').translate({44: None, 94: None})}"
+    bad, (spoil, reason) = Path(shutil.copytree(sound["lora"], tmp_path / name)), DAMAGED[case]
+    spoil(bad)
+    store = service.registry.store.local_path()
+    assert store is not None
+    has_both = all((bad / file).is_file() and not (bad / file).is_symlink() for file in CONTENT)
+
+    def ask(status: int) -> dict[str, Any]:
+        return error(http.post("/v1/completions", json={"model": name, **ASK}), status)
+
+    def tried() -> None:
+        with pytest.raises(AdapterError, match=re.escape(reason)):
+            service.registry.publish(name, bad)
+        shutil.copytree(bad, store / "imports" / name, symlinks=True)
+        imports = Imports(service.registry)
+        looks = [imports.look() for _ in range(2)]
+        assert not any(look.imported or look.failed for look in looks)
+        told = [file for look in looks for file in look.waiting.values()] or [
+            message for look in looks for message in look.refused.values()
+        ]
+        assert any(file in told[0] for file in CONTENT)
+        assert reason in told[0] or not has_both
+        service.service.catalogue.refresh()
+        assert ask(404)["code"] == "model_not_found"
+        if has_both:
+            put(service.registry, name, bad)
+            service.service.catalogue.refresh()
+            detail = ask(400)
+            assert detail["code"] == "invalid_adapter"
+            assert reason in detail["message"]
+
+    try:
+        assert streamed(http, "lora", tried) == undisturbed
+    finally:
+        shutil.rmtree(store / "imports", ignore_errors=True)
+    assert http.get("/ready").status_code == 200
+    assert not canary(bad).exists()
+
+
 def test_an_adapter_that_is_deleted_under_a_stream(
     service: Running, http: httpx2.Client, sound: dict[str, Path]
 ) -> None:
@@ -117,3 +184,86 @@ def test_a_stream_ends_on_the_version_that_it_began_with(
         assert not first.startswith(short)
 
     assert streamed(http, "turning:live", move) == first
+
+
+def test_a_store_that_fails_costs_only_what_must_be_fetched(
+    service: Running, http: httpx2.Client, sound: dict[str, Path], tmp_path: Path
+) -> None:
+    """What was not fetched yet is refused for now, whether its manifest was read or not."""
+    store = service.registry.store.local_path()
+    assert store is not None
+    held = text(http, "lora")
+    for name in ("listed", "unseen"):  # each of a content of its own, so of no local copy
+        folder = Path(shutil.copytree(sound["lora"], tmp_path / name))
+        edit_config(lambda config, name=name: config.update(revision=name))(folder)
+        service.registry.publish(name, folder)
+    service.service.catalogue.refresh()
+    assert http.get("/v1/models/listed").status_code == 200
+    with out_of_reach(store):
+        for _ in range(2):
+            for name in ("listed", "unseen"):
+                answer = http.post("/v1/completions", json={"model": name, **ASK})
+                assert error(answer, 503)["code"] == "store_unavailable"
+                assert answer.headers["retry-after"] == "1"
+            assert text(http, "lora") == held
+            time.sleep(CATALOGUE_TTL_S)  # so the catalogue asks the store again
+        assert http.get("/ready").status_code == 200
+    assert [text(http, name) for name in ("listed", "unseen")] == [held, held]
+
+
+def test_a_version_that_the_service_may_not_read_is_told_as_such(bases: Bases) -> None:
+    # Where others may go: pytest's own folders are its user's alone.
+    with tempfile.TemporaryDirectory(dir="/tmp") as place, ExitStack() as stack:
+        os.chmod(place, 0o755)
+        cache = Path(place, "cache")
+        cache.mkdir()
+        cache.chmod(0o777)
+        service = stack.enter_context(running(bases("llama"), Path(place)))
+        http = stack.enter_context(httpx2.Client(base_url=service.url, timeout=60, trust_env=False))
+        publish(service.registry, bases("llama"), Path(place), "lora", "bitfit")
+        held = text(http, "lora")
+        closed = Path(place, "store", "adapters", "bitfit", "00000001", WEIGHTS)
+        closed.chmod(0)
+        with as_nobody():
+            answer = http.post("/v1/completions", json={"model": "bitfit", **ASK})
+            detail = error(answer, 503)
+            assert detail["code"] == "store_unavailable"
+            assert f"bitfit/00000001/{WEIGHTS}: permission denied" in detail["message"]
+            assert text(http, "lora") == held
+        closed.chmod(0o644)
+        with as_nobody():
+            assert text(http, "bitfit") != held
+
+
+def test_a_copy_that_is_replaced_while_it_is_loaded(bases: Bases, tmp_path: Path) -> None:
+    """The right answer or a refusal for now, never an answer of what lies there."""
+    folder = make_adapter("lora", bases("llama"), tmp_path / "lora")
+    tensors = load_file(folder / WEIGHTS)
+    room = 1.5 * sum(tensor.nbytes for tensor in tensors.values())  # each of two is loaded anew
+    with (
+        running(bases("llama"), tmp_path, adapters_gib=room / 2**30) as service,
+        httpx2.Client(base_url=service.url, timeout=60, trust_env=False) as http,
+    ):
+        for name in ("neighbour", "rewritten"):
+            edit_config(lambda config, name=name: config.update(revision=name))(folder)
+            version = service.registry.publish(name, folder)
+        right, plain = text(http, "rewritten"), text(http, BASE_NAME)
+        assert text(http, "neighbour") == right != plain
+        weights = tmp_path / "cache" / version.content_hash / WEIGHTS
+        sound = weights.read_bytes()
+        save_file({key: 0 * tensor for key, tensor in tensors.items()}, tmp_path / WEIGHTS)
+        statuses = list[int]()
+        with rewritten(weights, (tmp_path / WEIGHTS).read_bytes(), sound):
+            for _ in range(20):
+                answer = http.post(
+                    "/v1/completions", json={"model": "rewritten", **ASK, "ignore_eos": True}
+                )
+                statuses.append(answer.status_code)
+                if answer.status_code == 200:
+                    assert answer.json()["choices"][0]["text"] == right
+                else:
+                    assert error(answer, 503)["code"] == "copy_changed"
+                    assert answer.headers["retry-after"] == "1"
+                assert text(http, "neighbour") == right
+        assert 503 in statuses
+        assert text(http, "rewritten") == right

@@ -165,6 +165,15 @@ def fault(path: Path, file: str, reason: str) -> AdapterError:
     return AdapterError(f"adapter folder {path}: {file} {reason}")
 
 
+def number(folder: AdapterFolder, value: Any, key: str, *, whole: bool = False) -> float:
+    """`value` as a positive finite number. Raises AdapterError."""
+    sound = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not sound or not 0 < value < 1e9:  # NaN and any infinity fail this too
+        kind = "whole number" if whole else "number"
+        raise fault(folder.path, CONFIG, f"has {key} = {str(value)[:80]!r}, not a positive {kind}")
+    return value
+
+
 def _regular_file(path: Path, name: str, *, hint: str) -> Path:
     file = path / name
     if file.is_symlink() or not file.resolve().is_relative_to(path.resolve()):

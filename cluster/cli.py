@@ -151,7 +151,9 @@ def import_adapter(
     ],
     store: Store = DEFAULT_STORE,
 ) -> None:
-    """Publish a plain PEFT folder as the next version of NAME."""
+    """Publish a plain PEFT folder as the next version of NAME.
+
+    Its files are checked here; whether it fits a base, by the service when it first loads it."""
     from cluster.registry import Registry
 
     typer.echo(f"published {Registry(store).import_folder(name, folder).ref}")

@@ -39,6 +39,7 @@ from cluster.errors import (
     SpecError,
     StoreError,
 )
+from cluster.lora_folder import check_lora
 from cluster.names import NAME, check_name
 from cluster.spec import nearest
 from cluster.store import Store, open_store
@@ -93,6 +94,7 @@ class Registry:
 
         Raises:
             AdapterError: the folder is not sound, or changed meanwhile; nothing is to be seen.
+                Whether it fits a base is found by who knows the base, when it is loaded.
         """
         manifest = self.stage(name, folder, card=card)
         # Visible already, it is by a write of ours whose answer was lost.
@@ -117,6 +119,7 @@ class Registry:
         with ExitStack() as undo:
             with unchanged(folder, PUBLISHED_FILES):
                 opened = open_adapter_folder(folder)
+                check_lora(opened)
                 check_finite(opened)
                 paths = [folder / file for file in PUBLISHED_FILES]
                 present = [p.name for p in paths if p.is_file() and not p.is_symlink()]

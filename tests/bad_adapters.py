@@ -50,7 +50,12 @@ def spoil_tensor(
 
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
 NORM_BIAS = "base_model.model.model.norm.bias"
+# Of these cases, the ones that are not published, since they are no adapters of any base.
+OF_NO_BASE = {
+    "alpha a text", "alpha infinite", "alpha huge", "rank a text", "half a pair", "not finite",
+}  # fmt: skip
 # A variant of tests/adapters.py, what is wrong with it, how it gets so, and what is told of it.
 BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("lora", "DoRA", edit_config(lambda c: c.update(use_dora=True)), "magnitude"),
@@ -63,10 +68,11 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("lora", "alpha infinite", edit_config(lambda c: c.update(lora_alpha=float("inf"))),
      "lora_alpha"),
     ("lora", "alpha huge", edit_config(lambda c: c.update(lora_alpha=1e30)), "lora_alpha"),
+    ("lora", "rank a text", edit_config(lambda c: c.update(r="4")), "r = '4', not a positive"),
     ("lora", "rank of another", edit_config(lambda c: c.update(r=5)), "shapes"),
     ("lora", "half a pair", edit_tensors(lambda t: t.pop(A)), "where lora_A, lora_B"),
-    ("lora", "unknown module", edit_tensors(lambda t: t.update({A.replace("q_", "x_"): t[A] + 1})),
-     "no module"),
+    ("lora", "unknown module", edit_tensors(lambda t: t.update(
+        {key.replace("q_", "x_"): t[key] + 1 for key in (A, B)})), "no module"),
     ("lora", "unknown tensor", edit_tensors(lambda t: t.update({"other": torch.ones(2)})), "other"),
     ("lora", "integers", edit_tensors(lambda t: t.update({A: t[A].int()})), "floating point"),
     ("lora", "not finite", edit_tensors(lambda t: t[A].fill_(float("nan"))), "NaN"),

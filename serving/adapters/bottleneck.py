@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 import torch
 
-from cluster.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, fault
-from serving.adapters.config import mapping, number, refuse_unread
+from cluster.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, fault, number
+from serving.adapters.config import mapping, refuse_unread
 from serving.adapters.primitives import ACTIVATIONS, Block, Delta, LoweredAdapter
 from serving.adapters.target import Target, bare_name
 

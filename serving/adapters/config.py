@@ -32,15 +32,6 @@ def refuse_unread(folder: AdapterFolder, read: Collection[str], neutral: Collect
         )
 
 
-def number(folder: AdapterFolder, value: Any, key: str, *, whole: bool = False) -> float:
-    """`value` as a positive finite number. Raises AdapterError."""
-    sound = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not sound or not 0 < value < 1e9:  # NaN and any infinity fail this too
-        kind = "whole number" if whole else "number"
-        raise fault(folder.path, CONFIG, f"has {key} = {str(value)[:80]!r}, not a positive {kind}")
-    return value
-
-
 def mapping(folder: AdapterFolder, key: str) -> Mapping[str, Any]:
     """The object under `key`, or an empty one. Raises AdapterError."""
     value: Any = folder.config.get(key) or {}

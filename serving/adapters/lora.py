@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from cluster.adapter_folder import CONFIG, MIN_RANK, WEIGHTS, AdapterFolder, fault
-from serving.adapters.config import number, refuse_unread
+from cluster.adapter_folder import CONFIG, MIN_RANK, WEIGHTS, AdapterFolder, fault, number
+from serving.adapters.config import refuse_unread
 from serving.adapters.linear import change_of_bias, fit_shift, placed
 from serving.adapters.pace import give_way
 from serving.adapters.parameters import change_of_parameter, targeted_parameters

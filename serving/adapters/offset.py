@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.adapter_folder import CONFIG, AdapterFolder, fault
-from serving.adapters.config import mapping, number, refuse_unread
+from cluster.adapter_folder import CONFIG, AdapterFolder, fault, number
+from serving.adapters.config import mapping, refuse_unread
 from serving.adapters.primitives import LogitOffset, LoweredAdapter
 from serving.adapters.target import Target
 

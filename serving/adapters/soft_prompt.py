@@ -15,8 +15,8 @@ from collections.abc import Mapping
 
 import torch
 
-from cluster.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, fault
-from serving.adapters.config import number, refuse_unread
+from cluster.adapter_folder import CONFIG, WEIGHTS, AdapterFolder, fault, number
+from serving.adapters.config import refuse_unread
 from serving.adapters.primitives import EmbeddingPrefix, KVPrefix, LoweredAdapter
 from serving.adapters.target import Target
 

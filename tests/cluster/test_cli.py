@@ -160,12 +160,21 @@ def test_adapters_from_the_command_line(bases: Bases, tmp_path: Path) -> None:
     assert (result.returncode, "did you mean 'bot'" in result.stderr) == (3, True)
 
 
-def test_a_bad_folder_is_not_imported(bases: Bases, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"r": 3}, "peft_type"),
+        ({"peft_type": "LORA", "lora_alpha": float("inf")}, "lora_alpha = 'inf'"),
+    ],
+)
+def test_a_bad_folder_is_not_imported(
+    bases: Bases, tmp_path: Path, config: dict[str, Any], reason: str
+) -> None:
     folder = tmp_path / "lora"
     shutil.copytree(make_adapter("lora", bases("llama"), tmp_path / "good"), folder)
-    (folder / "adapter_config.json").write_text(json.dumps({"r": 3}))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     result = graft("adapters", "import", "bot", folder, "--store", tmp_path / "store")
-    assert (result.returncode, "peft_type" in result.stderr) == (2, True)
+    assert (result.returncode, reason in result.stderr) == (2, True)
     assert graft("adapters", "list", "--store", tmp_path / "store").stdout.count("bot") == 0
 
 

@@ -25,7 +25,7 @@ def folder(path: Path, value: float = 1.0) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": "some/base"}
     (path / "adapter_config.json").write_text(json.dumps(config))
-    save_file({"base_model.model.x.lora_A.weight": torch.full((2, 3), value)},
+    save_file({"base_model.model.x.bias": torch.full((2, 3), value)},
               path / "adapter_model.safetensors")  # fmt: skip
     (path / "README.md").write_text("# card")
     (path / "optimizer.pt").write_bytes(b"stays behind")

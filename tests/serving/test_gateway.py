@@ -508,3 +508,5 @@ def test_every_route_is_described(http: httpx2.Client, service: Running) -> None
     assert set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document))) <= known
     asked = document["components"]["schemas"]["CompletionRequest"]
     assert {"model", "prompt", "max_tokens", "stream"} <= set(asked["properties"])
+    told = " ".join(document["components"]["schemas"]["ChatMessage"]["description"].split())
+    assert "`content` may be left out by an assistant that calls, or refused" in told

@@ -92,25 +92,35 @@ def test_a_dead_engine_shows(bases: Bases, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_dies_ends_its_streams_with_an_error(bases: Bases, tmp_path: Path) -> None:
-    """A stream that just ends would look like success."""
+@pytest.mark.parametrize(("dies", "code"), [(True, "unavailable"), (False, "engine_error")])
+def test_an_engine_that_fails_under_a_stream_ends_it_with_an_error(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool, code: str
+) -> None:
+    """Wholly or in one pass. A stream that just ends would look like success."""
     with running(bases("llama"), tmp_path) as doomed:
+        engine = doomed.replica._thread.engine
+        failing = (engine, "step") if dies else (engine.runner, "forward")
         body = {"model": BASE_NAME, "prompt": "x", "max_tokens": 120, "ignore_eos": True,
                 "stream": True, "n": 4}  # fmt: skip
 
-        def fail() -> None:
+        def fail(*_: Any) -> None:
             raise RuntimeError("the device is gone")
 
-        with httpx2.stream(
-            "POST", f"{doomed.url}/v1/completions", json=body, timeout=30
-        ) as response:
+        with (
+            monkeypatch.context() as patch,
+            httpx2.stream(
+                "POST", f"{doomed.url}/v1/completions", json=body, timeout=30
+            ) as response,
+        ):
             lines = response.iter_lines()
             next(lines)
-            doomed.replica._thread.engine.step = fail  # type: ignore[method-assign]
+            patch.setattr(*failing, fail)
             rest = [line for line in lines if line]
         last = json.loads(rest[-1].removeprefix("data: "))["error"]
-        assert (last["code"], "has stopped" in last["message"]) == ("unavailable", True)
-        error(httpx2.get(f"{doomed.url}/ready"), 503)
+        assert last["code"] == code
+        assert ("has stopped" if dies else "device is gone") in last["message"]
+        assert "data: [DONE]" not in rest
+        assert httpx2.get(f"{doomed.url}/ready").status_code == (503 if dies else 200)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -253,11 +263,11 @@ def test_what_the_guard_answers_itself_is_counted_and_has_an_id(tmp_path: Path) 
     async def broken(*_: object) -> None:
         raise ValueError("a fault of ours")
 
-    async def get(door: Door) -> httpx2.Response:
+    async def get(door: Door, request_id: str = "mine") -> httpx2.Response:
         guard = Guard(broken, door=door, metrics=metrics, max_header_bytes=1000)
         transport = httpx2.ASGITransport(guard)  # type: ignore[arg-type]
         async with httpx2.AsyncClient(transport=transport, base_url="http://x") as http:
-            return await http.get("/", headers={"X-Request-Id": "mine"})
+            return await http.get("/", headers={"X-Request-Id": request_id})
 
     metrics = Metrics()
     for keys, status, code in (
@@ -268,3 +278,8 @@ def test_what_the_guard_answers_itself_is_counted_and_has_an_id(tmp_path: Path) 
         assert "fault of ours" not in error(response, status)["message"]
         assert response.headers["x-request-id"] == "mine"
         assert re.search(rf'graft_errors_total{{code="{code}",.*}} 1.0', metrics.text({}).decode())
+    for request_id in ("mine\nX-Forged: yes", "mine\r\nX-Forged: yes", "mine\n", "x" * 2000):
+        answered = asyncio.run(get(Door(None, ttl_s=1), request_id)).headers
+        (own,) = answered.get_list("x-request-id")
+        assert re.fullmatch("[0-9a-f]{32}", own)
+        assert "x-forged" not in answered

@@ -63,6 +63,7 @@ PARAMETERS: list[tuple[dict[str, Any], str | None]] = [
     ({"temperature": 2.1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"seed": 1.5}, "seed"),
+    ({"seed": 2**63}, "seed"),
     ({"seed": 2**70}, "seed"),
     ({"stop": [1]}, "stop"),
     ({"stop": [""]}, "stop"),
@@ -248,6 +249,8 @@ WORDS: list[tuple[dict[str, Any], str]] = [
      "messages.0.content.0: is of type 'image_url'; only text parts are served"),
     ({"content": 5},
      "messages.0.content: should be a valid string; or should be a valid list"),
+    ({"role": "assistant", "content": None},
+     "messages.0: content is required: a text, or a list of text parts"),
     ({"role": "wizard"}, "messages.0.role: should be 'system', 'developer', 'user', "
      "'assistant' or 'tool'"),
 ]  # fmt: skip
@@ -444,9 +447,10 @@ def test_request_ids(http: httpx2.Client) -> None:
         line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
                      b"X-Request-Id: mine\r\n X-Forged: yes\r\n\r\n")  # fmt: skip
         answer = b"".join(iter(partial(line.recv, 65536), b""))
-    head = answer.partition(b"\r\n\r\n")[0].lower()
-    assert b"x-forged" not in head
-    assert b"mine" not in head
+    # A line that goes on in the next one is no HTTP any more: nobody of ours sees it.
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"forged" not in answer.lower()
+    assert b"mine" not in answer
     headers = {"X-Request-Id": "twice"}
     asked = [
         {"model": "lora", **ASK, "prompt": prompt, "max_tokens": 100, "ignore_eos": True}

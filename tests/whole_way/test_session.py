@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,13 @@ def short_folder() -> Iterator[str]:
         yield folder
 
 
-def test_a_session_of_our_own_ends_with_us(tmp_path: Path, short_folder: str) -> None:
+@pytest.mark.parametrize(("ending", "exit_code"), [("", 0), ("SIGTERM", 128 + signal.SIGTERM)])
+def test_a_session_of_our_own_ends_with_us(
+    tmp_path: Path, short_folder: str, ending: str, exit_code: int
+) -> None:
     """A cluster that Graft starts is asked for a token, and no process of it is left."""
     code = (
-        "import json, os, urllib.request, urllib.error\n"
+        "import json, os, signal, sys, time, urllib.request, urllib.error\n"
         "from cluster.session import session\n"
         "from cluster.jobs import list_jobs\n"
         "with session(num_cpus=1) as ray:\n"
@@ -35,13 +39,16 @@ def test_a_session_of_our_own_ends_with_us(tmp_path: Path, short_folder: str) ->
         "    except urllib.error.HTTPError as e: print(json.dumps([ray.dashboard_url, e.code]))\n"
         "    import psutil\n"
         "    mine = [p.pid for p in psutil.Process().children(recursive=True)]\n"
-        "    print(json.dumps(mine))\n"
+        "    print(json.dumps(mine), flush=True)\n"
+        "    if sys.argv[1]:\n"
+        "        os.kill(os.getpid(), getattr(signal, sys.argv[1]))\n"
+        "        time.sleep(100)\n"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     env |= {"HOME": str(tmp_path), "TMPDIR": short_folder}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+    result = subprocess.run([sys.executable, "-c", code, ending], capture_output=True, text=True,
                             timeout=120, check=False, cwd=ROOT, env=env)  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == exit_code, result.stderr
     (url, status), processes = map(json.loads, result.stdout.splitlines()[-2:])
     assert url.startswith("http://127.0.0.1:")
     assert status in (401, 403)

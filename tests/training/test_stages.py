@@ -87,14 +87,23 @@ IMPOSSIBLE: Mapping[str, Mapping[str, Any]] = {
 FAMILIES = [family for family, config in CONFIGS.items() if not config().is_encoder_decoder]
 # What the code refuses of a row on a family.
 REFUSED = {
-    *(("ia3", family) for family in ("qwen2_moe", "mpt", "recurrent_gemma")),
+    *(
+        ("ia3", family)
+        for family in FAMILIES
+        if family.endswith("_moe") or family in ("deepseek_v3", "gpt_oss", "mpt", "recurrent_gemma")
+    ),
     ("bottleneck_houlsby", "recurrent_gemma"),
+    ("bottleneck_houlsby", "gpt_oss"),
+    # Whose experts all-linear means too.
+    *(("dylora", family) for family in ("mixtral", "qwen3_moe", "deepseek_v3")),
+    ("prefix_tuning", "deepseek_v3"),
     *(("llama_adapter", family) for family in {*FAMILIES} - {"llama", "mistral", "gpt2"}),
     # Whose rows cannot be packed.
     *(
         ("prefix_tuning", family)
         for family in FAMILIES
-        if family in ("bloom", "gptj", "mpt", "gemma2", "recurrent_gemma") or "falcon" in family
+        if family in ("bloom", "gptj", "mpt", "gemma2", "gpt_oss", "recurrent_gemma")
+        or "falcon" in family
     ),
 }
 # Rows that neither train nor resume, and why.

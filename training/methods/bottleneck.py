@@ -156,9 +156,19 @@ def _nested(layer: torch.nn.Module, paths: Iterable[str]) -> str | None:
 
 
 def _put(model: torch.nn.Module, module_name: str, source_name: str | None, block: Any) -> None:
-    """Let `block` change a module's output, by that or by another module's input."""
+    """Let `block` change a module's output, by that or by another module's input. A forward raises
+    SpecError if that output is several tensors, as of GPT-OSS's experts."""
     module = model.get_submodule(module_name)
     module.add_module(_NAME, block)
+
+    def check(_: torch.nn.Module, _args: Any, output: Any) -> None:
+        if not isinstance(output, torch.Tensor):
+            raise SpecError(
+                f"method: {module_name!r} of {type(model).__name__} gives several tensors, and a "
+                "bottleneck changes one; use lora or ia3, which name modules"
+            )
+
+    module.register_forward_hook(check)
     if source_name is None:
         module.register_forward_hook(lambda _module, _args, output: output + block(output))
         return

@@ -104,7 +104,13 @@ def _attached(model: Any, config: Any, base_path: str) -> torch.nn.Module:
 
 
 def _check_takes_prefix(model: Any, base_path: str) -> None:
-    """A classifier's body gets it as a cache of keys and values, which some encoders have not."""
+    """A classifier's body gets it as a cache of keys and values, which some encoders have not; and
+    PEFT's are as wide as each other, where DeepSeek's keys have a rotated part more."""
+    if hasattr(model.config.get_text_config(), "qk_rope_head_dim"):
+        raise SpecError(
+            f"method: keys and values of {base_path} ({type(model).__name__}) differ in width, and "
+            "PEFT's prefixes do not; use prompt_tuning or p_tuning"
+        )
     body = getattr(model, model.base_model_prefix, model)
     if head_modules(model) and "past_key_values" not in inspect.signature(body.forward).parameters:
         raise SpecError(

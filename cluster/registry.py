@@ -318,6 +318,7 @@ class Registry:
                 )
             files = {file: FileEntry(**entry) for file, entry in raw.pop("files").items()}
             version = AdapterVersion(files=files, **raw)
+            datetime.fromisoformat(version.created_at)  # /v1/models tells it of every adapter
             is_own = (version.name, version.version) == (name, number)
             if not is_own or version.content_hash != _content_hash(files):
                 raise ValueError("it is of another version")

@@ -127,7 +127,10 @@ def test_what_others_put_into_the_store_disturbs_nobody(registry: Registry, tmp_
 
 def test_a_damaged_manifest_is_named(registry: Registry, tmp_path: Path) -> None:
     registry.publish("good", folder(tmp_path / "a"))
-    for number, content in enumerate((b"{", b"[]", b"{}", b'{"schema": 9, "files": {}}'), 1):
+    sound = json.loads(registry.store.read("adapters/good/00000001/manifest.json"))
+    undated = json.dumps(sound | {"name": "bad", "version": 5, "created_at": ""}).encode()
+    damaged = (b"{", b"[]", b"{}", b'{"schema": 9, "files": {}}', undated)
+    for number, content in enumerate(damaged, 1):
         registry.store.create(f"adapters/bad/{number:08d}/manifest.json", content)
         with pytest.raises(AdapterError, match=f"bad@{number}: "):
             registry.resolve(f"bad@{number}")

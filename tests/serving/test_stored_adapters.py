@@ -54,7 +54,8 @@ def put(registry: Registry, name: str, folder: Path) -> None:
     files = {file: file_entry(folder / file) for file in CONTENT}
     for file in CONTENT:
         registry.store.create_file(f"adapters/{name}/00000001/{file}", folder / file)
-    version = AdapterVersion(name, 1, "LORA", None, _content_hash(files), "", files, card={})
+    at = "2026-01-01T00:00:00+00:00"
+    version = AdapterVersion(name, 1, "LORA", None, _content_hash(files), at, files, card={})
     registry.reveal({"schema": SCHEMA, **asdict(version)})
 
 

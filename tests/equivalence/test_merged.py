@@ -70,7 +70,13 @@ def make_folder(
         return folder, loaded(torch.tensor([ids])).logits[0]
 
 
-# PEFT's BOFT looks for a CUDA kernel first, its RandLora and VeRA speak of what they do not save.
+@pytest.fixture(autouse=True)
+def no_kernel_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's BOFT would first compile one, under a lock that whoever is killed then leaves."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+
+
+# PEFT's RandLora and VeRA speak of what they do not save.
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_kind_is_served_as_peft_computes_it(
     bases: Callable[[str], Path], tmp_path: Path

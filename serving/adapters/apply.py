@@ -359,20 +359,19 @@ def _run_with(
     options: Mapping[str, Any],
 ) -> Any:
     """The module's own output, with other parameters and without hooks."""
-    own = dict(module.named_parameters(recurse=False))
     forward: Callable[..., Any] = module.forward
-    # Whatever way transformers' classes of experts go (`has_gate` is of these), each has one that
-    # takes those that are asked for one by one: a change of these is as cheap as they are few.
-    one_by_one = inspect.unwrap(type(module).forward)
     # A module's attribute hides its parameter of that name.
     for name, value in parameters.items():
         if not isinstance(value, LowRank):
             module.__dict__[name] = value
         elif value.left.ndim == 3 and hasattr(module, "has_gate"):
-            module.__dict__[name] = _Experts(own[name], value)
-            forward = partial(one_by_one, module)
+            # Whatever way transformers' classes of experts go (`has_gate` is of these), each has
+            # one that takes those that are asked for one by one: a change is as cheap as they are
+            # few.
+            module.__dict__[name] = _Experts(module.get_parameter(name), value)
+            forward = partial(inspect.unwrap(type(module).forward), module)
         else:
-            module.__dict__[name] = value.added_to(own[name])
+            module.__dict__[name] = value.added_to(module.get_parameter(name))
     try:
         return forward(*args, **options)
     finally:

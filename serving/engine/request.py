@@ -153,7 +153,8 @@ class GenerationRequest:
             require(self.response_format is None, "response_format", wrong)
         for name, (is_possible, meaning) in RANGES.items():
             value = getattr(self, name)
-            require(is_possible(value), name, f"{name} is {shown(value)}; it must be {meaning}")
+            if not is_possible(value):
+                raise RequestError(f"{name} is {shown(value)}; it must be {meaning}", param=name)
         if self.max_tokens == 0 and self.prompt_logprobs is None and self.pooling is None:
             raise RequestError(
                 "max_tokens is 0; ask for at least one token, or for prompt_logprobs",
@@ -189,8 +190,11 @@ class GenerationRequest:
             "prompt must be one text that can be written as UTF-8; give many as many requests",
         )
         ids = self.prompt_token_ids
-        wrong = f"prompt_token_ids is {shown(ids)}; it must be a list of token ids"
-        require(ids is None or is_list(ids), "prompt_token_ids", wrong)
+        if not (ids is None or is_list(ids)):  # a message would write out every sound prompt
+            raise RequestError(
+                f"prompt_token_ids is {shown(ids)}; it must be a list of token ids",
+                param="prompt_token_ids",
+            )
 
 
 @dataclass(frozen=True)

@@ -110,10 +110,10 @@ docs: install
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/stages.py
 
-# torch stays in the lock; the CUDA libraries do not, since torch itself pins each of them and
-# the CPU build has none.
+# torch stays in the lock, and Triton, whose interpreter and compiler the tests use; the CUDA
+# libraries do not, since torch itself pins each of them and the CPU build has none.
 lock: install
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --no-header --upgrade --output-file requirements.lock
 	$(BIN)/python -c "import pathlib, re; lock = pathlib.Path('requirements.lock'); \
-	  lock.write_text(re.sub(r'(?m)^(nvidia-|cuda-|triton=)(.*\\\\\n)*.*\n', '', lock.read_text()))"
+	  lock.write_text(re.sub(r'(?m)^(nvidia-|cuda-)(.*\\\\\n)*.*\n', '', lock.read_text()))"

@@ -1,7 +1,8 @@
-"""C++ kernels, compiled where they run for the processor they run on, and kept for later.
+"""Kernels of our own: in C++ for the processor they are compiled on, and in Triton for a GPU.
 
-For what torch has no operator for on CPU. A machine without a compiler goes without, and is told.
-It knows nothing of what it compiles.
+For what torch has no operator for. C++ is compiled where it runs and kept for later; Triton comes
+with torch's builds for GPUs and does the same by itself. A machine without a compiler, or without
+Triton, goes without, and is told. It knows nothing of what it compiles.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib
 import logging
 import os
 import platform
@@ -27,6 +29,16 @@ _OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp"
 _COMPILE_TIMEOUT_S = 120
 _HEADERS = Path(__file__).parent
 _log = logging.getLogger("graft.native")
+
+
+@functools.cache
+def triton_kernels(module: str) -> Any:
+    """The module of Triton kernels of that name; None where there is no Triton."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        _log.warning("no Triton (%s): %s runs slower", error, module.rpartition(".")[2])
+        return None
 
 
 def kernels(source: Path, stem: str, types: Sequence[Any]) -> Callable[[torch.dtype], Any]:

@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # read when Triton is imported, as transformers and PEFT do
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -139,6 +143,12 @@ CHAT_TEMPLATE = (
     "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Here, since pytest imports it. PEFT tells what it does with a base; the tests look at the
+    # result.
+    config.addinivalue_line("filterwarnings", "ignore::peft.PeftWarning")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,6 +1,6 @@
 """Adapters as the engine runs them: primitives, and how each method lowers to them."""
 
-from serving.adapters.apply import DeltaHooks
+from serving.adapters.apply import DeltaHooks, low_rank_kernel
 from serving.adapters.lowering import lower
 from serving.adapters.memory import moved, num_bytes, pinned
 from serving.adapters.merged import KINDS as MERGED
@@ -38,6 +38,7 @@ __all__ = [
     "Target",
     "describe",
     "give_way",
+    "low_rank_kernel",
     "lower",
     "mixed",
     "moved",

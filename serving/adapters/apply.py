@@ -3,7 +3,7 @@
     T tokens of the step    I in    O out
 
 Rows lie sorted by adapter, so each adapter is one contiguous segment and its delta works in place
-on a slice of the base's output; on CPU, the low-rank ones of few rows are one call for a module.
+on a slice of the base's output; the low-rank ones of few rows are one call for a module.
 Forward hooks sit on those modules alone that some loaded adapter changes; a step without adapters
 runs the base as it is.
 """
@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cluster.errors import AdapterError
 from cluster.linear import product
+from cluster.native import triton_kernels
 from serving.adapters import cpu_low_rank
 from serving.adapters.primitives import (
     ACTIVATIONS,
@@ -39,6 +40,13 @@ from serving.adapters.rows import Place, Rows, Segment, learning, parts
 # A module's name, and what of it: its input changed, its output changed, or its input kept for a
 # block elsewhere.
 _Place = tuple[str, Literal["input", "output", "kept"]]
+
+
+def low_rank_kernel(device: torch.device) -> Any:
+    """What computes low-rank deltas of few rows in one call there: cpu_low_rank, gpu_low_rank,
+    None."""
+    is_cpu = device.type == "cpu"
+    return cpu_low_rank if is_cpu else triton_kernels("serving.adapters.gpu_low_rank")
 
 
 class DeltaHooks:
@@ -229,7 +237,7 @@ class DeltaHooks:
                     own_part = rows.of(part)
                     own_part.copy_(new.reshape(own_part.shape))
             if tasks.low_rank is not None:
-                cpu_low_rank.add(output, entered, tasks.low_rank)
+                tasks.low_rank.add(output, entered)
 
         return apply
 
@@ -240,7 +248,7 @@ class _Tasks:
     is made for an input and an output of these forms."""
 
     single: Sequence[tuple[Segment, Delta]]
-    low_rank: cpu_low_rank.LowRankRows | None
+    low_rank: Any  # LowRankRows, or what is the same on a GPU
     forms: tuple[object, ...]
 
     def fit(self, x: Any, y: Any) -> bool:
@@ -259,16 +267,17 @@ def _tasks(name: str, segments: Sequence[Segment], rows_dim: int, x: Any, y: Any
     row_tokens = _row_tokens(x, y, rows_dim)
     single: list[tuple[Segment, Delta]] = []
     parts: list[tuple[int, int, LinearDelta]] = []
+    kernel = low_rank_kernel(x.device) if isinstance(x, torch.Tensor) else None
     for segment in segments:
         delta = segment.deltas.get(name)
-        if isinstance(delta, LinearDelta) and row_tokens is not None:
+        if isinstance(delta, LinearDelta) and row_tokens is not None and kernel is not None:
             start, end = segment.start * row_tokens, segment.end * row_tokens
-            if cpu_low_rank.takes(delta, end - start, x, y):
+            if kernel.takes(delta, end - start, x, y):
                 parts.append((start, end, delta))
                 delta = delta.without_low_rank
         if delta is not None:
             single.append((segment, delta))
-    return _Tasks(single, cpu_low_rank.together(parts), _forms(x, y))
+    return _Tasks(single, kernel.together(parts) if kernel and parts else None, _forms(x, y))
 
 
 def _row_tokens(x: Any, y: Any, rows_dim: int) -> int | None:

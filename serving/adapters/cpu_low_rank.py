@@ -40,56 +40,48 @@ class LowRankRows:
     deltas: Sequence[LinearDelta]
     tokens: int  # the last one's number, and one
 
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """y += factor (x A) B on the rows of each delta, in place: y [..., O] contiguous, x [...,
+        I], of the deltas' dtype."""
+        x = x.contiguous()
+        assert self.tokens * y.shape[-1] <= y.numel(), "a step's rows are those it was made of"
+        _kernel(y.dtype)(
+            y.data_ptr(),
+            x.data_ptr(),
+            self.table,
+            len(self.table),
+            x.shape[-1],
+            y.shape[-1],
+            torch.get_num_threads(),
+        )
 
-def prepare(dtype: torch.dtype) -> None:
-    """Have the kernel compiled, which takes seconds at first, before anybody waits for it."""
-    _kernel(dtype)
+
+def ready(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is a kernel; it is compiled when first asked, which takes seconds."""
+    return device.type == "cpu" and _kernel(dtype) is not None
 
 
 def takes(delta: LinearDelta, tokens: int, x: torch.Tensor, y: torch.Tensor) -> bool:
     """Whether x A B of so many tokens of this delta, from x [..., I] onto y [..., O], is the
     kernel's to compute."""
-    a_Ir, b_rO = delta.a_Ir, delta.b_rO
+    low_rank = delta.low_rank
     return (
-        a_Ir is not None
-        and b_rO is not None
+        low_rank is not None
         and tokens <= _MOST_TOKENS
-        and all(part.device.type == "cpu" for part in (a_Ir, b_rO, x, y))
-        and a_Ir.dtype is b_rO.dtype is x.dtype is y.dtype
-        and (a_Ir.shape[0], b_rO.shape[1]) == (x.shape[-1], y.shape[-1])
-        and a_Ir.T.is_contiguous()
-        and b_rO.is_contiguous()
-        and _kernel(y.dtype) is not None
+        and low_rank.fits(x, y)
+        and ready(y.dtype, y.device)
     )
 
 
-def together(parts: Sequence[tuple[int, int, LinearDelta]]) -> LowRankRows | None:
-    """What the kernel needs to know of (start, end, delta); None if there is nothing."""
+def together(parts: Sequence[tuple[int, int, LinearDelta]]) -> LowRankRows:
+    """What the kernel needs to know of (start, end, delta)."""
     table = (_Segment * len(parts))()
     low = 0
     for entry, (start, end, delta) in zip(table, parts, strict=True):
-        assert delta.a_Ir is not None
-        assert delta.b_rO is not None
-        a, b, rank = delta.a_Ir.data_ptr(), delta.b_rO.data_ptr(), delta.b_rO.shape[0]
+        own = delta.low_rank
+        assert own is not None
+        a, b, rank = own.a, own.b, own.rank
         entry.start, entry.end, entry.rank, entry.a, entry.b = start, end, rank, a, b
         entry.factor, entry.low = delta.factor, low
         low += (end - start) * rank
-    if not parts:
-        return None
     return LowRankRows(table, [d for *_, d in parts], max(end for _, end, _ in parts))
-
-
-def add(y: torch.Tensor, x: torch.Tensor, rows: LowRankRows) -> None:
-    """y += factor (x A) B on the rows of each delta, in place: y [..., O] contiguous, x [..., I],
-    of the deltas' dtype."""
-    x = x.contiguous()
-    assert rows.tokens * y.shape[-1] <= y.numel(), "a step's rows are those that it was made of"
-    _kernel(y.dtype)(
-        y.data_ptr(),
-        x.data_ptr(),
-        rows.table,
-        len(rows.table),
-        x.shape[-1],
-        y.shape[-1],
-        torch.get_num_threads(),
-    )

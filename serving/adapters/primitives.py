@@ -10,8 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A and B of a linear delta as kernels read them: addresses of A [r, I] and B [r, O], both
+    contiguous, of one dtype on one device. `is_aligned`: by 16 bytes."""
+
+    a: int
+    b: int
+    rank: int
+    inputs: int
+    outputs: int
+    dtype: torch.dtype
+    device: torch.device
+    is_aligned: bool
+
+    def fits(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+        """Whether it leads from x [..., I] to y [..., O]."""
+        return (
+            self.dtype is x.dtype is y.dtype
+            and self.device == x.device == y.device
+            and (self.inputs, self.outputs) == (x.shape[-1], y.shape[-1])
+        )
 
 
 @dataclass(frozen=True)
@@ -37,7 +61,20 @@ class LinearDelta:
     sparse: torch.Tensor | None = None
     factor: float = 1.0
 
-    @property
+    @cached_property
+    def low_rank(self) -> Pair | None:
+        """A and B for kernels; None if there are none, or they lie otherwise."""
+        a_Ir, b_rO = self.a_Ir, self.b_rO
+        if a_Ir is None or b_rO is None or a_Ir.dtype is not b_rO.dtype:
+            return None
+        if not (a_Ir.T.is_contiguous() and b_rO.is_contiguous() and a_Ir.device == b_rO.device):
+            return None
+        addresses = a, b = a_Ir.data_ptr(), b_rO.data_ptr()
+        sizes = (b_rO.shape[0], a_Ir.shape[0], b_rO.shape[1])
+        is_aligned = all(address % 16 == 0 for address in addresses)
+        return Pair(a, b, *sizes, a_Ir.dtype, a_Ir.device, is_aligned)
+
+    @cached_property
     def without_low_rank(self) -> LinearDelta | None:
         """The same less x A B; None if that was all."""
         rest = replace(self, a_Ir=None, b_rO=None, factor=1.0)

@@ -15,7 +15,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -23,6 +23,9 @@ from transformers import AttentionInterface
 
 from cluster.errors import BaseModelError
 from serving.engine import cpu_attention
+
+if TYPE_CHECKING:  # it imports Triton
+    from serving.engine.gpu_attention import GpuRows
 
 NAME = "graft_paged"
 # Attention variants that the formula below does not have; a layer that asks for one is refused.
@@ -43,16 +46,18 @@ class Span:
 
 @dataclass
 class AttentionPlan:
-    """Where each row of one step writes and reads. The tensors lie on the engine's device."""
+    """Where each row of one step writes and reads. The tensors lie on the engine's device. `gpu`
+    has all rows where there are kernels for them; else these are spans, or decode."""
 
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
     write_T: torch.Tensor
     queries: dict[int, torch.Tensor]  # each layer's, for gated prompts behind it
-    spans: Sequence[Span]
+    spans: Sequence[Span] = ()
     decode_B: torch.Tensor | None = None
     decode_slots_BS: torch.Tensor | None = None
     decode_lengths_B: torch.Tensor | None = None
+    gpu: GpuRows | None = None
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(
         default_factory=dict[tuple[int, int | None], torch.Tensor]
     )
@@ -127,6 +132,8 @@ def paged_attention(
     values[plan.write_T] = value[0].transpose(0, 1)
     query_TH = query[0].transpose(0, 1)
     plan.queries[layer] = query_TH
+    if plan.gpu is not None:
+        return plan.gpu.attend(query_TH, keys, values, scaling, sliding_window)[None], None
     decode = (keys, values, scaling, sliding_window)
     if not plan.spans:
         return _decode(plan, query_TH, *decode)[None], None

@@ -2,8 +2,8 @@
 
     T tokens of the step    P prefix tokens
 
-Nothing is padded but the slots of rows that decode. For every base whose attention goes through
-transformers' AttentionInterface.
+Nothing is padded, but on CPU the slots of rows that decode. For every base whose attention goes
+through transformers' AttentionInterface.
 """
 
 from __future__ import annotations
@@ -24,14 +24,21 @@ from serving.engine.logit_rows import LogitRows
 
 
 class FlatPass:
-    """One base model's way through a step. Used by one thread."""
+    """One base model's way through a step. Used by one thread.
+
+    Args:
+        gpu_kernels: gpu_attention, where attention is to be computed by it.
+    """
 
     # In which dimension modules show a step's rows: wherever the tokens are.
     rows_dim: int | None = None
 
-    def __init__(self, model: Any, hooks: DeltaHooks, logit_rows: LogitRows) -> None:
+    def __init__(
+        self, model: Any, hooks: DeltaHooks, logit_rows: LogitRows, gpu_kernels: Any = None
+    ) -> None:
         self._model, self._hooks, self._logit_rows = model, hooks, logit_rows
         self._device: torch.device = model.get_input_embeddings().weight.device
+        self._gpu_kernels = gpu_kernels
 
     def num_rows(self, step: Batch) -> int:
         """What modules count."""
@@ -70,18 +77,18 @@ class FlatPass:
             )
 
     def _plan(self, write_T: torch.Tensor, rows: Sequence[Row], memory: KVMemory) -> AttentionPlan:
-        """Rows of one token go together, padded to the longest; longer ones each alone."""
-        plan = AttentionPlan(
-            memory.keys,
-            memory.values,
-            write_T,
-            self._hooks.queries,
-            [
-                Span(row.start, row.end, self._tensor(row.slots))
-                for row in rows
-                if row.end - row.start > 1
-            ],
-        )
+        """All rows together where there are kernels for a GPU; else rows of one token, padded to
+        the longest, and longer ones each alone."""
+        plan = AttentionPlan(memory.keys, memory.values, write_T, self._hooks.queries)
+        if self._gpu_kernels is not None:
+            spans = [(row.start, row.end) for row in rows]
+            plan.gpu = self._gpu_kernels.gpu_rows(spans, [row.slots for row in rows], self._device)
+            return plan
+        plan.spans = [
+            Span(row.start, row.end, self._tensor(row.slots))
+            for row in rows
+            if row.end - row.start > 1
+        ]
         single = [row for row in rows if row.end - row.start == 1]
         if single:
             padded, mask = side_by_side([row.slots for row in single], on_left=False)

@@ -10,6 +10,7 @@ padded, through transformers' own Cache. A base that neither of them can run is 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,15 @@ from cluster.base_model import base_config, empty_base, load_base, longest_conte
 from cluster.errors import BaseModelError
 from cluster.linear import pack
 from cluster.memory import keep_freed_memory
-from serving.adapters import DeltaHooks, EmbeddingPrefix, KVPrefix, Target, cpu_low_rank, describe
+from cluster.native import triton_kernels
+from serving.adapters import (
+    DeltaHooks,
+    EmbeddingPrefix,
+    KVPrefix,
+    Target,
+    describe,
+    low_rank_kernel,
+)
 from serving.engine.attention import NAME
 from serving.engine.batch import Batch, Computed, Row, Source
 from serving.engine.cpu_norm import adopt_norms
@@ -38,6 +47,8 @@ _CPU_CACHE_GIB = 1.0
 _GPU_FREE_SHARE = 0.8
 # transformers' plain formula.
 _PLAIN = "eager"
+_GPU_KERNELS = "serving.engine.gpu_attention"
+_log = logging.getLogger("graft.engine")
 
 
 class Runner:
@@ -58,8 +69,9 @@ class Runner:
             pack(self.model)
         self.target: Target = describe(self.model, spec.base_model)
         self.hooks = DeltaHooks(self.model)
-        if self.device.type == "cpu":
-            cpu_low_rank.prepare(self.target.dtype)
+        kernel = low_rank_kernel(self.device)
+        if kernel is not None:  # before anybody waits for it
+            kernel.ready(self.target.dtype, self.target.device)
         self.vocabulary: int = self.model.get_input_embeddings().weight.shape[0]
         self.max_context_tokens = _context(self.model, spec)
         _refuse_by_length(self.model, spec, self.max_context_tokens)
@@ -149,6 +161,16 @@ class Runner:
             return set()
         return adopt_norms(self.model) | adopt_rotary(self.model, self.target.dtype)
 
+    def _gpu_kernels(self) -> Any:
+        """The module that computes attention on this GPU; None where there is none, or no GPU."""
+        kernels = triton_kernels(_GPU_KERNELS) if self.device.type == "cuda" else None
+        heads = getattr(self.model.config.get_text_config(), "num_attention_heads", None)
+        if kernels is None or heads is None:
+            return None
+        target = self.target
+        own = (target.dtype, target.device, heads, target.num_kv_heads, target.head_size)
+        return kernels if kernels.ready(*own) else None
+
     def _proved(self, takes_ours: bool) -> FlatPass | PaddedPass:
         """The way through a step that gives the base's own logits. Raises BaseModelError."""
         sequences = samples(self.target, self.vocabulary, self.max_context_tokens)
@@ -159,12 +181,16 @@ class Runner:
             expected = own_logits(self.model, sequences, self.device)
             self.model.set_attn_implementation(NAME)
             adopted = self._adopt_kernels()
-            flat = FlatPass(self.model, self.hooks, logit_rows)
-            try:
-                prove(flat, self.hooks, self.target, sequences, expected)
-                return flat
-            except BaseModelError as error:
-                reason = error.message
+            gpu = self._gpu_kernels()
+            for kernels in (gpu, None) if gpu else (None,):
+                flat = FlatPass(self.model, self.hooks, logit_rows, kernels)
+                try:
+                    prove(flat, self.hooks, self.target, sequences, expected)
+                    return flat
+                except BaseModelError as error:
+                    reason = error.message
+                if kernels is not None:
+                    _log.warning("not by %s, which is slower: %s", _GPU_KERNELS, reason)
             for module in adopted:
                 del module.forward
             # transformers' own choice for the family

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from serving.adapters import DeltaHooks, LinearDelta, Segment
-from serving.adapters.cpu_low_rank import add, takes, together
+from serving.adapters.cpu_low_rank import takes, together
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -30,8 +30,7 @@ def test_each_adapter_changes_its_own_rows(dtype: torch.dtype, inputs: int, outp
         change = x[:, start:end].double() @ delta.a_Ir.double() @ delta.b_rO.double()
         expected[:, start:end] += 0.5 * change
     rows = together([(*span, delta) for span, delta in zip(SPANS, deltas, strict=True)])
-    assert rows is not None
-    add(y, x, rows)
+    rows.add(y, x)
     assert (y.double() - expected).abs().max() < TOLERANCE[dtype] * expected.abs().max()
 
 
@@ -56,13 +55,8 @@ def test_a_slice_of_what_others_read() -> None:
     delta = LinearDelta(torch.randn(4, 64).T, torch.randn(4, 32))
     x, y = torch.randn(20, 500)[:, :64], torch.zeros(20, 32)
     rows = together([(0, 20, delta)])
-    assert rows is not None
-    add(y, x, rows)
+    rows.add(y, x)
     torch.testing.assert_close(y, x @ delta.a_Ir @ delta.b_rO, atol=1e-4, rtol=1e-4)
-
-
-def test_nothing_to_add_is_nothing() -> None:
-    assert together([]) is None
 
 
 def test_outside_of_a_step_nothing_is_changed() -> None:

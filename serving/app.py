@@ -80,7 +80,7 @@ def running(
     finally:
         if not is_up:  # nobody has asked anything yet
             cut_off.set()
-        if controller() is not None:
+        if not session.is_over() and controller() is not None:
             # A cluster of our own ends with the session.
             shut_down = not session.started_here
             take_down(spec.name, engines_of(spec), cut_off, shut_down=shut_down)

@@ -43,6 +43,7 @@ def serve(
     import signal
     import threading
 
+    from cluster.errors import ClusterError
     from cluster.session import session
     from cluster.spec import load_spec
     from serving.app import checked, roll_over, running
@@ -64,7 +65,11 @@ def serve(
             signal.signal(number, end)
         typer.echo(f"{service.name} and the adapters of {service.store}: {url}/v1")
         while not stop.wait(0.5):
-            pass
+            if cluster.is_over():
+                raise ClusterError(
+                    f"service {service.name!r}: the Ray cluster {cluster.address} has ended on "
+                    "this machine, and the service with it; start both anew"
+                )
         typer.echo("stopping once all requests are answered; a second signal cuts them off")
 
 

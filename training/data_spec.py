@@ -42,10 +42,12 @@ class DataSpec(Spec):
     format: Literal["auto", "alpaca", "prompt_completion", "chat", "text"] = Field(
         "auto",
         description="What the columns mean: instruction/input/output, prompt/completion, messages, "
-        "or text. `auto` tells by their names. An encoder-decoder's source is what stands before "
-        "the output, completion or last message, and that its target. A classifier reads the same, "
-        "or text, and learns the output, completion, last message, or label: a name, or the number "
-        "of one.",
+        "or text. `auto` tells by their names. Beside messages, `tools` has what the assistant may "
+        "call in that row: OpenAI's list, or it as JSON text; a message with `tool_calls` needs no "
+        "content. The base's chat template renders both, and the assistant's turns are learned. An "
+        "encoder-decoder's source is what stands before the output, completion or last message, "
+        "and that its target. A classifier reads the same, or text, and learns the output, "
+        "completion, last message, or label: a name, or the number of one.",
     )
     labels: tuple[str, ...] = Field(
         (),

@@ -135,7 +135,7 @@ class IA3Spec(Spec):
         None, description="Module-name suffixes; PEFT's choice for the base's family if not given."
     )
     feedforward_modules: tuple[str, ...] | None = Field(
-        None, description="Those of them whose input is scaled, not their output."
+        None, description="Those of them whose input is scaled, not their output; may be empty."
     )
 
 

@@ -240,7 +240,7 @@ def test_a_pattern_that_matches_nothing_is_refused(bases: Bases, field: str) -> 
 def test_ia3_asks_for_targets_where_peft_knows_none(bases: Bases) -> None:
     with pytest.raises(SpecError, match="target_modules and method"):
         attach(bases("qwen2_moe"), kind="ia3")
-    with pytest.raises(SpecError, match="both, or neither"):
+    with pytest.raises(SpecError, match=r"both, or neither; feedforward_modules: \[\] scales"):
         attach(bases("llama"), kind="ia3", target_modules=["k_proj"])
     wrong = {"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}
     with pytest.raises(SpecError, match="feedforward_modules: 'down_proj' is not in method"):
@@ -248,6 +248,18 @@ def test_ia3_asks_for_targets_where_peft_knows_none(bases: Bases) -> None:
     wrong = {"target_modules": ["down_proj"], "feedforward_modules": ["down_proj", "fc1"]}
     with pytest.raises(SpecError, match="feedforward_modules: 'fc1' matches no module"):
         attach(bases("llama"), kind="ia3", **wrong)
+
+
+def test_ia3_takes_attention_alone(bases: Bases, tmp_path: Path) -> None:
+    asked = {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}
+    model, spec = attach(bases("llama"), kind="ia3", **asked)
+    assert {name.split(".")[-3] for name in trainable_parameters(model)} == {"k_proj", "v_proj"}
+    randomize(model)
+    METHODS[spec.kind].save(model, tmp_path)
+    ids = torch.arange(12)[None]
+    found = load_adapter(load(bases("llama")), tmp_path)(ids).logits
+    assert (model.eval()(ids).logits - found).abs().max() < 1e-5
+    assert (load(bases("llama"))(ids).logits - found).abs().max() > 1e-2
 
 
 def test_init_text_starts_from_the_texts_embeddings(bases: Bases) -> None:

@@ -38,6 +38,9 @@ def attach(base: Path, **method: Any) -> tuple[Any, Any]:
     [
         ("llama", {"exclude_modules": ["qproj"]}, "exclude_modules: 'qproj' matches no module"),
         ("llama", {"exclude_modules": "("}, r"exclude_modules: '\(' is no regular expression"),
+        ("llama", {"target_modules": "q_(proj"}, r"target_modules: 'q_\(proj' is no regular"),
+        ("llama", {"rank_pattern": {"q_(proj": 2}}, r"rank_pattern: 'q_\(proj' is no regular"),
+        ("llama", {"alpha_pattern": {"(?i)q": 2}}, r"alpha_pattern: '\(\?i\)q' is no regular"),
         ("llama", {"modules_to_save": ["head"]}, "modules_to_save: 'head' matches no module.*head"),
         ("llama", {"layers_to_transform": [0, 2]}, "layers_to_transform: .* has no layer 2"),
         ("llama", {"layers_to_transform": [99]}, "layers_to_transform: .* has no layer 99"),

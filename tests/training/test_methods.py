@@ -176,7 +176,7 @@ def test_llama_adapter_is_refused_where_peft_cannot(bases: Bases) -> None:
     for family, message in (("phi", "Unsupported model type"), ("gemma", "heads of 16")):
         with pytest.raises(SpecError, match=message):
             attach(bases(family), kind="llama_adapter")
-    with pytest.raises(SpecError, match="adapter_layers: 3 is more than .*at most 2"):
+    with pytest.raises(SpecError, match=r"adapter_layers: 3 is more than .*at most 2"):
         attach(bases("llama"), kind="llama_adapter", adapter_layers=3)
 
 

@@ -67,7 +67,7 @@ def attach_low_rank(model: Any, config: Any, spec: LowRankSpec, base_path: str) 
 
     try:
         adapted: Any = get_peft_model(model, config)
-    except (ValueError, TypeError, re.error) as error:
+    except (ValueError, TypeError) as error:
         if not any(part in str(error).lower() for part in _NO_TARGET):
             raise SpecError(f"method: PEFT refuses it on {base_path}: {error}") from error
         raise _no_target(model, spec, base_path) from error
@@ -202,16 +202,11 @@ def _check_names(
     field: str, patterns: Iterable[str], names: list[str], *, is_regex: bool = False
 ) -> None:
     for pattern in patterns:
-        try:
-            found = (
-                any(re.fullmatch(pattern, name) for name in names)
-                if is_regex
-                else any(f".{name}".endswith(f".{pattern}") for name in names)
-            )
-        except re.error as error:
-            raise SpecError(f"method.{field}: {pattern!r} is no regular expression: {error}") from (
-                error
-            )
+        found = (
+            any(re.fullmatch(pattern, name) for name in names)
+            if is_regex
+            else any(f".{name}".endswith(f".{pattern}") for name in names)
+        )
         if pattern and not found:
             raise SpecError(
                 f"method.{field}: {pattern!r} matches no module; there are {_last_names(names)}"

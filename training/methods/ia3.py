@@ -9,7 +9,7 @@ import torch
 from cluster.errors import SpecError
 from cluster.tasks import head_modules, peft_task_type
 from training.method_spec import IA3Spec
-from training.methods.placement import in_float32, linear_names
+from training.methods.placement import check_fit, in_float32, linear_names
 from training.methods.targets import check_targets
 
 
@@ -47,6 +47,7 @@ def attach(model: Any, spec: IA3Spec, base_path: str) -> torch.nn.Module:
     try:
         return in_float32(get_peft_model(model, config))
     except ValueError as error:
+        check_fit(error, targets, linear)
         raise SpecError(
             f"method: PEFT refuses IA3 on {base_path} ({error}); name method.target_modules and "
             f"method.feedforward_modules among {', '.join(linear)}"

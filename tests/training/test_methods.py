@@ -165,8 +165,9 @@ def test_bitfits_subsets(bases: Bases) -> None:
     assert trained("qwen2_moe", add_missing=False) == {f"self_attn.{x}_proj" for x in "qkv"}
     for family, method, message in (
         ("gpt2", {"subset": "query_mlp"}, "finds no query"),
-        ("llama", {"subset": "norm"}, "has no bias in norm"),
-        ("llama", {"add_missing": False}, "without method.add_missing"),
+        ("llama", {"subset": "norm"}, "has no bias in norm; use subset all, with method.add_m"),
+        ("llama", {"subset": "norm", "add_missing": False}, "no bias in norm; use subset all"),
+        ("llama", {"add_missing": False}, "has no bias in all; set method.add_missing"),
     ):
         with pytest.raises(SpecError, match=message):
             attach(bases(family), kind="bitfit", **method)

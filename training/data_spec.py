@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from cluster.spec import Spec
 
 Limit = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+_NUMBER = re.compile(r"\d*\.?\d+(e[+-]?\d+)?", re.IGNORECASE)
 
 
 class LintSpec(Spec):
@@ -75,6 +77,12 @@ class DataSpec(Spec):
         default_factory=lambda: LintSpec.model_validate({}),
         description="How much of the data may be wrong.",
     )
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _share_or_path(cls, value: Any) -> Any:
+        # YAML takes 5e-2, without a point, for text.
+        return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 class EvaluationSpec(Spec):

@@ -79,6 +79,14 @@ def test_overrides_are_yaml_and_reach_nested_keys(tmp_path: Path) -> None:
     assert spec.output.name == "other"
 
 
+def test_a_share_may_be_written_without_a_point(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(yaml.dump(GOOD))
+    for text, expected in (("5e-2", 0.05), ("1E-1", 0.1), (".5", 0.5), ("./5e-2", "./5e-2")):
+        spec = load_spec(TrainingSpec, tmp_path / "a.yaml", [f"data.validation={text}"])
+        assert spec.data.validation == expected
+    assert "less than 1" in message({**GOOD, "data": {"train": "rows", "validation": "5e0"}})
+
+
 @pytest.mark.parametrize(
     ("override", "part"),
     [("method.r", "key=value"), ("=3", "key=value"), ("seed.x=3", "value, not a section"),

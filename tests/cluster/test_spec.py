@@ -58,6 +58,13 @@ def test_rules_between_fields() -> None:
     )
     on_gpu = {**GOOD, "optimizer": {"kind": "cpu_adam"}, "workers": {"gpus": 1}}
     assert "set zero.offload_optimizer" in message(on_gpu)
+    lstm = {"kind": "p_tuning", "encoder": "lstm"}
+    small = {"kind": "proxy_tuning", "small_base": "small", "expert": lstm}
+    for method in (lstm, small):
+        text = message({**GOOD, "method": method, "precision": "fp16"})
+        assert "p_tuning with encoder lstm needs a GPU" in text
+    for other in ({"precision": "bf16"}, {"precision": "fp16", "workers": {"gpus": 1}}):
+        assert parse_spec(TrainingSpec, {**GOOD, "method": lstm, **other}).method.kind == "p_tuning"
 
 
 def test_a_base_over_several_gpus_is_refused_with_what_fits_one() -> None:

@@ -339,7 +339,8 @@ def _read(path: Path) -> pa.Table:
     if shards := _shards(path):
         for shard in shards:
             check_schema(pq.read_schema(shard), shard)
-        return pq.read_table(shards, memory_map=True, partitioning=None)
+        # The columns are those of the files, whatever the folders are called.
+        return pq.read_table(shards, memory_map=True, partitioning=None)  # type: ignore[arg-type]
     if path.is_dir():
         return _read_saved_dataset(path)
     suffix = path.suffix.lower()

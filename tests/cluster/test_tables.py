@@ -106,6 +106,14 @@ def test_a_folder_of_shards_is_one_table(tmp_path: Path) -> None:
             read(tmp_path)
 
 
+def test_a_folders_name_is_no_column(tmp_path: Path) -> None:
+    folder = tmp_path / "day=1"
+    folder.mkdir()
+    write_table(TABLE, folder / "rows.parquet")
+    for path in (folder, folder / "rows.parquet"):
+        assert open_table(path).column_names == list(stream_rows(path).columns) == ["prompt", "n"]
+
+
 @pytest.mark.parametrize("read", [open_table, stream_rows])
 @pytest.mark.parametrize("name", ["rows.arrow", "rows.parquet", "rows.stream", "shards/0.parquet"])
 def test_two_columns_of_one_name_are_refused(

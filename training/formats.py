@@ -127,6 +127,11 @@ def _message(given: Any, place: int) -> dict[str, Any]:
     message = {key: value for key, value in _object(given).items() if value is not None}
     if not isinstance(message.get("role"), str):
         raise ValueError("messages must be a list of {role, content} texts")
+    if message["role"] == "assistant" and message.get("weight") == 0:
+        raise ValueError(
+            f"messages[{place}].weight is 0, and all that the assistant said is learned; leave the "
+            "key out, or cut the row before that message"
+        )
     calls = message.pop("tool_calls", None)
     if calls and message["role"] != "assistant":
         raise ValueError(f"messages[{place}] of role {message['role']!r} cannot have tool_calls")

@@ -207,6 +207,16 @@ def test_a_call_is_no_target_and_no_class(tmp_path: Path, task: Any) -> None:
         tokenize(DataSpec(train=str(path)), tool_tokenizer(), tmp_path / "tokens", task)
 
 
+def test_what_is_rendered_as_text_has_the_tools_too(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", {"messages": TOOL_CHAT, "tools": TOOLS})
+    tokenize(DataSpec(train=str(path)), tool_tokenizer(), tmp_path / "tokens", "seq_2_seq_lm")
+    source, target = map(TOKENIZER.decode, TokenRows(tmp_path / "tokens").row(0))
+    called = 'area {"r": [2, null]}<|end|>'
+    head = f"{json.dumps(TOOLS)}<|user|>hi<|assistant|>"
+    assert source == f"{head}{called}<|tool|>12.6<|assistant|>"
+    assert target == "yo<|end|>"
+
+
 def test_a_second_job_takes_the_tokens_of_the_first(
     bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +309,10 @@ def test_rows_without_a_learned_token_are_counted_out(tmp_path: Path) -> None:
         ),
         ([{"messages": [{"role": "user", "content": "", "tool_calls": CALLS}]}], "'user' cannot"),
         ([{"messages": [{"role": "assistant", "tool_calls": "f()"}]}], "tool_calls must be a list"),
+        (
+            [{"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}],
+            r"messages\[1\].weight is 0, and all",
+        ),
         ([{"messages": CHAT, "tools": "{"}], "row 0: tools are no JSON: '{'"),
         ([{"messages": CHAT, "tools": "3"}], "row 0: tools must be a list"),
         ([{"messages": CHAT, "tools": ["f"]}], "row 0: tools must be a list"),

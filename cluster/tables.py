@@ -213,7 +213,11 @@ def faults(path: object, from_row: int | None = None) -> Generator[None]:
 
 
 def check_schema(schema: pa.Schema, path: object) -> None:
-    """Raise DataError for a column whose reading may run code."""
+    """Raise DataError for a column whose reading may run code, and for two of one name."""
+    names: list[str] = schema.names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"data {path}: two columns are named {twice!r}; rename or drop one of them")
     for field in schema:
         metadata: dict[bytes, bytes] = field.metadata or {}
         if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in metadata:
@@ -227,8 +231,6 @@ def _stream(path: Path) -> RowStream:
     suffix = path.suffix.lower()
     if suffix in (*JSONL, *JSON) and path.is_file():
         return _stream_json(path)
-    if suffix in PARQUET and path.is_file():
-        return _stream_parquet(path, [path])
     if shards := _shards(path):
         return _stream_parquet(path, shards)
     if suffix in IPC and path.is_file():
@@ -244,8 +246,10 @@ def _stream(path: Path) -> RowStream:
 
 
 def _shards(path: Path) -> list[Path]:
-    """A folder's Parquet files, as the Hub has them: train-00000-of-00002.parquet, …; none of a
-    file. Raises ValueError for those of several splits."""
+    """A Parquet file, or a folder's, as the Hub has them: train-00000-of-00002.parquet, …; else
+    none. Raises ValueError for those of several splits."""
+    if path.is_file():
+        return [path] if path.suffix.lower() in PARQUET else []
     shards = sorted(path.glob("*.parquet")) if path.is_dir() else []
     named = {match[1] for shard in shards if (match := _SPLIT.match(shard.stem))}
     if len(splits := sorted(named)) > 1:
@@ -333,14 +337,15 @@ def _json_row(number: int, line: bytes) -> dict[str, Any]:
 
 def _read(path: Path) -> pa.Table:
     if shards := _shards(path):
-        return pq.read_table(shards, memory_map=True)
+        for shard in shards:
+            check_schema(pq.read_schema(shard), shard)
+        # The columns are those of the files, whatever the folders are called.
+        return pq.read_table(shards, memory_map=True, partitioning=None)  # type: ignore[arg-type]
     if path.is_dir():
         return _read_saved_dataset(path)
     suffix = path.suffix.lower()
     if suffix in IPC:
         return _read_ipc(path)
-    if suffix in PARQUET:
-        return pq.read_table(path, memory_map=True)
     if suffix in (*JSONL, *JSON):
         return pyarrow.json.read_json(path)
     raise ValueError(f"unknown kind {suffix!r}; use .arrow, .parquet, .jsonl or a dataset folder")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from cluster.spec import Spec
 
 Limit = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+_NUMBER = re.compile(r"\d*\.?\d+(e[+-]?\d+)?", re.IGNORECASE)
 
 
 class LintSpec(Spec):
@@ -42,10 +44,12 @@ class DataSpec(Spec):
     format: Literal["auto", "alpaca", "prompt_completion", "chat", "text"] = Field(
         "auto",
         description="What the columns mean: instruction/input/output, prompt/completion, messages, "
-        "or text. `auto` tells by their names. An encoder-decoder's source is what stands before "
-        "the output, completion or last message, and that its target. A classifier reads the same, "
-        "or text, and learns the output, completion, last message, or label: a name, or the number "
-        "of one.",
+        "or text. `auto` tells by their names. Beside messages, `tools` has what the assistant may "
+        "call in that row: OpenAI's list, or it as JSON text; a message with `tool_calls` needs no "
+        "content. The base's chat template renders both, and the assistant's turns are learned. An "
+        "encoder-decoder's source is what stands before the output, completion or last message, "
+        "and that its target. A classifier reads the same, or text, and learns the output, "
+        "completion, last message, or label: a name, or the number of one.",
     )
     labels: tuple[str, ...] = Field(
         (),
@@ -73,6 +77,12 @@ class DataSpec(Spec):
         default_factory=lambda: LintSpec.model_validate({}),
         description="How much of the data may be wrong.",
     )
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _share_or_path(cls, value: Any) -> Any:
+        # YAML takes 5e-2, without a point, for text.
+        return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 class EvaluationSpec(Spec):

@@ -71,7 +71,7 @@ class CausalRows:
     def encode(self, row: Mapping[str, Any]) -> Row:
         """See Encoding."""
         if self.row_format == "chat":
-            return _tokenize_chat(row["messages"], self.tokenizer)
+            return _tokenize_chat(row, self.tokenizer)
         end: list[int] = [self.tokenizer.eos_token_id]
         if self.row_format == "text":
             ids = encode_prompt(self.tokenizer, row["text"]) + end
@@ -211,7 +211,7 @@ def render_alpaca(row: Mapping[str, Any], template: str) -> str:
 def render_row(row: Mapping[str, Any], row_format: str, template: str, tokenizer: Any) -> str:
     """A row as text, prompt and response."""
     if row_format == "chat":
-        return _chat_text(row["messages"], tokenizer)
+        return _chat_text(row, tokenizer)
     if row_format == "text":
         return row["text"]
     return prompt_of(row, row_format, template, tokenizer) + response_of(row, row_format)
@@ -233,7 +233,7 @@ def prompt_of(row: Mapping[str, Any], row_format: str, template: str, tokenizer:
             "a chat row must end with the assistant's turn, which is what is learned, behind "
             "another; drop the turns behind it"
         )
-    return _chat_text(before, tokenizer, add_generation_prompt=True)
+    return _chat_text({**row, "messages": before}, tokenizer, add_generation_prompt=True)
 
 
 def _closed(ids: list[int], limit: int, tokenizer: Any) -> list[int]:
@@ -250,34 +250,47 @@ def _shown(ids: Sequence[int], tokenizer: Any) -> str:
     return part if len(part) <= _SHOWN_CHARACTERS else f"{part[:half]} … {part[-half:]}"
 
 
-def _tokenize_chat(messages: list[dict[str, str]], tokenizer: Any) -> Row:
-    _check_template(tokenizer)
-    if not _GENERATION.search(tokenizer.get_chat_template()):
+def _tokenize_chat(row: Mapping[str, Any], tokenizer: Any) -> Row:
+    if not _GENERATION.search(_template(row, tokenizer)):
         raise DataError(
             "the base's chat template marks no {% generation %} parts, so what the assistant said "
             "cannot be told from the rest; add the markers to the template"
         )
     encoded = _chat(
-        messages, tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        row, tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids: list[int] = list(encoded["input_ids"])
     mask: list[int] = encoded["assistant_masks"]
     return ids, [i if learned else IGNORE for i, learned in zip(ids, mask, strict=True)]
 
 
-def _chat_text(messages: list[dict[str, str]], tokenizer: Any, **options: Any) -> str:
-    _check_template(tokenizer)
-    text: str = _chat(messages, tokenizer, tokenize=False, **options)
+def _chat_text(row: Mapping[str, Any], tokenizer: Any, **options: Any) -> str:
+    _template(row, tokenizer)
+    text: str = _chat(row, tokenizer, tokenize=False, **options)
     return text.removeprefix(tokenizer.bos_token or "")  # the tokenizer puts it there
 
 
-def _check_template(tokenizer: Any) -> None:
+def _template(row: Mapping[str, Any], tokenizer: Any) -> str:
+    """The template that renders `row`. Raises DataError if there is none, or if it would pass over
+    tools or their calls."""
     if not tokenizer.chat_template:
         raise DataError("chat rows need a chat template, and the base's tokenizer has none")
+    template: str = tokenizer.get_chat_template(tools=row.get("tools"))
+    if row.get("tools") and "tools" not in template:
+        raise DataError(
+            "the base's chat template knows no tools; leave the column out, or describe them in a "
+            "message"
+        )
+    if any("tool_calls" in m for m in row["messages"]) and "tool_calls" not in template:
+        raise DataError(
+            "the base's chat template knows no tool_calls; write them as the content of their "
+            "messages"
+        )
+    return template
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: Any, **options: Any) -> Any:
+def _chat(row: Mapping[str, Any], tokenizer: Any, **options: Any) -> Any:
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), **options)
     except Exception as error:  # templates raise whatever they like about roles and order
         raise DataError(f"the base's chat template refuses a row: {error}") from error

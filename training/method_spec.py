@@ -5,11 +5,30 @@ Each is built on a model by the file of its family in training/methods.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from cluster.spec import Spec
+
+
+def _check_expressions(patterns: Iterable[str], form: str = "{}") -> None:
+    """Raise ValueError for a pattern that is no regular expression in the `form` that PEFT gives
+    it."""
+    for pattern in patterns:
+        try:
+            re.compile(form.format(pattern))
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error.msg}") from error
 
 
 class LowRankSpec(Spec):
@@ -32,6 +51,12 @@ class LowRankSpec(Spec):
         "none", description="Which of the base's biases are trained too."
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the update's input.")
+
+    @field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _is_expression(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        _check_expressions([value] if isinstance(value, str) else ())
+        return value
 
 
 class LoraSpec(LowRankSpec):
@@ -65,6 +90,12 @@ class LoraSpec(LowRankSpec):
     alpha_pattern: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="Module-name pattern -> its own alpha."
     )
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _of_expressions(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _check_expressions(value, r"(.*\.)?({})$")
+        return value
 
 
 class AdaLoraSpec(LowRankSpec):
@@ -135,7 +166,7 @@ class IA3Spec(Spec):
         None, description="Module-name suffixes; PEFT's choice for the base's family if not given."
     )
     feedforward_modules: tuple[str, ...] | None = Field(
-        None, description="Those of them whose input is scaled, not their output."
+        None, description="Those of them whose input is scaled, not their output; may be empty."
     )
 
 

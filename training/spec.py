@@ -20,7 +20,7 @@ from cluster.quantization import QuantizationSpec
 from cluster.spec import Name, Spec, StoreUri, merged, parse_spec
 from cluster.tasks import Task
 from training.data_spec import DataSpec, EvaluationSpec
-from training.method_spec import MethodSpec, ProxyTuningSpec, needs_whole_weights
+from training.method_spec import MethodSpec, ProxyTuningSpec, PTuningSpec, needs_whole_weights
 from training.task_spec import check_task
 from training.tracking_spec import TrackingSpec
 
@@ -279,6 +279,17 @@ class TrainingSpec(Spec):
             raise ValueError(
                 "quantization does not fit zero.stage 3, which cannot shard packed weights; take "
                 "zero.stage 2, where each worker has the whole base in few bits"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _runs_in_its_precision(self) -> TrainingSpec:
+        trained = getattr(self.method, "expert", self.method)
+        is_lstm = isinstance(trained, PTuningSpec) and trained.encoder == "lstm"
+        if is_lstm and self.precision == "fp16" and not self.workers.gpus:  # oneDNN has none
+            raise ValueError(
+                "precision fp16: method p_tuning with encoder lstm needs a GPU for it; take bf16 "
+                "or fp32, encoder mlp, or workers.gpus 1"
             )
         return self
 

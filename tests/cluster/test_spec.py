@@ -58,6 +58,13 @@ def test_rules_between_fields() -> None:
     )
     on_gpu = {**GOOD, "optimizer": {"kind": "cpu_adam"}, "workers": {"gpus": 1}}
     assert "set zero.offload_optimizer" in message(on_gpu)
+    lstm = {"kind": "p_tuning", "encoder": "lstm"}
+    small = {"kind": "proxy_tuning", "small_base": "small", "expert": lstm}
+    for method in (lstm, small):
+        text = message({**GOOD, "method": method, "precision": "fp16"})
+        assert "p_tuning with encoder lstm needs a GPU" in text
+    for other in ({"precision": "bf16"}, {"precision": "fp16", "workers": {"gpus": 1}}):
+        assert parse_spec(TrainingSpec, {**GOOD, "method": lstm, **other}).method.kind == "p_tuning"
 
 
 def test_a_base_over_several_gpus_is_refused_with_what_fits_one() -> None:
@@ -77,6 +84,14 @@ def test_overrides_are_yaml_and_reach_nested_keys(tmp_path: Path) -> None:
     assert (spec.method.kind, getattr(spec.method, "r", 0)) == ("lora", 4)
     assert spec.optimizer.betas == (0.8, 0.9)
     assert spec.output.name == "other"
+
+
+def test_a_share_may_be_written_without_a_point(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(yaml.dump(GOOD))
+    for text, expected in (("5e-2", 0.05), ("1E-1", 0.1), (".5", 0.5), ("./5e-2", "./5e-2")):
+        spec = load_spec(TrainingSpec, tmp_path / "a.yaml", [f"data.validation={text}"])
+        assert spec.data.validation == expected
+    assert "less than 1" in message({**GOOD, "data": {"train": "rows", "validation": "5e0"}})
 
 
 @pytest.mark.parametrize(

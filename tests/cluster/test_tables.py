@@ -106,6 +106,31 @@ def test_a_folder_of_shards_is_one_table(tmp_path: Path) -> None:
             read(tmp_path)
 
 
+def test_a_folders_name_is_no_column(tmp_path: Path) -> None:
+    folder = tmp_path / "day=1"
+    folder.mkdir()
+    write_table(TABLE, folder / "rows.parquet")
+    for path in (folder, folder / "rows.parquet"):
+        assert open_table(path).column_names == list(stream_rows(path).columns) == ["prompt", "n"]
+
+
+@pytest.mark.parametrize("read", [open_table, stream_rows])
+@pytest.mark.parametrize("name", ["rows.arrow", "rows.parquet", "rows.stream", "shards/0.parquet"])
+def test_two_columns_of_one_name_are_refused(
+    tmp_path: Path, name: str, read: Callable[[Path], object]
+) -> None:
+    path = tmp_path / name.replace("stream", "arrow")
+    path.parent.mkdir(exist_ok=True)
+    table = pa.table([["a"], ["b"], ["c"]], names=["prompt", "completion", "completion"])
+    if name == "rows.stream":
+        with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    else:
+        write_table(table, path)
+    with pytest.raises(DataError, match="two columns are named 'completion'; rename or drop"):
+        read(path.parent if name.startswith("shards") else path)
+
+
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     write_table(TABLE, tmp_path / "a.parquet")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])

@@ -44,6 +44,27 @@ CHAT = [
     {"role": "user", "content": "more"},
     {"role": "assistant", "content": "no"},
 ]
+CALLS = [
+    {"id": "1", "type": "function", "function": {"name": "area", "arguments": '{"r": [2, null]}'}}
+]
+BAD_CALL = {"type": "function", "function": {"name": "f", "arguments": "x"}}
+TOOLS = [
+    {"type": "function", "function": {"name": "area", "parameters": {"type": "object"}}},
+    {"type": "function", "function": {"name": "wait", "description": "A while."}},
+]
+TOOL_CHAT: list[dict[str, Any]] = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": None, "tool_calls": CALLS},
+    {"role": "tool", "tool_call_id": "1", "content": "12.6"},
+    {"role": "assistant", "content": "yo"},
+]
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% for call in m.tool_calls %}"
+    "{{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}<|end|>"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def run(
@@ -101,9 +122,99 @@ def test_keys_that_arrow_gives_every_turn_do_not_reach_the_template(tmp_path: Pa
     tokenizer = byte_tokenizer()
     mark = "{% if 'tool_calls' in m %}[calls]{% endif %}"
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content", mark + "{{ m.content")
-    calling = [CHAT[0], {**CHAT[1], "tool_calls": "f()"}, *CHAT[2:]]
+    calling = [CHAT[0], {**CHAT[1], "tool_calls": CALLS}, *CHAT[2:]]
     _, tokens = run(tmp_path, [{"messages": calling}], tokenizer)
     assert tokenizer.decode(tokens.row(0)[0]).count("[calls]") == 1
+
+
+def tool_tokenizer() -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    return tokenizer
+
+
+def jsonl(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {}])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "texts"])
+def test_tools_and_their_calls_are_what_the_template_renders(
+    tmp_path: Path, kind: str, content: dict[str, None]
+) -> None:
+    """As OpenAI's fine-tuning files have them, and only what the assistant said is learned."""
+    calling = {"role": "assistant", "tool_calls": CALLS, **content}
+    messages = [TOOL_CHAT[0], calling, *TOOL_CHAT[2:]]
+    rows: list[dict[str, Any]] = [{"messages": messages, "tools": TOOLS}, {"messages": CHAT}]
+    if kind == "texts":
+        rows[0]["tools"] = json.dumps(TOOLS)
+    path = tmp_path / "rows.parquet"
+    if kind == "jsonl":
+        path = jsonl(tmp_path / "rows.jsonl", *rows)
+    else:
+        rows[1]["tools"] = None
+        write_table(pa.Table.from_pylist(rows), path)
+    spec, tokenizer = DataSpec(train=str(path)), tool_tokenizer()
+    report = tokenize(spec, tokenizer, tmp_path / "tokens")
+    tokens = TokenRows(tmp_path / "tokens")
+    head = f"{json.dumps(TOOLS)}<|user|>hi<|assistant|>"
+    called = 'area {"r": [2, null]}<|end|>'
+    assert tokenizer.decode(tokens.row(0)[0]) == f"{head}{called}<|tool|>12.6<|assistant|>yo<|end|>"
+    assert learned(*tokens.row(0)) == f"{called}yo<|end|>"
+    assert learned(*tokens.row(1)) == "yo<|end|>no<|end|>"
+    assert report.causes() == dict.fromkeys(report.causes(), 0)
+
+
+def test_a_row_that_calls_a_tool_and_says_nothing_is_not_empty(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", {"messages": TOOL_CHAT[:2], "tools": TOOLS})
+    report = tokenize(DataSpec(train=str(path)), tool_tokenizer(), tmp_path / "tokens")
+    assert (report.empty, report.kept) == (0, 1)
+
+
+def test_other_tools_are_other_tokens(tmp_path: Path, bases: Callable[[str], Path]) -> None:
+    """So the store's tokens of one file are not those of another."""
+    found: list[tuple[str, list[int]]] = []
+    for number, tools in enumerate((TOOLS, TOOLS[:1])):
+        path = jsonl(tmp_path / f"{number}.jsonl", {"messages": TOOL_CHAT, "tools": tools})
+        spec = DataSpec(train=str(path))
+        tokenize(spec, tool_tokenizer(), tmp_path / f"tokens{number}")
+        ids, _ = TokenRows(tmp_path / f"tokens{number}").row(0)
+        found.append((fingerprint(spec, str(bases("llama"))), ids))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": TOOL_CHAT, "tools": TOOLS}, "row 0: .* knows no tools; leave the column out"),
+        ({"messages": TOOL_CHAT}, "row 0: .* knows no tool_calls"),
+    ],
+)
+def test_a_template_that_would_pass_over_tools_is_refused(
+    tmp_path: Path, row: dict[str, Any], reason: str
+) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", row)
+    with pytest.raises(DataError, match=reason):
+        tokenize(DataSpec(train=str(path)), TOKENIZER, tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("task", ["seq_2_seq_lm", "sequence_classification"])
+def test_a_call_is_no_target_and_no_class(tmp_path: Path, task: Any) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", {"messages": TOOL_CHAT[:2]})
+    with pytest.raises(DataError, match=rf"row 0: messages\[1\] calls tools, and task {task}"):
+        tokenize(DataSpec(train=str(path)), tool_tokenizer(), tmp_path / "tokens", task)
+
+
+def test_what_is_rendered_as_text_has_the_tools_too(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", {"messages": TOOL_CHAT, "tools": TOOLS})
+    tokenize(DataSpec(train=str(path)), tool_tokenizer(), tmp_path / "tokens", "seq_2_seq_lm")
+    source, target = map(TOKENIZER.decode, TokenRows(tmp_path / "tokens").row(0))
+    called = 'area {"r": [2, null]}<|end|>'
+    head = f"{json.dumps(TOOLS)}<|user|>hi<|assistant|>"
+    assert source == f"{head}{called}<|tool|>12.6<|assistant|>"
+    assert target == "yo<|end|>"
 
 
 def test_a_second_job_takes_the_tokens_of_the_first(
@@ -192,7 +303,20 @@ def test_rows_without_a_learned_token_are_counted_out(tmp_path: Path) -> None:
         ([{"text": b"x"}], "'text' holds bytes"),
         ([{"text": {"a": 1}}], "'text' holds dict"),
         ([{"messages": []}], "row 0: messages"),
-        ([{"messages": [{"role": "user", "content": None}]}], "row 0: messages"),
+        (
+            [{"messages": [{"role": "user", "content": None}]}],
+            r"row 0: messages\[0\].content holds",
+        ),
+        ([{"messages": [{"role": "user", "content": "", "tool_calls": CALLS}]}], "'user' cannot"),
+        ([{"messages": [{"role": "assistant", "tool_calls": "f()"}]}], "tool_calls must be a list"),
+        (
+            [{"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}],
+            r"messages\[1\].weight is 0, and all",
+        ),
+        ([{"messages": CHAT, "tools": "{"}], "row 0: tools are no JSON: '{'"),
+        ([{"messages": CHAT, "tools": "3"}], "row 0: tools must be a list"),
+        ([{"messages": CHAT, "tools": ["f"]}], "row 0: tools must be a list"),
+        ([{"messages": [{"role": "assistant", "tool_calls": [BAD_CALL]}]}], "no JSON: 'x'"),
         ([{"question": "q", "answer": "a"}], "fit no known format"),
     ],
 )

@@ -38,6 +38,30 @@ def attach(base: Path, **method: Any) -> tuple[Any, Any]:
     [
         ("llama", {"exclude_modules": ["qproj"]}, "exclude_modules: 'qproj' matches no module"),
         ("llama", {"exclude_modules": "("}, r"exclude_modules: '\(' is no regular expression"),
+        ("llama", {"target_modules": "q_(proj"}, r"target_modules: 'q_\(proj' is no regular"),
+        (
+            "llama",
+            {"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]},
+            r"target_modules: \('q_proj',\) means nothing but what is trained whole already",
+        ),
+        ("llama", {"modules_to_save": ["layers"]}, "'all-linear' means nothing but what is tr"),
+        (
+            "llama",
+            {"target_modules": ["q_proj", "norm"]},
+            r"method.target_modules: .* of kind LlamaRMSNorm, .* linear ones: down_proj, gate",
+        ),
+        (
+            "llama",
+            {"kind": "adalora", "target_modules": ["self_attn"]},
+            r"method.target_modules: .* of kind LlamaAttention, .*: down_proj.*v_proj$",
+        ),
+        (
+            "llama",
+            {"kind": "ia3", "target_modules": ["norm"], "feedforward_modules": []},
+            "method.target_modules: .* of kind LlamaRMSNorm",
+        ),
+        ("llama", {"rank_pattern": {"q_(proj": 2}}, r"rank_pattern: 'q_\(proj' is no regular"),
+        ("llama", {"alpha_pattern": {"(?i)q": 2}}, r"alpha_pattern: '\(\?i\)q' is no regular"),
         ("llama", {"modules_to_save": ["head"]}, "modules_to_save: 'head' matches no module.*head"),
         ("llama", {"layers_to_transform": [0, 2]}, "layers_to_transform: .* has no layer 2"),
         ("llama", {"layers_to_transform": [99]}, "layers_to_transform: .* has no layer 99"),

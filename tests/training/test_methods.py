@@ -165,8 +165,9 @@ def test_bitfits_subsets(bases: Bases) -> None:
     assert trained("qwen2_moe", add_missing=False) == {f"self_attn.{x}_proj" for x in "qkv"}
     for family, method, message in (
         ("gpt2", {"subset": "query_mlp"}, "finds no query"),
-        ("llama", {"subset": "norm"}, "has no bias in norm"),
-        ("llama", {"add_missing": False}, "without method.add_missing"),
+        ("llama", {"subset": "norm"}, "has no bias in norm; use subset all, with method.add_m"),
+        ("llama", {"subset": "norm", "add_missing": False}, "no bias in norm; use subset all"),
+        ("llama", {"add_missing": False}, "has no bias in all; set method.add_missing"),
     ):
         with pytest.raises(SpecError, match=message):
             attach(bases(family), kind="bitfit", **method)
@@ -176,7 +177,7 @@ def test_llama_adapter_is_refused_where_peft_cannot(bases: Bases) -> None:
     for family, message in (("phi", "Unsupported model type"), ("gemma", "heads of 16")):
         with pytest.raises(SpecError, match=message):
             attach(bases(family), kind="llama_adapter")
-    with pytest.raises(SpecError, match="more adapter layers"):
+    with pytest.raises(SpecError, match=r"adapter_layers: 3 is more than .*at most 2"):
         attach(bases("llama"), kind="llama_adapter", adapter_layers=3)
 
 
@@ -240,7 +241,7 @@ def test_a_pattern_that_matches_nothing_is_refused(bases: Bases, field: str) -> 
 def test_ia3_asks_for_targets_where_peft_knows_none(bases: Bases) -> None:
     with pytest.raises(SpecError, match="target_modules and method"):
         attach(bases("qwen2_moe"), kind="ia3")
-    with pytest.raises(SpecError, match="both, or neither"):
+    with pytest.raises(SpecError, match=r"both, or neither; feedforward_modules: \[\] scales"):
         attach(bases("llama"), kind="ia3", target_modules=["k_proj"])
     wrong = {"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}
     with pytest.raises(SpecError, match="feedforward_modules: 'down_proj' is not in method"):
@@ -248,6 +249,18 @@ def test_ia3_asks_for_targets_where_peft_knows_none(bases: Bases) -> None:
     wrong = {"target_modules": ["down_proj"], "feedforward_modules": ["down_proj", "fc1"]}
     with pytest.raises(SpecError, match="feedforward_modules: 'fc1' matches no module"):
         attach(bases("llama"), kind="ia3", **wrong)
+
+
+def test_ia3_takes_attention_alone(bases: Bases, tmp_path: Path) -> None:
+    asked = {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}
+    model, spec = attach(bases("llama"), kind="ia3", **asked)
+    assert {name.split(".")[-3] for name in trainable_parameters(model)} == {"k_proj", "v_proj"}
+    randomize(model)
+    METHODS[spec.kind].save(model, tmp_path)
+    ids = torch.arange(12)[None]
+    found = load_adapter(load(bases("llama")), tmp_path)(ids).logits
+    assert (model.eval()(ids).logits - found).abs().max() < 1e-5
+    assert (load(bases("llama"))(ids).logits - found).abs().max() > 1e-2
 
 
 def test_init_text_starts_from_the_texts_embeddings(bases: Bases) -> None:

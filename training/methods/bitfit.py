@@ -138,10 +138,10 @@ def _subset(model: Any, spec: BitFitSpec, base_path: str) -> dict[str, torch.nn.
     if not spec.add_missing:
         modules = {n: m for n, m in modules.items() if getattr(m, "bias", None) is not None}
     if not modules:
-        raise SpecError(
-            f"method.subset: {base_path} has no bias in {spec.subset}"
-            + ("" if spec.add_missing else " without method.add_missing")
-        )
+        remedy = "set method.add_missing"
+        if spec.subset == "norm":  # where none is ever added
+            remedy = "use subset all, with method.add_missing, or the method layernorm"
+        raise SpecError(f"method.subset: {base_path} has no bias in {spec.subset}; {remedy}")
     return modules
 
 

@@ -15,12 +15,18 @@ def attach(model: Any, spec: LlamaAdapterSpec, base_path: str) -> torch.nn.Modul
     """Put a gated prompt into the attention of the top layers, in float32.
 
     Raises:
-        SpecError: PEFT does not know this family's attention, or computes it wrongly.
+        SpecError: the base has fewer layers, or PEFT does not know this family's attention or
+            computes it wrongly.
     """
     from peft import AdaptionPromptConfig, get_peft_model
 
     text = model.config.get_text_config()
     layers = spec.adapter_layers or text.num_hidden_layers
+    if layers > text.num_hidden_layers:
+        raise SpecError(
+            f"method.adapter_layers: {layers} is more than {base_path} has; set it to at most "
+            f"{text.num_hidden_layers}"
+        )
     config = AdaptionPromptConfig(
         task_type="CAUSAL_LM",
         adapter_len=spec.adapter_len,

@@ -18,8 +18,9 @@ from training.method_spec import LowRankSpec
 from training.methods.head import is_of_head
 from training.methods.targets import check_targets, is_targeted
 
-# Of what PEFT says that finds no module to adapt.
+# Of what PEFT says that finds no module to adapt, and that finds one of a kind which it cannot.
 _NO_TARGET = ("target modules", "modules were targeted", "modules were excluded")
+_UNFIT = re.compile(r"Target module (\w+)\(")
 
 
 def peft_placement(model: Any, spec: LowRankSpec, base_path: str) -> dict[str, Any]:
@@ -65,12 +66,14 @@ def attach_low_rank(model: Any, config: Any, spec: LowRankSpec, base_path: str) 
     """
     from peft import get_peft_model
 
+    linear = linear_names(model)
     try:
         adapted: Any = get_peft_model(model, config)
-    except (ValueError, TypeError, re.error) as error:
+    except (ValueError, TypeError) as error:
+        check_fit(error, spec.target_modules, linear)
         if not any(part in str(error).lower() for part in _NO_TARGET):
             raise SpecError(f"method: PEFT refuses it on {base_path}: {error}") from error
-        raise _no_target(model, spec, base_path) from error
+        raise _no_target(model, spec, config.modules_to_save or (), base_path) from error
     _check_excluded(adapted, spec)
     targeted: list[str] = adapted.base_model.targeted_module_names
     for layer in spec.layers_to_transform:
@@ -83,6 +86,15 @@ def attach_low_rank(model: Any, config: Any, spec: LowRankSpec, base_path: str) 
             f"method.bias: {spec.bias!r}, but {base_path} has no such bias; set it to none"
         )
     return in_float32(adapted)
+
+
+def check_fit(error: Exception, targets: object, linear: Iterable[str]) -> None:
+    """Raise SpecError if `error` is PEFT's for a target of a kind that it cannot adapt."""
+    if match := _UNFIT.match(str(error)):
+        raise SpecError(
+            f"method.target_modules: {targets!r} means a module of kind {match[1]}, which this "
+            f"method cannot adapt; name linear ones: {', '.join(linear)}"
+        ) from error
 
 
 def _check_excluded(adapted: Any, spec: LowRankSpec) -> None:
@@ -98,13 +110,18 @@ def _check_excluded(adapted: Any, spec: LowRankSpec) -> None:
             )
 
 
-def _no_target(model: Any, spec: LowRankSpec, base_path: str) -> SpecError:
-    """Which option leaves PEFT without any target."""
+def _no_target(model: Any, spec: LowRankSpec, saved: Iterable[str], base_path: str) -> SpecError:
+    """Which option leaves PEFT without any target, where it trains the modules `saved` whole."""
     names = [name for name, _ in model.named_modules()]
     for layer in spec.layers_to_transform:
         if not _has_layer(names, layer):
             return _no_layer(layer, base_path)
     targets, excluded = spec.target_modules, spec.exclude_modules
+    if _is_within(saved, targets, model):
+        return SpecError(
+            f"method.target_modules: {targets!r} means nothing but what is trained whole already "
+            "(method.modules_to_save, a classifier's head); leave it out of one of them"
+        )
     is_found = True  # each name of a list matches something, or it was refused before
     if isinstance(targets, str) and targets != "all-linear":
         is_found = any(re.fullmatch(targets, name) for name in names)
@@ -118,6 +135,14 @@ def _no_target(model: Any, spec: LowRankSpec, base_path: str) -> SpecError:
         f"method.target_modules: {targets!r} matches no module of {base_path}{layers}; it has "
         f"{', '.join(linear_names(model))}"
     )
+
+
+def _is_within(saved: Iterable[str], targets: str | tuple[str, ...], model: Any) -> bool:
+    """Whether all modules that `targets` names are of those `saved`."""
+    wanted = tuple(linear_names(model)) if targets == "all-linear" else targets
+    found = [f"{name}." for name, _ in model.named_modules() if is_targeted(name, wanted)]
+    wholes = tuple(f"{name}." for name in saved)
+    return bool(found) and all(name.startswith(wholes) for name in found)
 
 
 def _has_layer(names: Iterable[str], layer: int) -> bool:
@@ -202,16 +227,11 @@ def _check_names(
     field: str, patterns: Iterable[str], names: list[str], *, is_regex: bool = False
 ) -> None:
     for pattern in patterns:
-        try:
-            found = (
-                any(re.fullmatch(pattern, name) for name in names)
-                if is_regex
-                else any(f".{name}".endswith(f".{pattern}") for name in names)
-            )
-        except re.error as error:
-            raise SpecError(f"method.{field}: {pattern!r} is no regular expression: {error}") from (
-                error
-            )
+        found = (
+            any(re.fullmatch(pattern, name) for name in names)
+            if is_regex
+            else any(f".{name}".endswith(f".{pattern}") for name in names)
+        )
         if pattern and not found:
             raise SpecError(
                 f"method.{field}: {pattern!r} matches no module; there are {_last_names(names)}"

@@ -107,8 +107,11 @@ def load_tokenizer(path: str) -> Any:
         raise BaseModelError(
             f"base_model {path}: its tokenizer does not load ({error}); save it there anew"
         ) from error
+    config = base_config(path)
     # An encoder reads a whole text, its end with it.
-    tokenizer.closes_prompts = base_config(path).is_encoder_decoder
+    tokenizer.closes_prompts = config.is_encoder_decoder
+    # Tokens may have been added since the base was made; some configs tell no size.
+    tokenizer.base_vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     return tokenizer
 
 

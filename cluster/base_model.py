@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import BaseModelError
 from cluster.quantization import QuantizationSpec, saved_quantization
-from cluster.tasks import Task, auto_model, missing_outside_head
+from cluster.tasks import Task, auto_model, head_modules, missing_outside_head
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +107,11 @@ def load_tokenizer(path: str) -> Any:
         raise BaseModelError(
             f"base_model {path}: its tokenizer does not load ({error}); save it there anew"
         ) from error
+    config = base_config(path)
     # An encoder reads a whole text, its end with it.
-    tokenizer.closes_prompts = base_config(path).is_encoder_decoder
+    tokenizer.closes_prompts = config.is_encoder_decoder
+    # Tokens may have been added since the base was made; some configs tell no size.
+    tokenizer.base_vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     return tokenizer
 
 
@@ -228,7 +231,7 @@ def bitsandbytes_config(quantization: QuantizationSpec) -> Any:
 
 def empty_base(path: str, task: Task = "causal_lm", labels: Sequence[str] = ()) -> Any:
     """The model's structure without weights (meta device): what a plan needs. Raises
-    BaseModelError, as `load_base`."""
+    BaseModelError, as `load_base`; also for a classifier's head of another number of classes."""
     import torch
 
     check_base_folder(path, with_tokenizer=False)
@@ -236,6 +239,35 @@ def empty_base(path: str, task: Task = "causal_lm", labels: Sequence[str] = ()) 
     _check_plain(path, task, quantization_of(path))
     try:
         with torch.device("meta"):
-            return auto.from_config(base_config(path, **asked))
+            model = auto.from_config(base_config(path, **asked))
     except (OSError, ValueError) as error:
         raise BaseModelError(f"base_model {path}: does not fit task {task}: {error}") from error
+    if labels:
+        _check_head(path, model, len(labels))
+    return model
+
+
+def _check_head(path: str, model: Any, classes: int) -> None:
+    """Raise BaseModelError if the folder has a head that is not of so many classes. Reads the
+    weights' headers: configs tell a number of classes without a head too."""
+    from safetensors import SafetensorError, safe_open
+
+    sizes = {
+        f"{name}.{part}": list(parameter.shape)
+        for name, module in head_modules(model).items()
+        for part, parameter in module.named_parameters()
+    }
+    try:
+        for file in sorted(Path(path).glob("*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                held = set(opened.keys())
+                for key, size in sizes.items():
+                    if key in held and (saved := opened.get_slice(key).get_shape()) != size:
+                        raise BaseModelError(
+                            f"base_model {path}: its classifier's {key} is {saved}, where "
+                            f"{classes} classes take {size}; save it without that head "
+                            "(transformers.AutoModel), which then starts anew, or train on as many "
+                            "classes as it has"
+                        )
+    except (OSError, SafetensorError) as error:
+        raise BaseModelError(f"base_model {path}: cannot be loaded: {error}") from error

@@ -35,7 +35,7 @@ Written by `make docs` from what [{TESTS}](../{TESTS}) finds; do not edit. A row
 """  # noqa: E501
 BASES = """
 ## Bases
-Each kind of method on a tiny base of each family, with `gradient_checkpointing`: it learns (✓), or is refused before anything starts, with these words.
+Each kind of method on a tiny base of each family, with `gradient_checkpointing`: it learns (✓), or is refused before its first step, with these words. `graft train` finds what follows from names, kinds and sizes before it submits the job; what a base does with rows, such as whether they can be packed, its workers find when they start.
 
 """  # noqa: E501
 

@@ -11,6 +11,10 @@ _FOLDER = Path(__file__).resolve().parents[1] / "configs" / "training"
 # Row -> preset, and what it changes of the preset's method.
 _OPTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "lora + whole modules": ("lora", {"modules_to_save": ["lm_head", "norm"], "dropout": 0.1}),
+    "lora on embedding and head": (
+        "lora",
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ),
     "dora on pissa, two rates": (
         "dora",
         {"init": "pissa", "lora_plus_ratio": 2, "rank_pattern": {"q_proj": 4}},

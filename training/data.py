@@ -44,7 +44,8 @@ def tokenize(
 
     Raises:
         DataError: nothing can be learned from it, more rows are wrong than `spec.lint` allows
-            (neither with `limit`, whose rows may not be like the rest), or a cell is.
+            (neither with `limit`, whose rows may not be like the rest), a cell is, or a token is
+            none of the base's.
     """
     if tokenizer.eos_token_id is None and task != "sequence_classification":
         raise DataError("the base's tokenizer has no end-of-sequence token; set eos_token in it")
@@ -82,9 +83,9 @@ def _kept(
     for number, row in enumerate(rows):
         try:
             ids, labels = how.encode(row)
+            linter.look(ids, how.written(labels), how.response(row), row_hash(ids, labels))
         except DataError as error:
             raise DataError(f"data {spec.train}: row {number}: {error.message}") from error
-        linter.look(ids, how.written(labels), how.response(row), row_hash(ids, labels))
         linter.show(lambda row=(ids, labels): how.shown(*row))
         length = how.longest(ids, labels)
         if spec.max_length is not None and length > spec.max_length:

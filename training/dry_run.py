@@ -3,15 +3,14 @@
 It is the worker's own code that runs (but for what compares numbers, training.shaped), at the shape
 of each adapter's largest micro-batch; a ledger keeps which bytes it asks for, and what for.
 
-Not run: what a method looks at before its first step (the Fisher information of FishMask and
-Child-tuning), evaluation, and the writing of the adapter at the end.
+Not run: evaluation, and the writing of the adapter at the end.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +31,10 @@ from cluster.tasks import Task
 from training.assembly import check_base, has_lone_experts, make_backend, settle_norms
 from training.backend import Backend
 from training.ledger import Ledger, without_bytes
+from training.method_spec import ChildTuningSpec, FishMaskSpec
 from training.methods import METHODS, count_parameters
+from training.methods.fisher import squared_gradients, top
+from training.methods.sparse import VALUES, maskable, set_masks
 from training.quantized_shape import quantize_shapes
 from training.rows import Row, micro_batches
 from training.shaped import SHAPED, ShapedPass
@@ -53,6 +55,7 @@ PARTS: Sequence[str] = (
     "checkpoint",
 )
 _DRAWN_STEPS = 1_000
+_SAMPLES = 2  # of those whose gradients choose a mask: in the second one all sums are there
 _STEPS = 2  # in the second one the optimiser's states are there from the beginning
 
 
@@ -167,6 +170,8 @@ class DryRun:
         self._shared: ShapedPass | None = None
         with ledger.counting("activations"):
             losses = {name: self._loss_model(model.train()) for name, model in models.items()}
+            for name, model in losses.items():
+                self._look(name, model)
             if len(models) > 1:
                 undrawn: Mapping[str, Callable[[], AbstractContextManager[None]]]
                 undrawn = dict.fromkeys(models, nullcontext)
@@ -201,6 +206,37 @@ class DryRun:
             is_sharded=spec.stage_on(dist.get_world_size()) == 3,
             recomputes=spec.gradient_checkpointing,
         )
+
+    def _look(self, name: str, model: LossModel) -> None:
+        """What the course of a mask does before the first step (training.methods.fisher). The
+        places that it finds are numbers, so the values stay as many in each parameter."""
+        method: Any = self._specs[name].method
+        method = getattr(method, "expert", method)
+        by_task = isinstance(method, ChildTuningSpec) and method.form == "task_driven"
+        if not (by_task or isinstance(method, FishMaskSpec)):
+            return
+        found = maskable(model.model, method.target_modules, self._spec.trained_base)
+        masks: dict[str, torch.Tensor] = {}
+        for own, (_, ((module, part), *_)) in found.items():
+            if (values := getattr(module, part + VALUES)) is not None:
+                masks[own] = torch.zeros(len(values), dtype=torch.int64)
+        parameters = {own: parameter for own, (parameter, _) in found.items()}
+        set_masks(found, {})
+        with self.ledger.counting("gradients"):
+            scores = squared_gradients(model, parameters, self._samples(name, method.num_samples))
+            top(scores, sum(map(len, masks.values())))
+        del scores
+        set_masks(found, masks)
+        self.moments["while a mask is chosen"] = len(self.ledger.events)
+
+    def _samples(self, name: str, count: int) -> Iterator[Any]:
+        """Single rows, the longest of all."""
+        task, shape = self._spec.task, replace(self._shapes[name], rows=1, packed=None)
+        rows = shape.content(task, is_packed=False)
+        self.ledger.chosen = len(rows[0][1])
+        for _ in range(min(_SAMPLES, count)):
+            with self.ledger.counting("activations"):
+                yield TASK_PARTS[task].collate(rows, torch.device("cpu"))
 
     def _watch(self, backend: Backend) -> None:
         """Let what DeepSpeed's engine does in its step count as the update's."""

@@ -70,7 +70,9 @@ def run_job(run: Run) -> list[AdapterVersion]:
         return known[key]
 
     prepared = {name: _prepare(run, own, tokens_of) for name, own in run.spec.each().items()}
-    ended = _train(run, store, {name: each.keys for name, each in prepared.items()})
+    keys = {name: each.keys for name, each in prepared.items()}
+    runs.record_rows(store, run, keys)
+    ended = _train(run, store, keys)
     published: list[AdapterVersion] = []
     failed: dict[str, str] = {}
     for name, result in ended.items():

@@ -83,6 +83,8 @@ class Linter:
     """Counts row after row; holds eight bytes of each, by which repetitions are told."""
 
     def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary: int | None = getattr(tokenizer, "base_vocabulary", None)
         self._bos: int | None = tokenizer.bos_token_id
         self._eos: int | None = tokenizer.eos_token_id
         opening = encode_prompt(tokenizer, "a")
@@ -100,7 +102,11 @@ class Linter:
             learned: The tokens that it teaches to write; None for a row that teaches a class.
             response: The text without which it is empty.
             hashed: Its `row_hash`.
+
+        Raises:
+            DataError: the base has no embedding of one of its tokens.
         """
+        self._check_known(max((*ids, *(learned or ())), default=0))
         self._hashes.append(hashed)
         found = {
             "empty": not response.strip(),
@@ -111,6 +117,15 @@ class Linter:
         }
         for cause, is_so in found.items():
             self.counts[cause] += is_so
+
+    def _check_known(self, largest: int) -> None:
+        if self._vocabulary is not None and largest >= self._vocabulary:
+            raise DataError(
+                f"has the token {self._tokenizer.convert_ids_to_tokens(largest)!r}, number "
+                f"{largest}, of which the base with its vocabulary of {self._vocabulary} has no "
+                "embedding; save the base after model.resize_token_embeddings(len(tokenizer)), or "
+                "with the tokenizer that it was trained with"
+            )
 
     def show(self, text: Callable[[], str]) -> None:
         """Keep a row's text, if it is one of the first."""

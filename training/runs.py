@@ -1,6 +1,7 @@
 """A job's place in the store: what it was asked, its checkpoints, what came of it.
 
     runs/JOB/job.json              the resolved spec, and the job that this one continues
+    runs/JOB/rows.json             where its tokenised rows are
     runs/JOB/step-00000020-1f3a/   a checkpoint; its progress.json comes last and makes it whole
     runs/JOB/best/DIGEST.safetensors   best weights, as long as a checkpoint names them
     runs/JOB/tensorboard/          event files of its figures so far, or a folder for each adapter
@@ -19,18 +20,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from cluster.errors import AdapterError, ConflictError, NotFoundError
+import numpy as np
+
+from cluster.errors import AdapterError, ConflictError, DataError, NotFoundError
 from cluster.registry import Registry
 from cluster.spec import parse_spec
 from cluster.store import Store
 from training.checkpoint import BEST_STATE, PROGRESS
+from training.rows import TokenRows
 from training.spec import TrainingSpec
 
 # What a worker hands to the job: FAILURE, why no restart can mend it, or RESULTS, by adapter its
@@ -78,6 +83,48 @@ def read_run(store: Store, job_id: str) -> Run:
     document = json.loads(store.read(f"runs/{job_id}/job.json"))
     spec = parse_spec(TrainingSpec, document["spec"], source=f"spec of job {job_id}")
     return Run(job_id, spec, document["continues"])
+
+
+def record_rows(store: Store, run: Run, rows: Mapping[str, Mapping[str, str | None]]) -> None:
+    """Make known, by adapter, the keys of its `tokens` and of its `validation` rows, or None.
+
+    Raises:
+        DataError: they are others than those of the job that this one continues.
+    """
+    before = _rows_before(store, run)
+    for name, spec in run.spec.each().items():
+        for part, path in (("tokens", spec.data.train), ("validation", spec.data.validation)):
+            old, new = before.get(name, {}).get(part), rows[name][part]
+            if old and new and not _are_same(store, old, new):
+                raise DataError(
+                    f"data {path}: its rows are others than when job {run.continues} began, so "
+                    "which of them it was trained on is no longer known; put them back as they "
+                    f"were, then graft train --resume {run.job_id}, or train anew"
+                )
+    with suppress(ConflictError):  # an answer was lost
+        store.create(f"runs/{run.job_id}/rows.json", json.dumps(rows).encode())
+
+
+def _rows_before(store: Store, run: Run) -> dict[str, dict[str, str | None]]:
+    """What the nearest job before this one recorded; nothing if none did."""
+    for link in lineage(store, run):
+        with suppress(NotFoundError):
+            return json.loads(store.read(f"runs/{link.job_id}/rows.json"))
+    return {}
+
+
+def _are_same(store: Store, old: str, new: str) -> bool:
+    """Whether the rows at two keys are the same in the same order. Keys differ by the library that
+    tokenised too, which rarely makes other tokens of a row."""
+    return old == new or np.array_equal(_hashes(store, old), _hashes(store, new))
+
+
+def _hashes(store: Store, key: str) -> np.ndarray:
+    with tempfile.TemporaryDirectory() as folder:
+        fetch_folder(store, key, Path(folder))
+        if not any(Path(folder).glob("*.arrow")):  # somebody emptied the cache
+            return np.empty(0, dtype=np.uint64)
+        return TokenRows(Path(folder)).hashes
 
 
 def check_open(store: Store, job_id: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from rewriting import rewritten
 from safetensors.torch import save_file
 
-from cluster.adapter_folder import WEIGHTS
+from cluster.adapter_folder import CONFIG, WEIGHTS
 from cluster.errors import (
     AdapterError,
     ConflictError,
@@ -164,6 +164,20 @@ def test_a_bad_folder_publishes_nothing(registry: Registry, tmp_path: Path) -> N
     with pytest.raises(AdapterError):
         registry.publish("bot", bad)
     assert registry.store.list() == []
+
+
+def test_a_tensor_that_holds_nothing_is_published_of_adalora_alone(
+    registry: Registry, tmp_path: Path
+) -> None:
+    """As ZeRO 3 leaves a weight that is not gathered, and AdaLoRA a module without ranks."""
+    bad, weight = folder(tmp_path / "a"), "base_model.model.lm_head.base_layer.weight"
+    save_file({weight: torch.ones(0)}, bad / WEIGHTS)
+    with pytest.raises(AdapterError, match=f"has tensor '{weight}' of shape"):
+        registry.publish("bot", bad)
+    (bad / CONFIG).write_text(json.dumps({"peft_type": "ADALORA", "target_r": 2}))
+    module = "base_model.model.q_proj.lora_"
+    save_file({f"{module}A": torch.ones(0, 4), f"{module}B": torch.ones(4, 0)}, bad / WEIGHTS)
+    assert registry.publish("bot", bad).version == 1
 
 
 def test_a_folder_that_changes_while_it_is_published_is_refused(

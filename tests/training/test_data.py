@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,12 @@ import pyarrow as pa
 import pytest
 from conftest import byte_tokenizer
 
+from cluster.base_model import load_tokenizer
 from cluster.errors import DataError, StoreError
 from cluster.spec import parse_spec
 from cluster.store import open_store
 from cluster.tables import stream_rows, write_table
+from cluster.tasks import Task
 from training import job
 from training.command import plan
 from training.data import fingerprint, tokenize
@@ -323,6 +326,22 @@ def test_rows_without_a_learned_token_are_counted_out(tmp_path: Path) -> None:
 def test_bad_cells_are_named(tmp_path: Path, rows: list[dict[str, Any]], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         run(tmp_path, rows)
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "seq_2_seq_lm", "sequence_classification"])
+def test_a_token_that_the_base_has_no_embedding_of_is_named(
+    bases: Callable[[str], Path], tmp_path: Path, task: Task
+) -> None:
+    base = shutil.copytree(bases("llama"), tmp_path / "base")
+    grown = byte_tokenizer()
+    grown.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    grown.save_pretrained(base)
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a<|new|>", "completion": "b"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = DataSpec(train=str(tmp_path / "rows.jsonl"), labels=("b",))
+    reason = r"row 1: has the token '<\|new\|>', number 261, .* vocabulary of 261 .*; save the base"
+    with pytest.raises(DataError, match=reason):
+        tokenize(spec, load_tokenizer(str(base)), tmp_path / "tokens", task)
 
 
 def test_an_input_that_only_a_late_line_has_is_read(tmp_path: Path) -> None:

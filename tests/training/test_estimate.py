@@ -86,6 +86,14 @@ def test_gradients_are_exact_where_micro_batches_add_up(base: Path) -> None:
     assert found.stages[0].parts["optimiser"] == pytest.approx(2 * size, abs=0.1)
 
 
+@pytest.mark.parametrize("method", [{"kind": "fishmask"}, {"kind": "child_tuning", "share": 0.1}])
+def test_the_sums_by_which_a_mask_is_chosen_are_counted(base: Path, method: dict[str, Any]) -> None:
+    (at,) = estimate(make_spec(base, method, workers=TENSORS_ALONE), Shape(2, 64), [0]).stages
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    assert at.moment == "while a mask is chosen"
+    assert at.parts["gradients"] > plain.num_parameters() * 4 / MIB
+
+
 def test_activations_grow_with_the_rows_and_shrink_by_recomputing(base: Path) -> None:
     spec = make_spec(base, {"kind": "lora"}, workers=TENSORS_ALONE)
     again = spec.model_copy(update={"gradient_checkpointing": True})

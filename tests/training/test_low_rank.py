@@ -170,6 +170,17 @@ def test_a_start_from_the_weights_is_the_base(bases: Bases, family: str, init: s
     assert len(changed) == len(factors) // 2
 
 
+def test_a_head_that_a_part_was_taken_of_is_not_saved_without_it(
+    bases: Bases, tmp_path: Path
+) -> None:
+    targets = ["q_proj", "lm_head"]
+    model, spec = attach(bases("llama"), kind="lora", r=4, init="pissa", target_modules=targets)
+    randomize(model, 0.1)
+    METHODS[spec.kind].save(model, tmp_path)
+    found = peft.PeftModel.from_pretrained(load(bases("llama")), str(tmp_path)).eval()
+    assert (model.eval()(IDS).logits - found(IDS).logits).abs().max() < 1e-5
+
+
 def test_lora_plus_gives_b_its_own_rate(bases: Bases) -> None:
     targets = ["q_proj", "embed_tokens"]
     model, _ = attach(bases("llama"), kind="lora", lora_plus_ratio=16, target_modules=targets)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cluster.errors import BaseModelError, ConflictError, NotFoundError, SpecError
+from cluster.errors import (
+    BaseModelError,
+    ConflictError,
+    DataError,
+    JobFailedError,
+    NotFoundError,
+    SpecError,
+)
 from cluster.registry import Registry
 from cluster.spec import parse_spec
 from cluster.store import Store, open_store
@@ -19,7 +27,7 @@ from training import job, worker
 from training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from training.command import readable
 from training.resume import continued_spec
-from training.rows import micro_batches
+from training.rows import micro_batches, write_rows
 from training.runs import (
     Run,
     checkpoint_name,
@@ -33,6 +41,7 @@ from training.runs import (
     published_adapters,
     read_failure,
     record_failure,
+    record_rows,
     record_run,
     upload_checkpoint,
     upload_folder,
@@ -204,6 +213,49 @@ def test_what_cannot_be_continued_is_refused_by_name(spec: TrainingSpec, tmp_pat
     for override, message in refused:
         with pytest.raises(SpecError, match=message):
             continued_spec(store, "job", [override])
+
+
+def test_rows_that_changed_are_refused_by_name(spec: TrainingSpec, tmp_path: Path) -> None:
+    store = open_store(spec.output.store)
+    first, second, third = Run("a", spec), Run("b", spec, "a"), Run("c", spec, "b")
+
+    def rows(name: str, numbers: range) -> dict[str, dict[str, str | None]]:
+        """The keys of such rows, tokenised."""
+        write_rows((([n], [n], n) for n in numbers), tmp_path / name)
+        upload_folder(store, f"cache/tokens/{name}", tmp_path / name)
+        return {"mine": {"tokens": f"cache/tokens/{name}", "validation": None}}
+
+    for run in (first, second):
+        record_run(store, run)
+    record_rows(store, first, rows("before", range(20)))
+    with pytest.raises(DataError, match=r"data /rows\.arrow: its rows .* job a began.* --resume b"):
+        record_rows(store, second, rows("appended", range(30)))
+    record_run(store, third)  # what was refused is not what counts
+    record_rows(store, third, rows("tokenised-anew", range(20)))
+
+
+def test_a_job_goes_on_with_the_rows_that_it_began_with(
+    spec: TrainingSpec,
+    bases: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [json.dumps({"prompt": f"{n}", "completion": "b"}) for n in range(8)]
+    data.write_text("\n".join(rows[:7]))
+    document = spec.model_dump(mode="json") | {"base_model": str(bases("llama"))}
+    document["data"]["train"] = str(data)
+    spec = parse_spec(TrainingSpec, document)
+
+    def stop(*_: object) -> None:
+        raise JobFailedError("stopped")
+
+    monkeypatch.setattr(job, "_train", stop)
+    with pytest.raises(JobFailedError):
+        job.run_job(Run("a", spec))
+    data.write_text("\n".join(rows))
+    with pytest.raises(DataError, match="its rows are others than when job a began"):
+        job.run_job(Run("b", spec, "a"))
 
 
 def make_adapter(folder: Path) -> None:

@@ -405,6 +405,20 @@ def test_a_body_with_new_weights_is_refused(tmp_path: Path) -> None:
         load_base(str(tmp_path), torch.float32, task="sequence_classification", labels=LABELS)
 
 
+def test_a_head_of_another_number_of_classes_is_refused_by_a_plan(tmp_path: Path) -> None:
+    """Before any weights are read; the remedy that it names works."""
+    task: Task = "sequence_classification"
+    config = transformers.BertConfig(**SIZE, **HEADS, num_labels=2)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    reason = r"classifier.weight is \[2, 32\], where 3 .* take \[3, 32\]; .*AutoModel"
+    with pytest.raises(BaseModelError, match=reason):
+        empty_base(str(tmp_path), task, LABELS)
+    assert empty_base(str(tmp_path), task, LABELS[:2]).config.num_labels == 2
+    transformers.AutoModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "body")
+    assert empty_base(str(tmp_path / "body"), task, LABELS).config.num_labels == 3
+    load_base(str(tmp_path / "body"), torch.float32, task=task, labels=LABELS)
+
+
 def tokenized(
     folder: Path, rows: list[dict[str, Any]], task: Task, tokenizer: Any, **settings: Any
 ) -> tuple[Any, TokenRows]:

@@ -87,8 +87,10 @@ def save(model: Any, folder: Path) -> None:
 
 
 def save_peft(model: Any, folder: Path) -> None:
-    """Write the adapter folder as PEFT does."""
-    model.save_pretrained(str(folder), safe_serialization=True)
+    """Write the adapter folder as PEFT does, over the unchanged base."""
+    # Of a targeted embedding or head PEFT would write the frozen weight too: as init pissa left it,
+    # and of ZeRO 3, which gathers what is trained, none at all.
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
 
 def load_peft(model: Any, folder: Path) -> torch.nn.Module:

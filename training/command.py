@@ -287,9 +287,11 @@ def _longest(spec: TrainingSpec, virtual: int) -> int:
         return _LONGEST_TOKENS
     if spec.task == "sequence_classification":
         context -= unused_positions(empty_base(base, task=spec.task, labels=spec.data.labels))
-    if virtual >= context:
+    least = 2 if spec.task == "causal_lm" else 1  # a token, and one to learn behind it
+    if virtual and virtual + least > context:
         raise SpecError(
-            f"method: its {virtual} virtual tokens fill the context of {context} that {base} has; "
+            f"method: its {virtual} virtual tokens leave no room for a row in the context of "
+            f"{context} that {base} has; "
             "lower method.num_virtual_tokens, or method.demonstrations of a hard prompt"
         )
     if (asked or 1) + virtual > context:

@@ -56,7 +56,9 @@ def test_what_cannot_be_a_prompt_is_refused_before_the_start(document: dict[str,
     with pytest.raises(SpecError, match=r"data.validation: 0.2 is a share .* name a file"):
         text_of(shared)
     assert text_of(shared, text="mine") == "mine"
-    with pytest.raises(SpecError, match=rf"virtual tokens fill the context of {CONTEXT}"):
+    with pytest.raises(
+        SpecError, match=rf"virtual tokens leave no room for a row in the context of {CONTEXT}"
+    ):
         text_of(document, text="x" * CONTEXT)
 
 

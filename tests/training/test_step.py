@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from adapters import load, randomize
-from conftest import VOCABULARY, byte_tokenizer
+from conftest import CONFIGS, VOCABULARY, byte_tokenizer
 from torch.nn.functional import cross_entropy
 from workers import Case, difference, run_cases, state_of
 
@@ -75,7 +75,7 @@ def textbook(model: Any) -> torch.Tensor:
     """Each row alone, all of its logits, labels shifted by one."""
     loss = torch.zeros(())
     for ids, labels in ROWS:
-        logits = model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :]
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :].float()
         target = torch.tensor(labels[1:])
         loss = loss + cross_entropy(logits[:-1], target, reduction="sum", ignore_index=IGNORE)
     return loss
@@ -146,6 +146,26 @@ def test_a_head_with_something_behind_it_keeps_its_whole_logits(bases: Bases) ->
     measured = LossModel(model).eval()
     assert not measured.has_plain_head
     assert abs(float((measured(collate(ROWS, DEVICE)) - expected).detach())) < 1e-3
+
+
+def of_config(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_soft_cap_that_moves_logits_by_less_than_rounding_does_is_seen(
+    dtype: torch.dtype,
+) -> None:
+    model = of_config(CONFIGS["gemma2"](), dtype)
+    measured = LossModel(model).eval()
+    with torch.no_grad():
+        assert not measured.has_plain_head
+        assert float(measured(collate(ROWS, DEVICE)) / textbook(model)) == pytest.approx(
+            1, rel=1e-3
+        )
+        model.config.final_logit_softcapping = None
+        assert LossModel(model).has_plain_head
 
 
 def test_rows_do_not_touch(bases: Bases) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cluster.errors import BaseModelError, SpecError
+from training.contact import stays_apart, takes_positions
 from training.head_loss import HeadAt, HeadLoss
 from training.lora_linear import fuse_loras
 from training.packed import NAME, Layout, check_packable, packed, prefix_of, recomputation
@@ -80,8 +81,9 @@ class Continuation:
 class LossModel(torch.nn.Module):
     """A model with its method on; its forward is the loss of a batch, or a row's next logits.
 
-    When it is made, it runs a small batch in each way, and takes packing and the loss by parts
-    only where they agree with the base's own: other bases are padded, with whole logits.
+    When it is made, it runs a small batch in each way, and takes packing only where rows stay apart
+    and are what they are alone, and the loss by parts only where nothing changes the head's logits:
+    other bases are padded, or have whole logits.
 
     Args:
         precision: What matrix products are computed in; the base's own dtype if not given.
@@ -91,6 +93,7 @@ class LossModel(torch.nn.Module):
             checkpointing, Chen et al. 2016, arXiv:1604.06174).
 
     Raises:
+        BaseModelError: the base gives a row other states beside longer ones.
         SpecError: the base or the method cannot be computed again.
     """
 
@@ -273,7 +276,7 @@ class LossModel(torch.nn.Module):
         )
 
     def _choose(self) -> None:
-        """Set `is_packed` and `has_plain_head` by what agrees with the padded pass."""
+        """Set `is_packed` and `has_plain_head` by what agrees with each row alone."""
         with torch.no_grad(), self.autocast():
             self._compare(self._base.get_input_embeddings().weight)
 
@@ -282,12 +285,25 @@ class LossModel(torch.nn.Module):
         batch = collate(rows, parameter.device)
         was_training = self.training
         self.eval()
-        hidden_NH = self._compare_head(batch)
-        with self._packing():
+        padded_NH = self._compare_head(batch)
+        alone_NH = torch.cat([self._run(collate([row], parameter.device))[0] for row in rows])
+        limit = TOLERANCE[self._precision] * max(1e-6, float(alone_NH.abs().max()))
+        labels = [n - 1 for n in PROBE_LENGTHS]
+
+        def agrees() -> bool:
             packed_NH, _ = self._run_packed(batch)
-            scale = float(hidden_NH.abs().max())
-            difference = (packed_NH - hidden_NH).abs().max() / max(1e-6, scale)
-            self.is_packed = bool(difference <= TOLERANCE[self._precision])
+            return bool((packed_NH - alone_NH).abs().max() <= limit) and stays_apart(
+                self._base, batch.bounds, lambda: self._run_packed(batch)[0].split(labels)
+            )
+
+        self._try_packing(agrees)
+        # Refused for good, so not for rounding alone, which may send a token to another expert.
+        slack = 1 if self._precision == torch.float32 else 4
+        if not self.is_packed and (padded_NH - alone_NH).abs().max() > slack * limit:
+            raise BaseModelError(
+                f"{type(self._base).__name__} gives other states to a row beside longer ones; name "
+                "a base of another family"
+            )
         self.train(was_training)
 
     def _compare_head(self, batch: Any) -> torch.Tensor:
@@ -313,17 +329,15 @@ class LossModel(torch.nn.Module):
         is_trained = any(parameter.requires_grad for parameter in head.parameters())
         return not (self._is_sharded and (is_trained or any(head.children())))
 
-    @contextmanager
-    def _packing(self) -> Generator[None]:
-        """A scope that tries packing: the base stays so if `is_packed` is true at its end. What a
-        base raises that cannot be packed ends it."""
+    def _try_packing(self, agrees: Callable[[], bool]) -> None:
+        """Set `is_packed`, and leave the base attending so, if its packed rows agree with what they
+        are alone. What a base raises that cannot be packed says that they do not."""
         self._own_attention = self._base.config._attn_implementation
         try:
             check_packable(self._base.config)
             self._base.set_attn_implementation(NAME)
-            self.is_packed = True
-            yield
-        except (BaseModelError, ValueError, RuntimeError, TypeError, AttributeError):
+            self.is_packed = takes_positions(self._base) and agrees()
+        except (BaseModelError, ValueError, RuntimeError, TypeError, AttributeError, LookupError):
             self.is_packed = False
         if not self.is_packed:
             self._base.set_attn_implementation(self._own_attention)

@@ -185,6 +185,99 @@ def test_rows_whose_place_in_the_sequence_counts_are_not_packed() -> None:
     check_packable(transformers.LlamaConfig(num_hidden_layers=2))
 
 
+HALVES = (torch.bfloat16, torch.float16)
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "mistral", "gemma", "gpt2", "opt", "phi", "qwen3_moe", "gptj"]
+)
+def test_rows_that_stay_apart_are_packed_in_every_precision(
+    family: str, dtype: torch.dtype
+) -> None:
+    """GPT-J keeps them apart by a mask of its own."""
+    assert LossModel(of_config(CONFIGS[family](), dtype)).is_packed
+
+
+# Each of these moves a row of the trial by less than half precision rounds: tokens counted by
+# place, a convolution, attention over all.
+_IN_TOUCH: dict[str, Callable[[], Any]] = {
+    "blenderbot": lambda: transformers.BlenderbotSmallConfig(
+        vocab_size=VOCABULARY, d_model=32, decoder_layers=2, decoder_attention_heads=4,
+        decoder_ffn_dim=48, is_decoder=True, is_encoder_decoder=False,
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(**TINY, layer_types=["conv", "full_attention"]),
+    "openai_gpt": lambda: transformers.OpenAIGPTConfig(
+        vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=2, n_head=4
+    ),
+    "xglm": lambda: transformers.XGLMConfig(
+        vocab_size=VOCABULARY, d_model=32, num_layers=2, attention_heads=4, ffn_dim=48
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("family", _IN_TOUCH)
+def test_rows_in_touch_are_not_packed_in_any_precision(family: str, dtype: torch.dtype) -> None:
+    assert not LossModel(of_config(_IN_TOUCH[family](), dtype)).is_packed
+
+
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "initializer_range": 0.3}
+# A window of which attention is told by the mask alone, and which no row of the trial exceeds.
+_MASKED: dict[str, Callable[[], Any]] = {
+    "phimoe": lambda: transformers.PhimoeConfig(
+        **TINY, **_EXPERTS, num_local_experts=4, sliding_window=12
+    ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **TINY, **_EXPERTS, num_experts=4, moe_intermediate_size=16, sliding_window=12,
+        shared_expert_intermediate_size=16, use_sliding_window=True,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "doge": lambda: transformers.DogeConfig(**TINY, initializer_range=0.3, sliding_window=12),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", _MASKED)
+def test_a_window_that_only_the_mask_tells_is_kept(family: str) -> None:
+    model = of_config(_MASKED[family]())
+    with torch.no_grad():
+        expected = textbook(model)
+        measured = LossModel(model).eval()
+        assert not measured.is_packed
+        assert float(measured(collate(ROWS, DEVICE)) / expected) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_window_that_no_row_exceeds_does_not_keep_rows_from_being_packed() -> None:
+    config = transformers.PhimoeConfig(**TINY, num_local_experts=4, sliding_window=128)
+    assert LossModel(of_config(config)).is_packed
+
+
+def test_a_base_that_counts_places_is_padded() -> None:
+    config = transformers.Llama4TextConfig(
+        **TINY, intermediate_size_mlp=48, head_dim=8, num_local_experts=2, num_experts_per_tok=1
+    )
+    model = of_config(config)
+    measured = LossModel(model).eval()
+    assert not measured.is_packed
+    with torch.no_grad():
+        found = measured(collate(ROWS, DEVICE)) / textbook(model)
+    assert float(found) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_base_whose_padded_rows_are_not_those_alone_is_refused() -> None:
+    config = transformers.CpmAntConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=48,
+        num_hidden_layers=2,
+    )  # fmt: skip
+    with pytest.raises(BaseModelError, match="CpmAntForCausalLM gives other states to a row"):
+        LossModel(of_config(config))
+
+
 def test_a_batch_without_labels_is_a_zero_with_a_graph(bases: Bases) -> None:
     measured = LossModel(adapted(bases("llama"), "lora"))
     loss = measured(collate([([1, 2, 3], [IGNORE] * 3)], DEVICE))

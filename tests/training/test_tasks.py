@@ -292,6 +292,22 @@ def test_encoders_are_padded_and_causal_bases_are_not(
     assert Classifier(model).is_packed == (family == "llama")
 
 
+def test_a_classifier_whose_window_only_the_mask_tells_is_padded() -> None:
+    config = transformers.PhimoeConfig(
+        **SIZE, **HEADS, num_key_value_heads=2, num_local_experts=4, sliding_window=12,
+        initializer_range=0.3, pad_token_id=0, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    rows = [(list(range(3, 3 + n)), [0]) for n in (30, 5)]
+    measured = Classifier(model).eval()
+    assert not measured.is_packed
+    with torch.no_grad():
+        found = measured(Prediction(collate_labelled(rows, torch.device("cpu"))))
+        alone = torch.cat([model(input_ids=torch.tensor([ids])).logits for ids, _ in rows])
+    torch.testing.assert_close(found, alone)
+
+
 @pytest.mark.parametrize("family", SEQ2SEQ)
 @pytest.mark.parametrize("kind", ["lora", "prompt_tuning", "prefix_tuning"])
 def test_greedy_answers_are_those_of_generate(

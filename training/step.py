@@ -25,6 +25,7 @@ from training.head_loss import HeadAt, HeadLoss
 from training.lora_linear import fuse_loras
 from training.packed import NAME, Layout, check_packable, packed, prefix_of, recomputation
 from training.rows import IGNORE
+from training.shortage import lacks_memory
 
 # Of a spec's `precision`.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,7 +94,7 @@ class LossModel(torch.nn.Module):
             checkpointing, Chen et al. 2016, arXiv:1604.06174).
 
     Raises:
-        BaseModelError: the base gives a row other states beside longer ones.
+        BaseModelError: the base fails, or gives a row other states beside longer ones.
         SpecError: the base or the method cannot be computed again.
     """
 
@@ -110,7 +111,8 @@ class LossModel(torch.nn.Module):
         # Any: PEFT's wrappers and transformers' models have no common type.
         whole: Any = model
         self._base: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
-        embedding = self._base.get_input_embeddings().weight
+        with _named(self._base):
+            embedding = self._base.get_input_embeddings().weight
         self._device_type: str = embedding.device.type
         self._precision: torch.dtype = precision or embedding.dtype
         config: Any = getattr(model, "active_peft_config", None)
@@ -277,7 +279,7 @@ class LossModel(torch.nn.Module):
 
     def _choose(self) -> None:
         """Set `is_packed` and `has_plain_head` by what agrees with each row alone."""
-        with torch.no_grad(), self.autocast():
+        with _named(self._base), torch.no_grad(), self.autocast():
             self._compare(self._base.get_input_embeddings().weight)
 
     def _compare(self, parameter: torch.Tensor) -> None:
@@ -341,6 +343,21 @@ class LossModel(torch.nn.Module):
             self.is_packed = False
         if not self.is_packed:
             self._base.set_attn_implementation(self._own_attention)
+
+
+@contextmanager
+def _named(base: Any) -> Generator[None]:
+    """A scope in which a base that fails on a small batch is refused by name."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if lacks_memory(error) or isinstance(error, torch.AcceleratorError):
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise BaseModelError(
+            f"{type(base).__name__} does not compute rows of several lengths as training needs it "
+            f"({reason}); name a base of another family"
+        ) from error
 
 
 def _in_front(

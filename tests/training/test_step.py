@@ -24,6 +24,7 @@ from training.methods import METHODS, trainable_parameters
 from training.methods.course import Course
 from training.packed import check_packable
 from training.rows import IGNORE, TokenRows
+from training.seq2seq import Seq2SeqModel
 from training.spec import TrainingSpec
 from training.step import LossModel, collate
 
@@ -276,6 +277,32 @@ def test_a_base_whose_padded_rows_are_not_those_alone_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(BaseModelError, match="CpmAntForCausalLM gives other states to a row"):
         LossModel(of_config(config))
+
+
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_a_base_that_fails_on_the_trial_is_refused_by_name(is_decoder: bool) -> None:
+    config = transformers.ProphetNetConfig(
+        vocab_size=VOCABULARY, hidden_size=32, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        num_encoder_layers=2, num_decoder_layers=2, num_encoder_attention_heads=4,
+        num_decoder_attention_heads=4, is_decoder=is_decoder, is_encoder_decoder=not is_decoder,
+    )  # fmt: skip
+    model = (
+        of_config(config) if is_decoder else transformers.ProphetNetForConditionalGeneration(config)
+    )
+    of_task = LossModel if is_decoder else Seq2SeqModel
+    with pytest.raises(BaseModelError, match=r"ProphetNet.*IndexError.*another family"):
+        of_task(model)
+
+
+def test_a_lack_of_memory_is_not_the_bases_fault(
+    bases: Bases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(LossModel, "_compare", fail)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        LossModel(load(bases("llama")))
 
 
 def test_a_batch_without_labels_is_a_zero_with_a_graph(bases: Bases) -> None:

@@ -16,6 +16,7 @@ from workers import Case, difference, run_cases, state_of
 from cluster.errors import BaseModelError, SpecError
 from cluster.spec import parse_spec
 from cluster.tables import write_table
+from training.assembly import check_base
 from training.command import resolved
 from training.data import tokenize
 from training.data_spec import DataSpec
@@ -303,6 +304,41 @@ def test_a_lack_of_memory_is_not_the_bases_fault(
     monkeypatch.setattr(LossModel, "_compare", fail)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         LossModel(load(bases("llama")))
+
+
+@pytest.mark.parametrize(
+    ("length", "virtual", "message"),
+    [
+        (32, 0, None),
+        (33, 0, r"data\.max_length, now 33, to at most 32$"),
+        (None, 0, r"now not set, to at most 32$"),
+        (30, 2, None),
+        (31, 2, r"now 31, to at most 32 less its 2 virtual tokens$"),
+    ],
+)
+def test_rows_that_turn_their_neighbours_otherwise_are_refused(
+    length: int | None, virtual: int, message: str | None
+) -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4, "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    config = transformers.Phi3Config(
+        **TINY, rope_parameters=rope, original_max_position_embeddings=32
+    )
+    method = {"kind": "lora"}
+    if virtual:
+        method = {"kind": "prompt_tuning", "num_virtual_tokens": virtual}
+    document = {
+        "base_model": "phi", "method": method, "data": {"train": "x", "max_length": length},
+        "output": {"name": "x"},
+    }  # fmt: skip
+    spec = parse_spec(TrainingSpec, document)
+    if message is None:
+        check_base(of_config(config), spec)
+        return
+    with pytest.raises(BaseModelError, match=message):
+        check_base(of_config(config), spec)
 
 
 def test_a_batch_without_labels_is_a_zero_with_a_graph(bases: Bases) -> None:

@@ -295,7 +295,7 @@ class LossModel(torch.nn.Module):
         def agrees() -> bool:
             packed_NH, _ = self._run_packed(batch)
             return bool((packed_NH - alone_NH).abs().max() <= limit) and stays_apart(
-                self._base, batch.bounds, lambda: self._run_packed(batch)[0].split(labels)
+                self._base, batch.bounds, lambda: torch.split(self._run_packed(batch)[0], labels)
             )
 
         self._try_packing(agrees)
@@ -311,9 +311,11 @@ class LossModel(torch.nn.Module):
     def _compare_head(self, batch: Any) -> torch.Tensor:
         """Set `has_plain_head`; returns the padded pass's hidden states [N, H]."""
         made: list[torch.Tensor] = []
-        hook = self._base.get_output_embeddings().register_forward_hook(
-            lambda _, __, output: made.append(output.clone())  # a base may cap them in place
-        )
+
+        def keep(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
+            made.append(output.clone())  # a base may cap them in place
+
+        hook = self._base.get_output_embeddings().register_forward_hook(keep)
         try:
             hidden_NH, logits_NV = self._run(batch)
         finally:

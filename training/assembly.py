@@ -138,7 +138,8 @@ def check_base(base: Any, spec: TrainingSpec) -> None:
     """Raise BaseModelError for a base that leaves out layers at random, other ones on each worker
     and in each micro-batch (their collective calls would not meet, and the loss would depend on how
     a batch is cut), or experts that no row asks for where ZeRO needs all; or that float16 is too
-    narrow for, as T5's feed-forward is."""
+    narrow for, as T5's feed-forward is; or that turns rows as long as these another way than short
+    ones, and all rows of a batch alike."""
     parts = [base.config, *(getattr(base.config, part, None) for part in ("encoder", "decoder"))]
     keys = _LAYER_DROP if base.config.is_encoder_decoder else ("layerdrop", "decoder_layerdrop")
     if dropped := sorted({key for part in parts for key in keys if getattr(part, key, None)}):
@@ -157,6 +158,23 @@ def check_base(base: Any, spec: TrainingSpec) -> None:
         raise BaseModelError(
             f"base_model {spec.trained_base}: {type(base).__name__} overflows in float16 "
             f"(transformers keeps its {', '.join(wide)} in float32); set precision to bf16 or fp32"
+        )
+    _check_length(base, spec)
+
+
+def _check_length(base: Any, spec: TrainingSpec) -> None:
+    rope: dict[str, Any] = getattr(base.config.get_text_config(), "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") not in ("longrope", "dynamic") or original is None:
+        return
+    virtual = getattr(spec.method, "num_virtual_tokens", None) or 0
+    asked = spec.data.max_length
+    if asked is None or asked + virtual > original:
+        beside = f" less its {virtual} virtual tokens" if virtual else ""
+        raise BaseModelError(
+            f"base_model {spec.trained_base}: with rope_type {rope['rope_type']!r} a row's loss "
+            f"depends on whether a row beside it is longer than {original} tokens; set "
+            f"data.max_length, now {asked or 'not set'}, to at most {original}{beside}"
         )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cluster.errors import BaseModelError
+from training.contact import stays_apart
 from training.packed import packed
 from training.rows import IGNORE
 from training.step import PROBE_LENGTHS, TOLERANCE, Batch, LossModel, collate, padded
@@ -137,8 +138,12 @@ class Classifier(LossModel):
 
         self._reads_last = False
         if hasattr(self._base, HEAD):
-            with self._packing():
-                self.is_packed = agrees(self._logits_packed)
+            self._try_packing(
+                lambda: (
+                    agrees(self._logits_packed)
+                    and stays_apart(self._base, batch.bounds, lambda: self._logits_packed(batch))
+                )
+            )
             self._reads_last = self.is_packed or agrees(self._logits_read)
         if not self._reads_last and not agrees(self._logits_own):
             raise BaseModelError(

@@ -9,6 +9,7 @@ begin comes from the `Layout` in scope during a forward pass. Knows no methods a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -36,6 +37,16 @@ def check_packable(config: Any) -> None:
     text = config.get_text_config()
     if asked := [name for name in _PLACES if getattr(text, name, None)]:
         raise BaseModelError(f"{text.model_type}: {asked[0]} counts places, so rows are not packed")
+
+
+def _slides(module: Any) -> bool:
+    """Whether the base gives this layer a sliding window that a row can be longer than."""
+    config = getattr(module, "config", None)
+    window = getattr(config, "sliding_window", None)
+    if not window or window >= getattr(config, "max_position_embeddings", math.inf):
+        return False
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    return kinds is None or layer is None or kinds[layer] == "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,9 @@ def packed_attention(
     H, D]. Raises BaseModelError for an attention variant that it does not compute."""
     layout = _LAYOUT.get()
     asked = [name for name in _UNSUPPORTED if options.get(name) is not None]
+    # Some bases tell their window, or what else a token sees, by the mask, which rows share here.
+    if attention_mask is not None or (sliding_window is None and _slides(module)):
+        asked.append("a mask of its own")
     if layout is None or asked:
         reason = f"with {asked[0]}" if asked else "outside a packed pass"
         raise BaseModelError(f"{type(module).__name__}: attention {reason} cannot be packed")

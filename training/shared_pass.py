@@ -94,6 +94,7 @@ class SharedPass:
         self._token_dims: dict[torch.nn.Module, int] = {}
         self._host = self.host_model(base.requires_grad_(False).train(), recomputes=recomputes)
         self._check(recomputes)
+        self._check_heads(base)
         self._join(base)
         self._compare()
 
@@ -129,6 +130,20 @@ class SharedPass:
                 raise SpecError(
                     f"adapters.{name}: its dropout, or the base's, would draw anew where "
                     "gradient_checkpointing computes a layer again; leave out one of the two"
+                )
+
+    def _check_heads(self, base: Any) -> None:
+        """Refuse an adapter that changes the output embedding where the pass takes the host's
+        whole logits: its own would never be called, nor learn."""
+        if self._host.has_plain_head:
+            return
+        head = base.get_output_embeddings()
+        for name, model in self._models.items():
+            if _is_changed(model.base.get_output_embeddings(), head):
+                raise SpecError(
+                    f"adapters.{name}: it changes the output embedding of {type(base).__name__}, "
+                    "which scales or caps its logits, so that all adapters' are made at once; "
+                    "train this one alone"
                 )
 
     def _join(self, base: Any) -> None:

@@ -20,10 +20,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cluster.errors import BaseModelError, SpecError
+from training.contact import stays_apart, takes_positions
 from training.head_loss import HeadAt, HeadLoss
 from training.lora_linear import fuse_loras
 from training.packed import NAME, Layout, check_packable, packed, prefix_of, recomputation
 from training.rows import IGNORE
+from training.shortage import lacks_memory
 
 # Of a spec's `precision`.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,8 +82,9 @@ class Continuation:
 class LossModel(torch.nn.Module):
     """A model with its method on; its forward is the loss of a batch, or a row's next logits.
 
-    When it is made, it runs a small batch in each way, and takes packing and the loss by parts
-    only where they agree with the base's own: other bases are padded, with whole logits.
+    When it is made, it runs a small batch in each way, and takes packing only where rows stay apart
+    and are what they are alone, and the loss by parts only where nothing changes the head's logits:
+    other bases are padded, or have whole logits.
 
     Args:
         precision: What matrix products are computed in; the base's own dtype if not given.
@@ -91,6 +94,7 @@ class LossModel(torch.nn.Module):
             checkpointing, Chen et al. 2016, arXiv:1604.06174).
 
     Raises:
+        BaseModelError: the base fails, or gives a row other states beside longer ones.
         SpecError: the base or the method cannot be computed again.
     """
 
@@ -107,7 +111,8 @@ class LossModel(torch.nn.Module):
         # Any: PEFT's wrappers and transformers' models have no common type.
         whole: Any = model
         self._base: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
-        embedding = self._base.get_input_embeddings().weight
+        with _named(self._base):
+            embedding = self._base.get_input_embeddings().weight
         self._device_type: str = embedding.device.type
         self._precision: torch.dtype = precision or embedding.dtype
         config: Any = getattr(model, "active_peft_config", None)
@@ -273,8 +278,8 @@ class LossModel(torch.nn.Module):
         )
 
     def _choose(self) -> None:
-        """Set `is_packed` and `has_plain_head` by what agrees with the padded pass."""
-        with torch.no_grad(), self.autocast():
+        """Set `is_packed` and `has_plain_head` by what agrees with each row alone."""
+        with _named(self._base), torch.no_grad(), self.autocast():
             self._compare(self._base.get_input_embeddings().weight)
 
     def _compare(self, parameter: torch.Tensor) -> None:
@@ -282,22 +287,42 @@ class LossModel(torch.nn.Module):
         batch = collate(rows, parameter.device)
         was_training = self.training
         self.eval()
-        hidden_NH = self._compare_head(batch)
-        with self._packing():
+        padded_NH = self._compare_head(batch)
+        alone_NH = torch.cat([self._run(collate([row], parameter.device))[0] for row in rows])
+        limit = TOLERANCE[self._precision] * max(1e-6, float(alone_NH.abs().max()))
+        labels = [n - 1 for n in PROBE_LENGTHS]
+
+        def agrees() -> bool:
             packed_NH, _ = self._run_packed(batch)
-            scale = float(hidden_NH.abs().max())
-            difference = (packed_NH - hidden_NH).abs().max() / max(1e-6, scale)
-            self.is_packed = bool(difference <= TOLERANCE[self._precision])
+            return bool((packed_NH - alone_NH).abs().max() <= limit) and stays_apart(
+                self._base, batch.bounds, lambda: torch.split(self._run_packed(batch)[0], labels)
+            )
+
+        self._try_packing(agrees)
+        # Refused for good, so not for rounding alone, which may send a token to another expert.
+        slack = 1 if self._precision == torch.float32 else 4
+        if not self.is_packed and (padded_NH - alone_NH).abs().max() > slack * limit:
+            raise BaseModelError(
+                f"{type(self._base).__name__} gives other states to a row beside longer ones; name "
+                "a base of another family"
+            )
         self.train(was_training)
 
     def _compare_head(self, batch: Any) -> torch.Tensor:
         """Set `has_plain_head`; returns the padded pass's hidden states [N, H]."""
-        hidden_NH, expected_NV = self._run(batch)
-        tolerance = TOLERANCE[self._precision] * max(1e-6, float(expected_NV.abs().max()))
-        if self._has_head_here():
-            head = self._base.get_output_embeddings()
-            difference = (head(hidden_NH) - expected_NV).abs().max()
-            self.has_plain_head = bool(difference <= tolerance)
+        made: list[torch.Tensor] = []
+
+        def keep(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
+            made.append(output.clone())  # a base may cap them in place
+
+        hook = self._base.get_output_embeddings().register_forward_hook(keep)
+        try:
+            hidden_NH, logits_NV = self._run(batch)
+        finally:
+            hook.remove()
+        # To the bit: a soft cap moves the logits of a short trial by less than bfloat16 rounds.
+        is_same = torch.equal(made[0].to(logits_NV.dtype), logits_NV)
+        self.has_plain_head = is_same and self._has_head_here()
         return hidden_NH
 
     def _has_head_here(self) -> bool:
@@ -308,20 +333,33 @@ class LossModel(torch.nn.Module):
         is_trained = any(parameter.requires_grad for parameter in head.parameters())
         return not (self._is_sharded and (is_trained or any(head.children())))
 
-    @contextmanager
-    def _packing(self) -> Generator[None]:
-        """A scope that tries packing: the base stays so if `is_packed` is true at its end. What a
-        base raises that cannot be packed ends it."""
+    def _try_packing(self, agrees: Callable[[], bool]) -> None:
+        """Set `is_packed`, and leave the base attending so, if its packed rows agree with what they
+        are alone. What a base raises that cannot be packed says that they do not."""
         self._own_attention = self._base.config._attn_implementation
         try:
             check_packable(self._base.config)
             self._base.set_attn_implementation(NAME)
-            self.is_packed = True
-            yield
-        except (BaseModelError, ValueError, RuntimeError, TypeError, AttributeError):
+            self.is_packed = takes_positions(self._base) and agrees()
+        except (BaseModelError, ValueError, RuntimeError, TypeError, AttributeError, LookupError):
             self.is_packed = False
         if not self.is_packed:
             self._base.set_attn_implementation(self._own_attention)
+
+
+@contextmanager
+def _named(base: Any) -> Generator[None]:
+    """A scope in which a base that fails on a small batch is refused by name."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if lacks_memory(error) or isinstance(error, torch.AcceleratorError):
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise BaseModelError(
+            f"{type(base).__name__} does not compute rows of several lengths as training needs it "
+            f"({reason}); name a base of another family"
+        ) from error
 
 
 def _in_front(

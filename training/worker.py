@@ -33,11 +33,9 @@ from training.rows import TokenRows, split
 from training.runs import ADAPTER, FAILURE, RESULTS
 from training.scratch import Scratch
 from training.several import Rows, Runner, Saved, assemble_several, run_several
+from training.shortage import lacks_memory
 from training.spec import TrainingSpec
 from training.tracking import Tracking, figures_of
-
-# What allocators say that raise a plain RuntimeError.
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,16 +59,11 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any]:
         runs.record_failure(store, config["job_id"], error.message)
         raise
     except (MemoryError, RuntimeError) as error:
-        if _lacks_memory(error):
+        if lacks_memory(error):
             reason = (str(error) or type(error).__name__).splitlines()[0]
             message = f"out of memory ({reason}): {spec.memory_advice()}"
             runs.record_failure(store, config["job_id"], message)
         raise
-
-
-def _lacks_memory(error: MemoryError | RuntimeError) -> bool:
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or any(part in str(error) for part in _OUT_OF_MEMORY)
 
 
 def _train(spec: TrainingSpec, store: Store, config: Mapping[str, Any]) -> dict[str, Any]:

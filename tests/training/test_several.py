@@ -287,6 +287,28 @@ def test_a_base_that_cannot_share_a_pass_is_refused(
         run_together(Together(recomputed), tokens, Place())
 
 
+@pytest.mark.parametrize(
+    "method", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}]
+)
+def test_a_head_behind_which_logits_are_scaled_is_trained_alone(
+    odd_base: Callable[[Any], Path], tokens: Path, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    """The host makes all logits then, and no adapter's head would be called."""
+    config = transformers.GraniteConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        pad_token_id=256, bos_token_id=None, eos_token_id=256, logits_scaling=8.0,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    base = odd_base(config)
+    pair = cases(base, tmp_path / "pair", ("lora", "rslora_plus"), max_steps=1)
+    assert run_together(Together(pair), tokens, Place()) == {}
+    changed = spec(base, "lora", method={"kind": "lora", "r": 2, **method})
+    pair["changed"] = Case(changed, tmp_path / "changed")
+    with pytest.raises(SpecError, match=r"adapters\.changed: .*Granite.*train this one alone"):
+        run_together(Together(pair), tokens, Place())
+
+
 SEVERAL = {
     "base_model": "/base",
     "method": {"kind": "lora", "r": 16, "alpha": 32},

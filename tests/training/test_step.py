@@ -9,13 +9,14 @@ import pytest
 import torch
 import transformers
 from adapters import load, randomize
-from conftest import VOCABULARY, byte_tokenizer
+from conftest import CONFIGS, VOCABULARY, byte_tokenizer
 from torch.nn.functional import cross_entropy
 from workers import Case, difference, run_cases, state_of
 
 from cluster.errors import BaseModelError, SpecError
 from cluster.spec import parse_spec
 from cluster.tables import write_table
+from training.assembly import check_base
 from training.command import resolved
 from training.data import tokenize
 from training.data_spec import DataSpec
@@ -24,6 +25,7 @@ from training.methods import METHODS, trainable_parameters
 from training.methods.course import Course
 from training.packed import check_packable
 from training.rows import IGNORE, TokenRows
+from training.seq2seq import Seq2SeqModel
 from training.spec import TrainingSpec
 from training.step import LossModel, collate
 
@@ -75,7 +77,7 @@ def textbook(model: Any) -> torch.Tensor:
     """Each row alone, all of its logits, labels shifted by one."""
     loss = torch.zeros(())
     for ids, labels in ROWS:
-        logits = model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :]
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :].float()
         target = torch.tensor(labels[1:])
         loss = loss + cross_entropy(logits[:-1], target, reduction="sum", ignore_index=IGNORE)
     return loss
@@ -148,6 +150,26 @@ def test_a_head_with_something_behind_it_keeps_its_whole_logits(bases: Bases) ->
     assert abs(float((measured(collate(ROWS, DEVICE)) - expected).detach())) < 1e-3
 
 
+def of_config(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_soft_cap_that_moves_logits_by_less_than_rounding_does_is_seen(
+    dtype: torch.dtype,
+) -> None:
+    model = of_config(CONFIGS["gemma2"](), dtype)
+    measured = LossModel(model).eval()
+    with torch.no_grad():
+        assert not measured.has_plain_head
+        assert float(measured(collate(ROWS, DEVICE)) / textbook(model)) == pytest.approx(
+            1, rel=1e-3
+        )
+        model.config.final_logit_softcapping = None
+        assert LossModel(model).has_plain_head
+
+
 def test_rows_do_not_touch(bases: Bases) -> None:
     """What stands in one row changes nothing of another's loss."""
     measured = LossModel(adapted(bases("llama"), "lora")).eval()
@@ -163,6 +185,160 @@ def test_rows_whose_place_in_the_sequence_counts_are_not_packed() -> None:
     with pytest.raises(BaseModelError, match="llama4_text: attention_chunk_size counts places"):
         check_packable(transformers.Llama4TextConfig(num_hidden_layers=2))
     check_packable(transformers.LlamaConfig(num_hidden_layers=2))
+
+
+HALVES = (torch.bfloat16, torch.float16)
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "mistral", "gemma", "gpt2", "opt", "phi", "qwen3_moe", "gptj"]
+)
+def test_rows_that_stay_apart_are_packed_in_every_precision(
+    family: str, dtype: torch.dtype
+) -> None:
+    """GPT-J keeps them apart by a mask of its own."""
+    assert LossModel(of_config(CONFIGS[family](), dtype)).is_packed
+
+
+# Each of these moves a row of the trial by less than half precision rounds: tokens counted by
+# place, a convolution, attention over all.
+_IN_TOUCH: dict[str, Callable[[], Any]] = {
+    "blenderbot": lambda: transformers.BlenderbotSmallConfig(
+        vocab_size=VOCABULARY, d_model=32, decoder_layers=2, decoder_attention_heads=4,
+        decoder_ffn_dim=48, is_decoder=True, is_encoder_decoder=False,
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(**TINY, layer_types=["conv", "full_attention"]),
+    "openai_gpt": lambda: transformers.OpenAIGPTConfig(
+        vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=2, n_head=4
+    ),
+    "xglm": lambda: transformers.XGLMConfig(
+        vocab_size=VOCABULARY, d_model=32, num_layers=2, attention_heads=4, ffn_dim=48
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("family", _IN_TOUCH)
+def test_rows_in_touch_are_not_packed_in_any_precision(family: str, dtype: torch.dtype) -> None:
+    assert not LossModel(of_config(_IN_TOUCH[family](), dtype)).is_packed
+
+
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "initializer_range": 0.3}
+# A window of which attention is told by the mask alone, and which no row of the trial exceeds.
+_MASKED: dict[str, Callable[[], Any]] = {
+    "phimoe": lambda: transformers.PhimoeConfig(
+        **TINY, **_EXPERTS, num_local_experts=4, sliding_window=12
+    ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **TINY, **_EXPERTS, num_experts=4, moe_intermediate_size=16, sliding_window=12,
+        shared_expert_intermediate_size=16, use_sliding_window=True,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "doge": lambda: transformers.DogeConfig(**TINY, initializer_range=0.3, sliding_window=12),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", _MASKED)
+def test_a_window_that_only_the_mask_tells_is_kept(family: str) -> None:
+    model = of_config(_MASKED[family]())
+    with torch.no_grad():
+        expected = textbook(model)
+        measured = LossModel(model).eval()
+        assert not measured.is_packed
+        assert float(measured(collate(ROWS, DEVICE)) / expected) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_window_that_no_row_exceeds_does_not_keep_rows_from_being_packed() -> None:
+    config = transformers.PhimoeConfig(**TINY, num_local_experts=4, sliding_window=128)
+    assert LossModel(of_config(config)).is_packed
+
+
+def test_a_base_that_counts_places_is_padded() -> None:
+    config = transformers.Llama4TextConfig(
+        **TINY, intermediate_size_mlp=48, head_dim=8, num_local_experts=2, num_experts_per_tok=1
+    )
+    model = of_config(config)
+    measured = LossModel(model).eval()
+    assert not measured.is_packed
+    with torch.no_grad():
+        found = measured(collate(ROWS, DEVICE)) / textbook(model)
+    assert float(found) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_base_whose_padded_rows_are_not_those_alone_is_refused() -> None:
+    config = transformers.CpmAntConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=48,
+        num_hidden_layers=2,
+    )  # fmt: skip
+    with pytest.raises(BaseModelError, match="CpmAntForCausalLM gives other states to a row"):
+        LossModel(of_config(config))
+
+
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_a_base_that_fails_on_the_trial_is_refused_by_name(is_decoder: bool) -> None:
+    config = transformers.ProphetNetConfig(
+        vocab_size=VOCABULARY, hidden_size=32, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        num_encoder_layers=2, num_decoder_layers=2, num_encoder_attention_heads=4,
+        num_decoder_attention_heads=4, is_decoder=is_decoder, is_encoder_decoder=not is_decoder,
+    )  # fmt: skip
+    model = (
+        of_config(config) if is_decoder else transformers.ProphetNetForConditionalGeneration(config)
+    )
+    of_task = LossModel if is_decoder else Seq2SeqModel
+    with pytest.raises(BaseModelError, match=r"ProphetNet.*IndexError.*another family"):
+        of_task(model)
+
+
+def test_a_lack_of_memory_is_not_the_bases_fault(
+    bases: Bases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(LossModel, "_compare", fail)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        LossModel(load(bases("llama")))
+
+
+@pytest.mark.parametrize(
+    ("length", "virtual", "message"),
+    [
+        (32, 0, None),
+        (33, 0, r"data\.max_length, now 33, to at most 32$"),
+        (None, 0, r"now not set, to at most 32$"),
+        (30, 2, None),
+        (31, 2, r"now 31, to at most 32 less its 2 virtual tokens$"),
+    ],
+)
+def test_rows_that_turn_their_neighbours_otherwise_are_refused(
+    length: int | None, virtual: int, message: str | None
+) -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4, "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    config = transformers.Phi3Config(
+        **TINY, rope_parameters=rope, original_max_position_embeddings=32
+    )
+    method = {"kind": "lora"}
+    if virtual:
+        method = {"kind": "prompt_tuning", "num_virtual_tokens": virtual}
+    document = {
+        "base_model": "phi", "method": method, "data": {"train": "x", "max_length": length},
+        "output": {"name": "x"},
+    }  # fmt: skip
+    spec = parse_spec(TrainingSpec, document)
+    if message is None:
+        check_base(of_config(config), spec)
+        return
+    with pytest.raises(BaseModelError, match=message):
+        check_base(of_config(config), spec)
 
 
 def test_a_batch_without_labels_is_a_zero_with_a_graph(bases: Bases) -> None:

@@ -292,6 +292,40 @@ def test_encoders_are_padded_and_causal_bases_are_not(
     assert Classifier(model).is_packed == (family == "llama")
 
 
+UNFIT: dict[str, Callable[[], Any]] = {
+    "Canine": lambda: transformers.CanineForSequenceClassification(
+        transformers.CanineConfig(**SIZE, num_attention_heads=4, max_position_embeddings=512)
+    ),
+    "Funnel": lambda: transformers.FunnelForSequenceClassification(
+        transformers.FunnelConfig(
+            vocab_size=261, block_sizes=[1, 1], d_model=32, n_head=4, d_head=8, d_inner=48
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", UNFIT)
+def test_a_base_that_fails_as_a_classifier_is_refused_by_name(family: str) -> None:
+    with pytest.raises(BaseModelError, match=f"{family}ForSequence.*name a base of another family"):
+        Classifier(UNFIT[family]())
+
+
+def test_a_classifier_whose_window_only_the_mask_tells_is_padded() -> None:
+    config = transformers.PhimoeConfig(
+        **SIZE, **HEADS, num_key_value_heads=2, num_local_experts=4, sliding_window=12,
+        initializer_range=0.3, pad_token_id=0, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    rows = [(list(range(3, 3 + n)), [0]) for n in (30, 5)]
+    measured = Classifier(model).eval()
+    assert not measured.is_packed
+    with torch.no_grad():
+        found = measured(Prediction(collate_labelled(rows, torch.device("cpu"))))
+        alone = torch.cat([model(input_ids=torch.tensor([ids])).logits for ids, _ in rows])
+    torch.testing.assert_close(found, alone)
+
+
 @pytest.mark.parametrize("family", SEQ2SEQ)
 @pytest.mark.parametrize("kind", ["lora", "prompt_tuning", "prefix_tuning"])
 def test_greedy_answers_are_those_of_generate(

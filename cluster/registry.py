@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -52,6 +53,7 @@ PUBLISHED_FILES = (CONFIG, WEIGHTS, README, PICTURE, EVENTS)
 _MANIFEST_KEY = re.compile(rf"adapters/({NAME.pattern})/([0-9]{{8}})/manifest\.json")
 _ALIAS_KEY = re.compile(rf"aliases/({NAME.pattern})/({NAME.pattern})/[0-9]{{8}}\.json")
 _HASHED_BYTES = 2**16  # at a time: more leave the cache between reading and hashing
+_log = logging.getLogger("graft.registry")
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,12 @@ class Registry:
         for key in self.store.list("aliases"):
             if match := _ALIAS_KEY.fullmatch(key):
                 entries[match[1], match[2]] = key  # the last one counts
-        aliases = {at: self._alias_version(key) for at, key in entries.items()}
+        aliases: dict[tuple[str, str], int] = {}
+        for at, key in entries.items():
+            try:
+                aliases[at] = self._alias_version(key)
+            except AdapterError as error:  # which is nobody else's fault
+                _log.warning("%s", error.message)
         return Catalog(self._all_versions(), aliases)
 
     def names(self) -> list[str]:
@@ -204,10 +211,11 @@ class Registry:
         return versions
 
     def _alias_version(self, key: str) -> int:
+        raw = self.store.read(key)
         try:
-            return int(json.loads(self.store.read(key))["version"])
+            return int(json.loads(raw)["version"])
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.store.uri}/{key}: is damaged; set the alias anew") from error
+            raise AdapterError(f"{self.store.uri}/{key}: is damaged; set the alias anew") from error
 
     def versions(self, name: str) -> list[AdapterVersion]:
         """The whole versions of `name`, oldest first. Raises NotFoundError."""

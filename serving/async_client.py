@@ -221,7 +221,7 @@ class AsyncClient:
         )
         is_over = False
         try:
-            async for line in response.aiter_lines():
+            async for line in self._connection.lines(response):
                 if not line.startswith("data: "):
                     continue
                 data = line.removeprefix("data: ")

@@ -5,6 +5,7 @@ Knows HTTP, and nothing of what is asked; `serving.async_client` does.
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx2
@@ -20,7 +21,11 @@ from serving.asking import error_of
 
 
 class Connection:
-    """A pool of connections to `base_url`, or the `transport` in their place, which it closes."""
+    """A pool of connections to `base_url`, or the `transport` in their place, which it closes.
+
+    Raises:
+        SpecError: the key is none.
+    """
 
     def __init__(
         self,
@@ -33,7 +38,10 @@ class Connection:
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self._timeout_s = timeout_s
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        key = (api_key or "").strip()  # a file's text ends with a line's end
+        if not (key.isascii() and key.isprintable()):
+            raise SpecError("api_key: has characters that no key has; give it as it was told")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         # Requests wait for their turn, and open streams hold none: nobody waits for a connection.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=num_kept)
         timeout = httpx2.Timeout(timeout_s, connect=10.0)
@@ -45,6 +53,16 @@ class Connection:
     async def close(self) -> None:
         """Close every connection."""
         await self._http.aclose()
+
+    async def lines(self, response: httpx2.Response) -> AsyncGenerator[str]:
+        """A stream's lines, by line feeds alone: an answer may hold what else ends one."""
+        rest = b""
+        async for chunk in response.aiter_bytes():
+            *whole, rest = (rest + chunk).split(b"\n")
+            for line in whole:
+                yield line.decode(errors="replace").removesuffix("\r")
+        if rest:
+            yield rest.decode(errors="replace")
 
     async def json(self, method: str, path: str, body: Any = None) -> Any:
         """A whole answer's body. Raises GraftError."""
@@ -62,10 +80,7 @@ class Connection:
     def fault(self, error: httpx2.RequestError) -> GraftError:
         """What a fault on the way is for the caller."""
         if isinstance(error, (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError)):
-            return SpecError(
-                f"{self.base_url}: {error}; write the address as http://HOST:PORT, and the key as "
-                "it was told"
-            )
+            return SpecError(f"{self.base_url}: {error}; write the address as http://HOST:PORT")
         if isinstance(error, httpx2.ReadTimeout):
             return DeadlineError(
                 f"{self.base_url}: nothing came for {self._timeout_s:g} s (the client's "

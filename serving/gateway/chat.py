@@ -34,7 +34,7 @@ def render(
         )
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            [_plain(message) for message in messages],
+            [_plain(message, template) for message in messages],
             tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
             tokenize=True,
             add_generation_prompt=add_generation_prompt,
@@ -47,9 +47,13 @@ def render(
     return list(encoded["input_ids"])
 
 
-def _plain(message: ChatMessage) -> dict[str, Any]:
-    """A message as templates expect it: arguments of calls as objects, no key without a value."""
-    plain: dict[str, Any] = {"role": message.role, "content": message.text}
+def _plain(message: ChatMessage, template: str) -> dict[str, Any]:
+    """A message as templates expect it: arguments of calls as objects, no key without a value. A
+    developer's is a system's where the template, which may pass over what it does not know, never
+    speaks of developers."""
+    is_known = message.role != "developer" or "developer" in template
+    plain: dict[str, Any] = {"role": message.role if is_known else "system"}
+    plain["content"] = message.text
     if message.tool_calls:
         plain["tool_calls"] = [
             {

@@ -210,6 +210,8 @@ class _Engine:
         self._source = TableSource(plan.source)
         check_same(plan, replace(plan, files=self._source.files), self._output.uri)
         self._concurrency = 2 * spec.engine.max_running_requests
+        # One loop for all parts: what its requests wait for belongs to it.
+        self._runner = asyncio.Runner()
         limits = {"request_timeout_s": _LONG_S}
         self._service = Service(
             Replica(spec),
@@ -225,7 +227,7 @@ class _Engine:
         added = added_columns(asked.options)
         columns = (asked.column, *filter(None, [asked.adapter_column]), *added, ROW)
         values = values_of(rows, list(dict.fromkeys(columns)))
-        results = asyncio.run(
+        results = self._runner.run(
             answer_rows(self._service, asked, values, part.first_row, concurrency=self._concurrency)
         )
         return self._output.finish(place, part, rows, results, added)

@@ -137,6 +137,19 @@ def test_a_damaged_manifest_is_named(registry: Registry, tmp_path: Path) -> None
     assert registry.names() == ["bad", "good"]
 
 
+def test_a_damaged_alias_is_nobody_elses_fault(
+    registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry.publish("bot", folder(tmp_path / "a"))
+    registry.set_alias("bot", "stable", 1)
+    for content in (b"{", b"[]", b"{}", b'{"version": null}'):
+        registry.store.create(f"aliases/bot/{content.hex()}/00000001.json", content)
+        with pytest.raises(AdapterError, match="is damaged; set the alias anew"):
+            registry.resolve(f"bot:{content.hex()}")
+    assert dict(registry.catalog().aliases) == {("bot", "stable"): 1}
+    assert caplog.text.count("is damaged") == 4
+
+
 def test_what_is_near_is_named(registry: Registry, tmp_path: Path) -> None:
     registry.publish("support-bot", folder(tmp_path / "a"))
     registry.set_alias("support-bot", "stable", 1)

@@ -20,6 +20,7 @@ from cluster.errors import (
     GraftError,
     OperationError,
     RequestError,
+    SpecError,
     UnavailableError,
 )
 from cluster.tables import open_table, write_table
@@ -318,3 +319,32 @@ def test_memory_does_not_grow_with_the_file(
     found = open_table(target)
     assert [text.as_py()[:5] for text in found["prompt"]] == [f"{i:05}" for i in range(2000)]
     assert peaks[1] - peaks[0] < 65_000, peaks  # kB; of all at once, 130 000
+
+
+def test_a_key_is_never_told() -> None:
+    for key in ("secret\x00key", "sécret"):
+        with pytest.raises(SpecError, match="api_key: has characters that no key has") as told:
+            Client("http://127.0.0.1:9", api_key=key)
+        assert "cret" not in str(told.value)
+
+
+def test_a_key_from_a_file_has_a_line_end() -> None:
+    with (
+        Client("http://127.0.0.1:9", api_key="secret\n", max_attempts=1) as client,
+        pytest.raises(UnavailableError),
+    ):
+        client.models()
+
+
+def test_only_line_feeds_end_a_streams_line(faulty: tuple[str, type[Faulty]]) -> None:
+    url, handler = faulty
+    text = "one\u2028two\u2029three\x85four\x0b\x0c\x1c"
+
+    def stream(answer: Faulty) -> None:
+        event = {"choices": [{"text": text, "finish_reason": "stop"}]}
+        data = json.dumps(event, ensure_ascii=False)
+        answer.send(200, f"data: {data}\r\n\r\ndata: [DONE]\n\n".encode())
+
+    handler.answers = [stream]
+    with Client(url) as client:
+        assert "".join(client.stream("x", adapter="a")) == text

@@ -21,6 +21,7 @@ from cluster.errors import (
     RequestError,
     StoreError,
 )
+from cluster.registry import Registry
 from cluster.table_parts import TableSource
 from cluster.table_rows import BadRow
 from cluster.tables import open_table, write_table
@@ -148,6 +149,32 @@ def test_an_adapter_that_cannot_be_loaded_fails_who_asked_for_it(
     monkeypatch.setattr("serving.offline.answering._TRIES", 1)
     monkeypatch.setattr(service.service.catalogue, "resolve", full)
     assert [result.error for result in answer(service, asked, rows)] == ["there is no room"] * 2
+
+
+def test_an_engine_answers_part_after_part_with_adapters_that_are_cold(
+    service: Running, tmp_path: Path, bases: Callable[[str], Path]
+) -> None:
+    registry = Registry(str(tmp_path / "store"))
+    folder = make_adapter("lora", bases("llama"), tmp_path / "lora")
+    names = [f"lora-{number}" for number in range(12)]
+    for name in names:
+        registry.publish(name, folder)
+    rows = [{"prompt": "x", "model": name} for name in names]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    source = TableSource(str(tmp_path / "in.parquet"))
+    spec = ServingSpec(
+        name=BASE_NAME, engine=EngineSpec(base_model=str(bases("llama"))),
+        store=registry.store.uri,
+        cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    asked = Asked("prompt", None, "model", GREEDY, seed=1)
+    engine = {"name": spec.name}
+    plan = Plan(source.uri, source.files, engine, asked, registry.catalog(), source.parts(6))
+    output = Output(str(tmp_path / "out"))
+    output.begin(plan)
+    own = pool._Engine(pool._document(spec, plan, output.uri))
+    for place, part in enumerate(plan.parts):
+        assert own.answer(place, part).failed == 0
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import openai
 import pyarrow as pa
 import pytest
 import transformers
-from conftest import make_base
+from conftest import byte_tokenizer, make_base
 from service import BASE_NAME, Running, running
 
 from cluster.tables import open_table, write_table
@@ -21,12 +21,13 @@ from serving.client import Client
 from serving.engine import GenerationRequest
 from serving.gateway.access import Tenant
 from serving.gateway.answers import ChatForm
+from serving.gateway.chat import render
 from serving.gateway.jobs import Job
 from serving.gateway.logprobs import TokenText
 from serving.gateway.service import Piece
 from serving.gateway.tools import ToolParser
 from serving.offline.answering import Asked, answer_rows
-from serving.protocol import CalledFunction, ChatRequest, ToolCall
+from serving.protocol import CalledFunction, ChatMessage, ChatRequest, ToolCall
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m.role }}|>"
@@ -258,3 +259,17 @@ def test_a_file_has_a_column_of_calls_where_there_are_tools(
 def named(text: str | None) -> list[CalledFunction]:
     """Of a column of calls, what is called."""
     return [ToolCall.model_validate(call).function for call in json.loads(text or "[]")]
+
+
+def test_a_developer_is_heard_by_templates_that_know_none() -> None:
+    """As Qwen's: what is neither a system's, a user's nor an assistant's is passed over."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role in ('system', 'user') %}<{{ m.role }}>{{ m.content }}"
+        "{% endif %}{% endfor %}"
+    )
+    texts = {"developer": "in French", "user": "hi"}
+    said = [ChatMessage.model_validate({"role": r, "content": t}) for r, t in texts.items()]
+    assert tokenizer.decode(render(tokenizer, said, [])) == "<system>in French<user>hi"
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{% endfor %}{# developer #}"
+    assert tokenizer.decode(render(tokenizer, said, [])) == "<developer><user>"

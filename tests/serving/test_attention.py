@@ -10,7 +10,7 @@ from serving.engine.attention import AttentionPlan, attend_by, paged_attention
 ROWS, SLOTS = 5, 64
 # Query heads, key/value heads, head size: grouped, one for all, one each, of odd size.
 SHAPES = [(12, 4, 64), (8, 1, 128), (4, 4, 80), (4, 2, 10)]
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -89,6 +89,16 @@ def context_tokens(path: str) -> int | None:
     return longest_context(base_config(path))
 
 
+def rescaled_rope(config: Any) -> tuple[str, int | None] | None:
+    """The kind of a rotary embedding that turns all rows of a batch by the longest of them, and the
+    tokens up to which it does not, where that is told; None of any other."""
+    rope: dict[str, Any] = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    if kind not in ("longrope", "dynamic"):
+        return None
+    return kind, rope.get("original_max_position_embeddings")
+
+
 def longest_context(config: Any) -> int | None:
     """The tokens that a transformers config allows, under either of its names; None if it tells
     none."""

@@ -41,6 +41,18 @@ def triton_kernels(module: str) -> Any:
         return None
 
 
+def are_right(name: str, device: torch.device, away: Callable[[], float], most: float) -> bool:
+    """Whether kernels run on a device, and what they give is less than `most` `away` from what it
+    should be; if not, that is told."""
+    try:
+        if not (found := away()) < most:
+            raise ArithmeticError(f"they are {found:.1e} away")
+    except Exception as error:  # whatever a compiler or a driver says
+        _log.warning("%s kernels are not used on %s, which is slower: %s", name, device, error)
+        return False
+    return True
+
+
 def kernels(source: Path, stem: str, types: Sequence[Any]) -> Callable[[torch.dtype], Any]:
     """How to find the function of `source` for a dtype, as `stem`_float32, of these ctypes and no
     result; it finds None where there is none, and compiles when it is first asked."""

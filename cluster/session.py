@@ -35,28 +35,25 @@ LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class Session:
-    """A reachable cluster. `address` is None where only its dashboard's URL is known; `node` is the
-    socket of this machine's own node of it."""
+    """A reachable cluster. `address` is None where only its dashboard's URL is known; `node` is an
+    open connection to this machine's own node of it."""
 
     address: str | None
     dashboard_url: str
     started_here: bool
-    node: str | None = None
+    node: socket.socket | None = None
 
     def is_over(self) -> bool:
         """Whether this machine's node has ended, as by `ray stop`: what we ask of the cluster then
         is answered by nobody, and Ray ends our process a minute later."""
         if self.node is None:
             return False
-        try:
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(CONNECT_TIMEOUT_S)
-                probe.connect(self.node)
-        except TimeoutError:
-            return False  # it is there, and busy
+        try:  # it says nothing to who never speaks, until its end; a new connection it would log
+            return not self.node.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
         except OSError:
             return True
-        return False
 
 
 @contextmanager
@@ -83,19 +80,21 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Gener
         info = _connect(named) if named else _start(num_cpus)
     import ray
 
-    url, node = str(info["webui_url"] or ""), str(info["raylet_socket_name"])
-    found = Session(str(info["address"]), f"http://{url}", named is None, node)
-    try:
-        if not url:
-            raise ClusterError(
-                f"Ray cluster {named}: has no dashboard, which jobs need; "
-                "start its head with `ray start --head --include-dashboard=true`"
-            )
-        yield found
-    finally:
-        # Where that node is gone, Ray would end the process before what happened is told.
-        if found.started_here or not found.is_over():
-            ray.shutdown()
+    url = str(info["webui_url"] or "")
+    with socket.socket(socket.AF_UNIX) as node:
+        found = Session(str(info["address"]), f"http://{url}", named is None, node)
+        try:
+            node.connect(str(info["raylet_socket_name"]))
+            if not url:
+                raise ClusterError(
+                    f"Ray cluster {named}: has no dashboard, which jobs need; "
+                    "start its head with `ray start --head --include-dashboard=true`"
+                )
+            yield found
+        finally:
+            # Where that node is gone, Ray would end the process before what happened is told.
+            if found.started_here or not found.is_over():
+                ray.shutdown()
 
 
 @contextmanager

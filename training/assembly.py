@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.base_model import context_tokens, load_base, load_tokenizer
+from cluster.base_model import context_tokens, load_base, load_tokenizer, rescaled_rope
 from cluster.errors import BaseModelError
 from training.backend import PARTS, Backend, PlainBackend
 from training.checkpoint import BEST, COURSE, Progress, read_checkpoint, run_state
@@ -163,16 +163,15 @@ def check_base(base: Any, spec: TrainingSpec) -> None:
 
 
 def _check_length(base: Any, spec: TrainingSpec) -> None:
-    rope: dict[str, Any] = getattr(base.config.get_text_config(), "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings")
-    if rope.get("rope_type") not in ("longrope", "dynamic") or original is None:
+    kind, original = rescaled_rope(base.config) or (None, None)
+    if original is None:
         return
     virtual = getattr(spec.method, "num_virtual_tokens", None) or 0
     asked = spec.data.max_length
     if asked is None or asked + virtual > original:
         beside = f" less its {virtual} virtual tokens" if virtual else ""
         raise BaseModelError(
-            f"base_model {spec.trained_base}: with rope_type {rope['rope_type']!r} a row's loss "
+            f"base_model {spec.trained_base}: with rope_type {kind!r} a row's loss "
             f"depends on whether a row beside it is longer than {original} tokens; set "
             f"data.max_length, now {asked or 'not set'}, to at most {original}{beside}"
         )

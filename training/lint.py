@@ -106,7 +106,7 @@ class Linter:
         Raises:
             DataError: the base has no embedding of one of its tokens.
         """
-        self._check_known(max((*ids, *(learned or ())), default=0))
+        self._check_known(max(max(ids, default=0), max(learned or (), default=0)))
         self._hashes.append(hashed)
         found = {
             "empty": not response.strip(),

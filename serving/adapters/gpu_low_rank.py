@@ -13,7 +13,6 @@ the input side by side, which the second adds in their order: what a token gets 
 from __future__ import annotations
 
 import functools
-import logging
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cluster.native import are_right
 from serving.adapters.primitives import LinearDelta
 
 # Of one adapter; where there is more, two products of cuBLAS fill the GPU. Neither was measured.
@@ -31,7 +31,6 @@ _TOKENS, _RANKS, _INPUTS, _OUTPUTS = 16, 16, 128, 128  # of one product
 _MOST_PARTS, _PART = 8, 512
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 _jit: Any = triton.jit
-_log = logging.getLogger("graft.native")
 
 
 @dataclass(frozen=True)
@@ -75,27 +74,25 @@ class GpuLowRankRows:
 def ready(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels run there, and as they should: on segments of several tiles, ranks and
     parts. They are compiled when first asked, which takes seconds."""
-    try:
-        random = torch.Generator(device).manual_seed(0)
-        x, a_rI, b_rO = (
-            torch.randn(shape, generator=random, device=device).to(dtype)
-            for shape in ((20, 1120), (40, 1120), (40, 304))
-        )
-        y, expected = x.new_zeros(20, 304), x.new_zeros((20, 304), dtype=torch.float32)
-        spans = [(0, 17, LinearDelta(a_rI.T, b_rO)), (18, 20, LinearDelta(a_rI[:16].T, b_rO[:16]))]
-        together(spans).add(y, x)
-        for start, end, delta in spans:
-            assert delta.a_Ir is not None
-            assert delta.b_rO is not None
-            low = (x[start:end].float() @ delta.a_Ir.float()).to(dtype)
-            expected[start:end] = low.float() @ delta.b_rO.float()
-        away = float((y.float() - expected).abs().max() / expected.abs().max())
-        if not away < _TOLERANCE[dtype]:
-            raise ArithmeticError(f"they are {away:.1e} away")
-        return True
-    except Exception as error:  # whatever a compiler or a driver says
-        _log.warning("low-rank kernels are not used on %s, which is slower: %s", device, error)
-        return False
+    return are_right("low-rank", device, lambda: _away(dtype, device), _TOLERANCE[dtype])
+
+
+def _away(dtype: torch.dtype, device: torch.device) -> float:
+    """How far two segments' products are from torch's, of the largest."""
+    random = torch.Generator(device).manual_seed(0)
+    x, a_rI, b_rO = (
+        torch.randn(shape, generator=random, device=device).to(dtype)
+        for shape in ((20, 1120), (40, 1120), (40, 304))
+    )
+    y, expected = x.new_zeros(20, 304), x.new_zeros((20, 304), dtype=torch.float32)
+    spans = [(0, 17, LinearDelta(a_rI.T, b_rO)), (18, 20, LinearDelta(a_rI[:16].T, b_rO[:16]))]
+    together(spans).add(y, x)
+    for start, end, delta in spans:
+        assert delta.a_Ir is not None
+        assert delta.b_rO is not None
+        low = (x[start:end].float() @ delta.a_Ir.float()).to(dtype)
+        expected[start:end] = low.float() @ delta.b_rO.float()
+    return float((y.float() - expected).abs().max() / expected.abs().max())
 
 
 def takes(delta: LinearDelta, tokens: int, x: torch.Tensor, y: torch.Tensor) -> bool:

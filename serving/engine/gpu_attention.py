@@ -16,7 +16,6 @@ their order. Into how many follows from the row alone: what it gets depends on n
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 from torch.nn.functional import scaled_dot_product_attention
+
+from cluster.native import are_right
 
 # A matrix unit takes no fewer than 16 rows, or numbers of a head. More rows of a tile share each
 # key that is read, as far as the shared memory of the smaller GPUs goes.
@@ -37,7 +38,6 @@ _EVERYTHING = 2**31 - 1  # a window
 _LOG2_E = 1.4426950408889634
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 _jit: Any = triton.jit
-_log = logging.getLogger("graft.native")
 
 
 @dataclass(frozen=True)
@@ -185,14 +185,10 @@ def ready(dtype: torch.dtype, device: torch.device, heads: int, kv_heads: int, s
     are read in blocks, tiles and parts. They are compiled when first asked, which takes seconds."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return False  # Triton uses no matrix unit there
-    try:
-        away = max(_away(dtype, device, heads, kv_heads, size, window) for window in (None, 70))
-        if not away < _TOLERANCE[dtype]:
-            raise ArithmeticError(f"they are {away:.1e} away")
-        return True
-    except Exception as error:  # whatever a compiler or a driver says
-        _log.warning("attention kernels are not used on %s, which is slower: %s", device, error)
-        return False
+    own = (dtype, device, heads, kv_heads, size)
+    return are_right(
+        "attention", device, lambda: max(_away(*own, w) for w in (None, 70)), _TOLERANCE[dtype]
+    )
 
 
 def _away(

@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.base_model import base_config, empty_base, load_base, longest_context
+from cluster.base_model import (
+    base_config,
+    empty_base,
+    load_base,
+    longest_context,
+    rescaled_rope,
+)
 from cluster.errors import BaseModelError
 from cluster.linear import pack
 from cluster.memory import keep_freed_memory
@@ -248,11 +254,10 @@ def _refuse_by_length(model: Any, spec: EngineSpec, context_tokens: int) -> None
     """Refuse what the start-up proof is too short to see: bases that compute a long sequence by
     another rule than a short one. Raises BaseModelError."""
     config = model.config.get_text_config()
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     limits: dict[str, int] = {}
-    if rope.get("rope_type") in ("longrope", "dynamic"):
-        original = rope.get("original_max_position_embeddings")
-        limits[f"rope_type {rope['rope_type']!r}"] = int(original or config.max_position_embeddings)
+    if (rope := rescaled_rope(config)) is not None:
+        kind, original = rope
+        limits[f"rope_type {kind!r}"] = int(original or config.max_position_embeddings)
     if getattr(config, "attention_chunk_size", None):
         limits["attention_chunk_size"] = int(config.attention_chunk_size)
     for reason, tokens in limits.items():

@@ -12,6 +12,7 @@ import json
 import logging
 import secrets
 import time
+import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -212,6 +213,7 @@ class _Engine:
         self._concurrency = 2 * spec.engine.max_running_requests
         # One loop for all parts: what its requests wait for belongs to it.
         self._runner = asyncio.Runner()
+        weakref.finalize(self, self._runner.close)
         limits = {"request_timeout_s": _LONG_S}
         self._service = Service(
             Replica(spec),

@@ -291,12 +291,12 @@ def test_what_is_no_service_is_told_at_once(source: Path, fault: Fault, told: st
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"base_url": "localhost:8000"}, {"api_key": "graft-key\n"}], ids=str
+    "wrong", [{"base_url": "localhost:8000"}, {"api_key": "graft\nkey"}], ids=str
 )
 def test_an_address_or_a_key_that_cannot_be_sent_is_told_at_once(
     service: Running, source: Path, wrong: dict[str, str]
 ) -> None:
-    with Client(**{"base_url": service.url, **wrong}) as client, pytest.raises(SpecError):
+    with pytest.raises(SpecError), Client(**{"base_url": service.url, **wrong}) as client:
         client.generate_file(source, source.with_name("out.jsonl"), **GREEDY)
 
 

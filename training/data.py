@@ -24,7 +24,7 @@ from training.formats import detect_format, iterate_rows
 from training.lint import DataReport, Linter
 from training.rows import count_learned, count_tokens, row_hash, write_rows
 
-FORMAT = 6  # counts up when a template, the masking, the hashing or the files change
+FORMAT = 7  # counts up when a template, the masking, the hashing or the files change
 _PROGRESS_S = 5.0
 
 

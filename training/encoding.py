@@ -8,11 +8,12 @@ the format (training.formats). Knows one row at a time; who counts and cuts them
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.base_model import encode_prompt
+from cluster.chat import ChatTemplateError, render, template_of
 from cluster.errors import DataError
 from cluster.tasks import Task
 from training.data_spec import DataSpec
@@ -251,13 +252,13 @@ def _shown(ids: Sequence[int], tokenizer: Any) -> str:
 
 
 def _tokenize_chat(row: Mapping[str, Any], tokenizer: Any) -> Row:
-    if not _GENERATION.search(_template(row, tokenizer)):
+    if not _GENERATION.search(_of_chat(template_of, row, tokenizer)):
         raise DataError(
             "the base's chat template marks no {% generation %} parts, so what the assistant said "
             "cannot be told from the rest; add the markers to the template"
         )
-    encoded = _chat(
-        row, tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    encoded = _of_chat(
+        render, row, tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids: list[int] = list(encoded["input_ids"])
     mask: list[int] = encoded["assistant_masks"]
@@ -265,32 +266,14 @@ def _tokenize_chat(row: Mapping[str, Any], tokenizer: Any) -> Row:
 
 
 def _chat_text(row: Mapping[str, Any], tokenizer: Any, **options: Any) -> str:
-    _template(row, tokenizer)
-    text: str = _chat(row, tokenizer, tokenize=False, **options)
+    text: str = _of_chat(render, row, tokenizer, tokenize=False, **options)
     return text.removeprefix(tokenizer.bos_token or "")  # the tokenizer puts it there
 
 
-def _template(row: Mapping[str, Any], tokenizer: Any) -> str:
-    """The template that renders `row`. Raises DataError if there is none, or if it would pass over
-    tools or their calls."""
-    if not tokenizer.chat_template:
-        raise DataError("chat rows need a chat template, and the base's tokenizer has none")
-    template: str = tokenizer.get_chat_template(tools=row.get("tools"))
-    if row.get("tools") and "tools" not in template:
-        raise DataError(
-            "the base's chat template knows no tools; leave the column out, or describe them in a "
-            "message"
-        )
-    if any("tool_calls" in m for m in row["messages"]) and "tool_calls" not in template:
-        raise DataError(
-            "the base's chat template knows no tool_calls; write them as the content of their "
-            "messages"
-        )
-    return template
-
-
-def _chat(row: Mapping[str, Any], tokenizer: Any, **options: Any) -> Any:
+def _of_chat(
+    ask: Callable[..., Any], row: Mapping[str, Any], tokenizer: Any, **options: Any
+) -> Any:
     try:
-        return tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), **options)
-    except Exception as error:  # templates raise whatever they like about roles and order
-        raise DataError(f"the base's chat template refuses a row: {error}") from error
+        return ask(tokenizer, row["messages"], row.get("tools"), **options)
+    except ChatTemplateError as error:
+        raise DataError(error.message) from error

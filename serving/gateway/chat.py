@@ -1,4 +1,4 @@
-"""Messages and tools to a prompt, by the base's own chat template."""
+"""The messages and tools of a request, as the base's own chat template has them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from cluster import chat
 from cluster.errors import RequestError
 from serving.protocol import ChatMessage, Tool
 
@@ -23,37 +24,23 @@ def render(
         RequestError: the base has no chat template, or its template refuses these messages or
             knows no tools.
     """
-    template = str(tokenizer.chat_template or "")
-    if not template:
-        raise RequestError("this model has no chat template; use /v1/completions", param="messages")
-    if tools and "tools" not in template:
-        raise RequestError(
-            "this model's chat template knows no tools; leave them out, or describe them in a "
-            "message",
-            param="tools",
-        )
     try:
-        encoded: Any = tokenizer.apply_chat_template(
-            [_plain(message, template) for message in messages],
-            tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
+        encoded = chat.render(
+            tokenizer,
+            [_plain(message) for message in messages],
+            [tool.model_dump(exclude_none=True) for tool in tools],
             tokenize=True,
             add_generation_prompt=add_generation_prompt,
             return_dict=True,
         )
-    except Exception as error:  # templates raise whatever they like about roles and order
-        raise RequestError(
-            f"messages: the chat template refuses them: {error}", param="messages"
-        ) from error
+    except chat.ChatTemplateError as error:
+        raise RequestError(error.message, param=error.field) from error
     return list(encoded["input_ids"])
 
 
-def _plain(message: ChatMessage, template: str) -> dict[str, Any]:
-    """A message as templates expect it: arguments of calls as objects, no key without a value. A
-    developer's is a system's where the template, which may pass over what it does not know, never
-    speaks of developers."""
-    is_known = message.role != "developer" or "developer" in template
-    plain: dict[str, Any] = {"role": message.role if is_known else "system"}
-    plain["content"] = message.text
+def _plain(message: ChatMessage) -> dict[str, Any]:
+    """A message as templates expect it: arguments of calls as objects, no key without a value."""
+    plain: dict[str, Any] = {"role": message.role, "content": message.text}
     if message.tool_calls:
         plain["tool_calls"] = [
             {

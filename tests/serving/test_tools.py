@@ -28,6 +28,7 @@ from serving.gateway.service import Piece
 from serving.gateway.tools import ToolParser
 from serving.offline.answering import Asked, answer_rows
 from serving.protocol import CalledFunction, ChatMessage, ChatRequest, ToolCall
+from training.encoding import render_row
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m.role }}|>"
@@ -270,6 +271,9 @@ def test_a_developer_is_heard_by_templates_that_know_none() -> None:
     )
     texts = {"developer": "in French", "user": "hi"}
     said = [ChatMessage.model_validate({"role": r, "content": t}) for r, t in texts.items()]
-    assert tokenizer.decode(render(tokenizer, said, [])) == "<system>in French<user>hi"
+    heard = "<system>in French<user>hi"
+    assert tokenizer.decode(render(tokenizer, said, [])) == heard
+    row = {"messages": [{"role": r, "content": t} for r, t in texts.items()]}
+    assert render_row(row, "chat", "", tokenizer) == heard  # as a row is learned
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{% endfor %}{# developer #}"
     assert tokenizer.decode(render(tokenizer, said, [])) == "<developer><user>"

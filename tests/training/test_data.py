@@ -191,7 +191,7 @@ def test_other_tools_are_other_tokens(tmp_path: Path, bases: Callable[[str], Pat
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": TOOL_CHAT, "tools": TOOLS}, "row 0: .* knows no tools; leave the column out"),
+        ({"messages": TOOL_CHAT, "tools": TOOLS}, "row 0: .* knows no tools; leave them out"),
         ({"messages": TOOL_CHAT}, "row 0: .* knows no tool_calls"),
     ],
 )

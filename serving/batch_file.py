@@ -7,7 +7,9 @@ The output has its rows, in their order, with `completion`, `finish_reason`, `pr
 cannot be answered has its reason there and disturbs no other. What would fail every row ends the
 call instead: a service that is away for too long, a refused key, adapter or option. Answers are
 kept in OUT.partial as they come, so that the same call after an interruption asks only for what is
-missing; OUT itself appears whole, at the end, and OUT.partial goes.
+missing; OUT itself appears whole, at the end, and OUT.partial goes. A name stands for the version
+that it meant when the first row asked for it, and no row gets another, however long the call or
+what goes on with it takes.
 """
 
 from __future__ import annotations
@@ -188,9 +190,10 @@ async def _answer_rows(
     failed, and their tokens."""
     counts = Counter[str]()
     waiting = ((row, values) for row, values in _numbered(table, asked) if row not in kept)
+    meaning = _Meanings(client, kept)
 
     async def take(row: int, values: Values) -> GraftError | None:
-        result, fault = await _answer(client, row, values, asked)
+        result, fault = await _answer(client, meaning, row, values, asked)
         kept.add(result)
         tokens, failed = result.completion_tokens or 0, int(fault is not None)
         counts.update(failed=failed, prompt=result.prompt_tokens or 0, completion=tokens)
@@ -302,8 +305,25 @@ def check_own(row: int, values: Mapping[str, Any], added: Iterable[str]) -> None
         raise DataError(f"row {row}: has a {taken[0]!r} of its own, which is one that is added")
 
 
+class _Meanings:
+    """What models' names stand for, each asked once."""
+
+    def __init__(self, client: AsyncClient, kept: Journal) -> None:
+        self._client, self._kept = client, kept
+        self._asked: dict[str, asyncio.Lock] = {}
+
+    async def of(self, name: str | None) -> str | None:
+        """The version, or the base. Raises GraftError."""
+        if not name:
+            return name
+        async with self._asked.setdefault(name, asyncio.Lock()):
+            if name not in self._kept.meanings:
+                self._kept.add_meaning(name, (await self._client.model(name)).root)
+        return self._kept.meanings[name]
+
+
 async def _answer(
-    client: AsyncClient, row: int, values: Values, asked: _Asked
+    client: AsyncClient, meaning: _Meanings, row: int, values: Values, asked: _Asked
 ) -> tuple[RowResult, GraftError | None]:
     """One row's result, whose error is whatever is wrong with it, and that fault. Raises GraftError
     for what is wrong with every row."""
@@ -317,7 +337,8 @@ async def _answer(
         check_own(row, values, asked.added)
         check_row(row, prompt, model)
         assert prompt is not None
-        answer = await client.generate_one(prompt, adapter=model, **asked.options)  # type: ignore[arg-type]
+        version = await meaning.of(model)
+        answer = await client.generate_one(prompt, adapter=version, **asked.options)  # type: ignore[arg-type]
     except GraftError as error:
         if _is_of_every_row(error, asked):
             raise

@@ -28,6 +28,9 @@ from serving.spec import ServingSpec
 
 _FIGURES_PERIOD_S = 5.0
 _READY_TIMEOUT_S = 5.0
+# What is asked for /ready waits behind all requests, and a service that is full is not one that is
+# away: where a replica told its figures lately, the question alone shows whether it has died since.
+_REPORT_COUNTS_S, _DEATH_SHOWS_S = 3 * _FIGURES_PERIOD_S, 0.5
 _BASES = "GRAFT_BASES"  # read by nobody but `running_bases`
 # How Serve moves requests and tokens, read by its processes when they start. Of its own accord each
 # piece of a stream is an object of Ray's, which takes ten times as long as a message over gRPC, and
@@ -72,7 +75,7 @@ class EngineReplica:
 
         self._replica = Replica(parse_spec(ServingSpec, spec))
         self._figures: Mapping[str, Any] = {}
-        self._told_s = -math.inf
+        self._reports, self._told_s = 0, -math.inf
 
     async def generate(
         self, request: GenerationRequest, adapter: NamedAdapter | None, stream: bool
@@ -96,11 +99,12 @@ class EngineReplica:
         changes is sent to every gateway."""
         if time.monotonic() - self._told_s >= _FIGURES_PERIOD_S:
             self._figures = asdict(await self._replica.stats())
-            self._told_s = time.monotonic()
+            self._reports, self._told_s = self._reports + 1, time.monotonic()
         return {
             "adapters": self._replica.adapters,
             "host_adapters": self._replica.host_adapters,
             "figures": self._figures,
+            "reports": self._reports,
         }
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -124,9 +128,7 @@ class RayBackend:
         self, request: GenerationRequest, adapter: NamedAdapter | None, *, stream: bool
     ) -> AsyncGenerator[TokenOutput]:
         """See Backend."""
-        model_id = adapter.ref if adapter else ""
-        handle = self._streaming.options(multiplexed_model_id=model_id)
-        outputs: Any = handle.generate.remote(request, adapter, stream)
+        outputs: Any = self._streaming.generate.remote(request, adapter, stream)
         is_over = False
         try:
             async for output in outputs:
@@ -154,12 +156,17 @@ class RayBackend:
 
     async def check_health(self) -> None:
         """See Backend. A service that may have no replica is ready without one."""
+        from serving.reports import age_s
+
         if not self._min_replicas:
             return
-        try:
-            async with asyncio.timeout(_READY_TIMEOUT_S):  # Serve waits for a replica for ever
+        is_heard = age_s() < _REPORT_COUNTS_S
+        try:  # Serve waits for a replica for ever
+            async with asyncio.timeout(_DEATH_SHOWS_S if is_heard else _READY_TIMEOUT_S):
                 await self._plain.answers.remote()
         except Exception as error:
+            if isinstance(error, TimeoutError) and age_s() < _REPORT_COUNTS_S:
+                return
             raise UnavailableError("no replica answers yet; try again soon") from error
 
 

@@ -1,8 +1,8 @@
 """The answers that a call has so far, by row, in a file that outlives it.
 
-A line of JSON for each answer, behind one that tells what was asked; the last one tells which file
-has them all, before that file has its name. It is of one call alone while that runs; in memory is
-where each row's line begins, eight bytes a row.
+A line of JSON for each answer, behind one that tells what was asked, and for what each model's name
+means; the last one tells which file has them all, before that file has its name. It is of one call
+alone while that runs; in memory is where each row's line begins, eight bytes a row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import BinaryIO
 from cluster.errors import ConflictError, StoreError
 
 _NONE = -1
-_OUTPUT = "output"
+_OUTPUT, _MODEL = "output", "model"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class RowResult:
 
 class Journal:
     """Answers by row. `kept` are those of calls before, which were interrupted, `answered` those of
-    this one too; rows with an error are not among them, and are tried again.
+    this one too; rows with an error are not among them, and are tried again. `meanings` are the
+    versions that models' names stand for.
 
     Raises:
         StoreError: the file cannot be written, as where the disk is full.
@@ -48,6 +49,7 @@ class Journal:
         self._file, self._path = file, path
         self._begins = array("q", [_NONE]) * num_rows
         self.answered = 0
+        self.meanings: dict[str, str] = {}
         self._output: list[int] | None = None
         self._read(fingerprint)
         self.kept = self.answered
@@ -63,6 +65,11 @@ class Journal:
         """Keep it, whatever becomes of this process."""
         self._begins[result.row] = self._write(json.dumps(asdict(result)))
         self.answered += result.error is None
+
+    def add_meaning(self, name: str, version: str) -> None:
+        """Keep what a name stands for, in this call and those that go on with it."""
+        self._write(json.dumps({_MODEL: name, "means": version}))
+        self.meanings[name] = version
 
     @property
     def is_of_use(self) -> bool:
@@ -99,6 +106,8 @@ class Journal:
                     self._check(values["fingerprint"], fingerprint)
                 elif _OUTPUT in values:
                     self._output = values[_OUTPUT]
+                elif _MODEL in values:
+                    self.meanings[values[_MODEL]] = values["means"]
                 else:
                     self._keep(RowResult(**values), end)
                 end += len(line)

@@ -116,8 +116,17 @@ class AdapterRouter(FIFOMixin, RequestRouter):
         from serving.reports import replace
 
         super().update_replicas(replicas)
-        found = {r.replica_id.unique_id: (r.routing_stats or {}).get("figures") for r in replicas}
-        replace({replica: figures for replica, figures in found.items() if figures})
+        told = {r.replica_id.unique_id: r.routing_stats for r in replicas if r.routing_stats}
+        figures = {replica: stats["figures"] for replica, stats in told.items()}
+        replace(figures, {replica: stats["reports"] for replica, stats in told.items()})
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """Called by Ray Serve where a request finds that out, which may be long before the
+        controller does."""
+        from serving.reports import forget
+
+        super().on_replica_actor_died(replica_id)
+        forget(replica_id.unique_id)
 
     async def choose_replicas(
         self,
@@ -150,4 +159,8 @@ def _hash(adapter: str, replica: str) -> int:
 
 
 def _adapter_of(pending: PendingRequest | None) -> str:
-    return pending.metadata.multiplexed_model_id if pending is not None else ""
+    """By the arguments of `EngineReplica.generate`; other methods have none. Serve has a field for
+    a model's id, but keeps each request that has one for ever unless its own multiplexing routes
+    it (2.60: `_pending_requests_by_model_id`)."""
+    adapter = pending.args[1] if pending is not None and len(pending.args) > 1 else None
+    return adapter.ref if adapter is not None else ""

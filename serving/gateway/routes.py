@@ -126,8 +126,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def list_models(request: Request) -> ModelList:
         allows = _tenant(request).allows
 
-        def cards() -> list[ModelCard]:
-            seen = catalogue.catalog()
+        def cards(seen: Catalog) -> list[ModelCard]:
             aliases = seen.aliases_by_name()
             named = [(catalogue.base_name, None), *catalogue.adapters(seen).items()]
             return [
@@ -136,17 +135,17 @@ def _add_models(app: FastAPI, service: Service) -> None:
                 if allows(name)
             ]
 
-        return ModelList(data=await asyncio.to_thread(cards))
+        return ModelList(data=await service.looked_up(cards))
 
     @app.get("/v1/models/{model:path}")
     async def show_model(request: Request, model: str) -> ModelCard:
         allows = _tenant(request).allows
 
-        def card() -> ModelCard:
-            version, seen = catalogue.resolve(model, allows), catalogue.catalog()
+        def card(seen: Catalog) -> ModelCard:
+            version = catalogue.resolve(model, seen, allows)
             return _card(model, catalogue.base_name, version, seen, seen.aliases_by_name())
 
-        return await asyncio.to_thread(card)
+        return await service.looked_up(card)
 
 
 def _add_tokens(app: FastAPI, service: Service, spec: GatewaySpec) -> None:

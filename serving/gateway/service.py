@@ -9,15 +9,23 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cluster.base_model import encode_prompt, encode_text
-from cluster.errors import DeadlineError, EngineError, OverloadedError, RequestError
+from cluster.catalog import Catalog
+from cluster.errors import (
+    DeadlineError,
+    EngineError,
+    OverloadedError,
+    RequestError,
+    StoreError,
+)
 from cluster.mixes import NamedAdapter
 from serving.catalogue import Catalogue
 from serving.engine.request import FinishReason, GenerationRequest, Times, TokenLogprobs
@@ -32,6 +40,8 @@ from serving.spec import GatewaySpec
 
 # OpenAI's default.
 _COMPLETION_TOKENS = 16
+_LOOKUPS = 8  # in the store, at once
+T = TypeVar("T")
 # Prompts, and the requests for all answers to them.
 _Made = tuple[list[list[int]], list[GenerationRequest]]
 
@@ -70,6 +80,7 @@ class Service:
         self.metrics = metrics
         self._spec, self._context_tokens = spec, context_tokens
         self._in_progress = 0
+        self._lookups = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="lookup")
 
     @contextmanager
     def admitted(self, tenant: Tenant, answers: int, param: str) -> Generator[None]:
@@ -250,9 +261,30 @@ class Service:
             trace.answered(index, times, job.began_s, tokens)
 
     async def _resolve(self, model: str, tenant: Tenant) -> NamedAdapter | None:
-        if self.catalogue.is_at_hand(model, tenant.allows):
-            return self.catalogue.resolve(model, tenant.allows)
-        return await asyncio.to_thread(self.catalogue.resolve, model, tenant.allows)
+        catalogue, allows = self.catalogue, tenant.allows
+        return await self.looked_up(
+            lambda seen: catalogue.resolve(model, seen, allows),
+            lambda seen: catalogue.is_at_hand(model, seen, allows),
+        )
+
+    async def looked_up(
+        self, ask: Callable[[Catalog], T], is_at_hand: Callable[[Catalog], bool] = lambda _: False
+    ) -> T:
+        """What `ask` finds by what is in the store now: at once where it `is_at_hand`, else in
+        threads that wait for nothing but the store, which may hang. Raises GraftError."""
+        limit_s = self._spec.first_token_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                seen = self.catalogue.at_hand()
+                if not is_at_hand(seen):
+                    seen = await self.catalogue.catalog()
+                if is_at_hand(seen):
+                    return ask(seen)
+                return await asyncio.get_running_loop().run_in_executor(self._lookups, ask, seen)
+        except TimeoutError as error:
+            raise StoreError(
+                f"the adapters' store did not answer within {limit_s:g} s; try again"
+            ) from error
 
     def _requests(
         self,

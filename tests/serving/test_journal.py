@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from adapters import make_adapter
 from commands import heed_interrupts
 from service import BASE_NAME, NAMES, Running
 
@@ -100,6 +101,40 @@ def test_an_interrupted_file_goes_on_where_it_was(service: Running, tmp_path: Pa
     found = open_table(target).to_pylist()
     assert [row["id"] for row in found] == list(range(300))
     assert not any(row["error"] for row in found)
+
+
+def test_a_name_stands_for_one_version_in_all_rows(
+    service: Running, client: Client, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Its alias moves, and a newer version comes, while the call is broken off."""
+    for seed in (1, 2):
+        folder = make_adapter("lora", bases("llama"), tmp_path / str(seed), seed=seed)
+        service.registry.publish("moving", folder)
+    service.registry.set_alias("moving", "live", 1)
+    service.service.catalogue.refresh()
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    journal = target.with_name("out.jsonl.partial")
+    write_table(questions(80, adapter=["moving:live"] * 80), source)
+    process = begin(service, source, target)
+    deadline = time.monotonic() + 60
+    while not journal.exists() or len(journal.read_text().splitlines()) < 20:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    ended(process)
+    service.registry.set_alias("moving", "live", 2)
+    service.registry.publish("moving", tmp_path / "1")
+    service.service.catalogue.refresh()
+    assert ended(begin(service, source, target))[0] == 0
+    found = [row["completion"] for row in open_table(target).to_pylist()]
+    prompts = [f"question {i}" for i in range(80)]
+    first, second = (
+        [a.text for a in client.generate(prompts, adapter=f"moving@{n}", max_tokens=16)]
+        for n in (1, 2)
+    )
+    assert found == first
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 10
 
 
 @pytest.mark.parametrize(
@@ -324,7 +359,7 @@ def test_a_call_that_another_has_just_finished_writes_nothing(
 
 
 def test_a_line_cut_short_is_asked_again(client: Client, tmp_path: Path) -> None:
-    write_table(questions(8), tmp_path / "in.arrow")
+    write_table(questions(8, adapter=["lora"] * 8), tmp_path / "in.arrow")
     whole, cut = tmp_path / "whole.arrow", tmp_path / "cut.arrow"
     options: Any = {"adapter_column": "adapter", "progress": False, **GREEDY}
     client.generate_file(tmp_path / "in.arrow", whole, **options)

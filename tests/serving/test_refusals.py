@@ -1,5 +1,6 @@
 """What the HTTP side refuses: each bad input by its status, its field and a reason."""
 
+import asyncio
 import builtins
 import io
 import json
@@ -352,7 +353,11 @@ def test_a_thousand_unknown_models_cost_nothing(service: Running, http: httpx2.C
         """Of what a name could be kept in."""
         catalogue = service.service.catalogue
         labels = service.service.metrics.text({}).splitlines()
-        return [len(catalogue._manifests), len(catalogue.catalog().versions), len(labels)]
+        return [
+            len(catalogue._manifests),
+            len(asyncio.run(catalogue.catalog()).versions),
+            len(labels),
+        ]
 
     def bad(number: int) -> None:
         error(http.post("/v1/completions", json={"model": f"nobody-{number}", **ASK}), 404)

@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from service import ASK, BASE_NAME, CATALOGUE_TTL_S, Running, error, publish, running
 
 from cluster.adapter_folder import CONTENT, WEIGHTS
+from cluster.catalog import Catalog
 from cluster.errors import AdapterError
 from cluster.imports import Imports
 from cluster.registry import SCHEMA, AdapterVersion, Registry, _content_hash, file_entry
@@ -213,6 +216,51 @@ def test_a_store_that_fails_costs_only_what_must_be_fetched(
             time.sleep(CATALOGUE_TTL_S)  # so the catalogue asks the store again
         assert http.get("/ready").status_code == 200
     assert [text(http, name) for name in ("listed", "unseen")] == [held, held]
+
+
+def test_a_store_that_hangs_holds_up_nobody_else(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base needs none; then more requests than it has threads wait for manifests that do not
+    come."""
+    base, gateway = bases("llama"), {"first_token_timeout_s": 3}
+    answers, names = threading.Event(), [f"hung-{number}" for number in range(20)]
+    with running(base, tmp_path, gateway=gateway) as own, ThreadPoolExecutor(20) as threads:
+        publish(own.registry, base, tmp_path, "lora")
+        for name in names:
+            own.registry.publish(name, tmp_path / "lora")
+        stored = own.service.catalogue._registry
+        read = stored.read
+
+        def hanging(name: str, number: int) -> AdapterVersion:
+            assert name == "lora" or answers.wait(60)
+            return read(name, number)
+
+        def unlisted() -> Catalog:
+            assert listed.wait(60)
+            return catalog()
+
+        listed, catalog = threading.Event(), stored.catalog
+        monkeypatch.setattr(stored, "catalog", unlisted)
+        monkeypatch.setattr(stored, "read", hanging)
+        with httpx2.Client(base_url=own.url, timeout=60) as http:
+            answer = http.post("/v1/completions", json={"model": "lora", **ASK})
+            assert error(answer, 503)["code"] == "store_unavailable"
+            assert text(http, BASE_NAME)
+            listed.set()
+            held = text(http, "lora")
+            asked = [
+                threads.submit(http.post, "/v1/completions", json={"model": name, **ASK})
+                for name in names
+            ]
+            time.sleep(CATALOGUE_TTL_S)
+            began = time.monotonic()
+            assert [text(http, "lora") for _ in range(5)] == [held] * 5
+            assert time.monotonic() - began < 2.5
+            for answer in asked:
+                assert error(answer.result(), 503)["code"] == "store_unavailable"
+            answers.set()
+            assert [text(http, name) for name in names] == [held] * 20
 
 
 def test_a_version_that_the_service_may_not_read_is_told_as_such(bases: Bases) -> None:

@@ -204,7 +204,8 @@ class ChatForm:
         if piece.finish_reason is None:
             return text, calls, None
         rest, last = parser.finish()
-        is_call = parser.calls and piece.finish_reason == "stop"
+        # Where the one function was given by name, nothing was decided: OpenAI's is `stop` then.
+        is_call = parser.calls and piece.finish_reason == "stop" and not self._body.names_a_function
         reason = "tool_calls" if is_call else piece.finish_reason
         return text + rest, calls + last, reason
 

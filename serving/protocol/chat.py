@@ -170,12 +170,17 @@ class ChatRequest(Sampling):
         return {choice.function.name} if isinstance(choice, NamedTool) else None
 
     @property
+    def names_a_function(self) -> bool:
+        """Whether the answer is a call of one function that is given."""
+        return isinstance(self.tool_choice, NamedTool)
+
+    @property
     def must_call(self) -> bool:
         """Whether the answer must be a call of one of them."""
         choice = self.tool_choice
         if isinstance(choice, AllowedTools):
             return choice.allowed_tools.mode == "required"
-        return isinstance(choice, NamedTool) or choice == "required"
+        return self.names_a_function or choice == "required"
 
     @property
     def form(self) -> Form | None:

@@ -6,8 +6,11 @@ answer differs from what the engine says when it is left alone.
 
 import asyncio
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -20,7 +23,7 @@ import httpx2
 import psutil
 import pytest
 from adapters import make_adapter
-from commands import Command, overrides, processes, run, served_at
+from commands import ROOT, Command, overrides, processes, run, served_at
 from conftest import RayCluster
 
 from cluster.registry import Registry
@@ -294,6 +297,20 @@ async def answer_while(service: Service, is_over: Callable[[], bool]) -> int:
         return sum(await asyncio.gather(*(worker(http) for _ in range(24))))
 
 
+def test_requests_that_are_over_are_not_kept(service: Service, ray_cluster: RayCluster) -> None:
+    """By Ray Serve's router, in the process that asks the engines."""
+    store = service.base.with_name("store")
+    arguments = [ray_cluster.address, "demo-base-engines", str(store), "lora"]
+    script = str(ROOT / "tests" / "kept_requests.py")
+    told = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=PATIENCE_S,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, check=True,
+    )  # fmt: skip
+    found = re.search(r"kept: (\d+)", told.stdout)
+    assert found is not None, told
+    assert int(found[1]) < 5
+
+
 async def answer_some(service: Service) -> None:
     """So that there is an engine: an idle service has none."""
     async with connected(service) as http:
@@ -352,12 +369,31 @@ def test_a_changed_spec_is_rolled_out_and_nobody_notices(
         assert (refused.code, "no update changes them" in refused.output) == (4, True)
 
 
+async def ready_while_full(service: Service) -> None:
+    """A service whose only engine takes two at once, with a hundred waiting, is ready at once."""
+    async with connected(service) as http:
+        assert await ask(http, 0) == service.expected[0]
+        asked = [asyncio.create_task(ask(http, number)) for number in range(100)]
+        for _ in range(5):
+            await asyncio.sleep(1)
+            began = time.monotonic()
+            assert (await http.get("/ready")).status_code == 200
+            assert time.monotonic() - began < 4
+        assert not any(answer.done() for answer in asked[-20:]), "it was not full for long enough"
+        assert await asyncio.gather(*asked) == service.expected[:100]
+
+
 def test_a_service_whose_engines_do_not_come_up_is_not_ready(service: Service) -> None:
-    """It says so, and does not wait for them; it is ready again once there is one."""
+    """It says so, and does not wait for them; it is ready again once there is one. One that is full
+    is ready."""
     one = overrides("replicas.min=1")
-    ended = run(*service.arguments, *one, "--update")
-    assert ended.code == 0, ended.output
-    assert httpx2.get(f"{service.url}/ready", timeout=10).status_code == 200
+    full = overrides("replicas.min=1", "replicas.max=1", "replicas.max_ongoing_requests=2")
+    for settings in (full, one):
+        ended = run(*service.arguments, *settings, "--update")
+        assert ended.code == 0, ended.output
+        assert httpx2.get(f"{service.url}/ready", timeout=10).status_code == 200
+        if settings is full:
+            asyncio.run(ready_while_full(service))
     weights = service.base / "model.safetensors"
     hidden = weights.rename(weights.with_suffix(".hidden"))
     for process in replicas():

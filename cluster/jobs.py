@@ -66,8 +66,10 @@ def submit(
     env_vars = {"RAY_DEDUP_LOGS": "0", **store_credentials(), **(env or {})}
     runtime_env = {**our_code(), "env_vars": env_vars}
     python = shlex.quote(os.environ.get("GRAFT_PYTHON", sys.executable))
+    # Where a machine is the head of several clusters, Ray gives its job the address of any.
+    address = f"export RAY_ADDRESS={shlex.quote(session.address)}; " if session.address else ""
     entrypoint = (
-        f'P={python}; command -v "$P" >/dev/null || P=python; '
+        f'{address}P={python}; command -v "$P" >/dev/null || P=python; '
         f'exec "$P" -m {module} {shlex.join(arguments)}'
     )
     with _faults(session):

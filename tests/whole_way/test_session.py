@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import ROOT
+from conftest import RayCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -57,3 +58,28 @@ def test_a_session_of_our_own_ends_with_us(
     while left := [pid for pid in processes if psutil.pid_exists(pid)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
+
+
+def test_a_job_runs_on_the_cluster_that_it_was_given_to(
+    ray_cluster: RayCluster, tmp_path: Path, short_folder: str
+) -> None:
+    """Beside another cluster on the same machine, which Ray may take for its own."""
+    code = (
+        "from cluster import jobs\n"
+        "from cluster.session import session\n"
+        'say = \'import os; print("at", os.environ["RAY_ADDRESS"])\'\n'
+        "with session(num_cpus=1) as own:\n"
+        "    for name in ('a', 'b', 'c'):\n"
+        "        jobs.submit(own, 'timeit', ['-n1', '-r1', say], job_id=name, name='', store='')\n"
+        "        jobs.wait(own, name)\n"
+        "        print(own.address, *jobs.logs(own, name), flush=True)\n"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"HOME": str(tmp_path), "TMPDIR": short_folder}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            timeout=180, check=False, cwd=ROOT, env=env)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for line in result.stdout.splitlines()[-3:]:
+        address = line.split()[0]
+        assert f"at {address}" in line
+        assert address != ray_cluster.address

@@ -7,20 +7,12 @@ told in a way that it knows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from cluster.errors import CallerError
+from cluster.errors import ChatTemplateError
 
 Messages = Sequence[dict[str, Any]]
 Tools = Sequence[dict[str, Any]] | None
-
-
-class ChatTemplateError(CallerError):
-    """A conversation that the base's template cannot tell. `field` is the part at fault."""
-
-    def __init__(self, message: str, field: Literal["messages", "tools"] = "messages") -> None:
-        super().__init__(message)
-        self.field = field
 
 
 def template_of(tokenizer: Any, messages: Messages, tools: Tools) -> str:
@@ -33,7 +25,10 @@ def template_of(tokenizer: Any, messages: Messages, tools: Tools) -> str:
         raise ChatTemplateError(
             "the base's tokenizer has no chat template; give prompts, not messages"
         )
-    template: str = tokenizer.get_chat_template(tools=tools or None)
+    try:
+        template: str = tokenizer.get_chat_template(tools=tools or None)
+    except ValueError as error:  # of several, none for this
+        raise ChatTemplateError(f"the base's chat template: {error}") from error
     if tools and "tools" not in template:
         raise ChatTemplateError(
             "the base's chat template knows no tools; leave them out, or describe them in a "
@@ -61,4 +56,6 @@ def render(tokenizer: Any, messages: Messages, tools: Tools, **options: Any) -> 
     try:
         return tokenizer.apply_chat_template(messages, tools=tools or None, **options)
     except Exception as error:  # templates raise whatever they like about roles and order
-        raise ChatTemplateError(f"the base's chat template refuses them: {error}") from error
+        raise ChatTemplateError(
+            f"the base's chat template refuses these messages: {error}"
+        ) from error

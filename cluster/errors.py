@@ -6,6 +6,7 @@ GraftError
 │   ├── DataError               training or batch data cannot be used
 │   ├── AdapterError            an adapter folder cannot be used (files, config, another base)
 │   ├── BaseModelError          a base-model folder cannot be used
+│   ├── ChatTemplateError       a conversation that the base's chat template cannot tell
 │   ├── RequestError            an inference request asks the impossible
 │   │   ├── ContextLengthError  prompt (+ max_tokens) exceeds the context
 │   │   ├── BodyTooLargeError   the request's body is over the limit
@@ -34,6 +35,7 @@ value and the remedy. Imports nothing; everyone imports it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 _MOST_CHARACTERS = 2000
 
@@ -80,6 +82,14 @@ def _legible(text: str) -> str:
 
 class BaseModelError(CallerError):
     """A base-model folder cannot be used."""
+
+
+class ChatTemplateError(CallerError):
+    """A conversation that the base's chat template cannot tell. `field` is the part at fault."""
+
+    def __init__(self, message: str, field: Literal["messages", "tools"] = "messages") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class RequestError(CallerError):
@@ -213,6 +223,7 @@ OUTCOMES: dict[type[GraftError], Outcome] = {
     DataError: Outcome(400, _INVALID, "invalid_data", 2),
     AdapterError: Outcome(400, _INVALID, "invalid_adapter", 2),
     BaseModelError: Outcome(400, _INVALID, "invalid_base_model", 2),
+    ChatTemplateError: Outcome(400, _INVALID, None, 2),
     RequestError: Outcome(400, _INVALID, None, 2),
     ContextLengthError: Outcome(400, _INVALID, "context_length_exceeded", 2),
     BodyTooLargeError: Outcome(413, _INVALID, "body_too_large", 2),

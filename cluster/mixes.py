@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 
 from cluster.errors import RequestError
 from cluster.names import is_mix
@@ -39,8 +40,9 @@ class AdapterMix:
 
     @property
     def ref(self) -> str:
-        """The exact reference, "name@version:weight+…"."""
-        return "+".join(f"{version.ref}:{weight!r}" for version, weight in self.parts)
+        """The exact reference, "name@version:weight+…", which names the same mix in a request."""
+        texts = [format(Decimal(repr(weight)), "f") for _, weight in self.parts]  # no exponent
+        return "+".join(f"{v.ref}:{w}" for (v, _), w in zip(self.parts, texts, strict=True))
 
 
 # What a request can name beside the base.

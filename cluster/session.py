@@ -81,20 +81,35 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Gener
     import ray
 
     url = str(info["webui_url"] or "")
-    with socket.socket(socket.AF_UNIX) as node:
-        found = Session(str(info["address"]), f"http://{url}", named is None, node)
-        try:
-            node.connect(str(info["raylet_socket_name"]))
-            if not url:
-                raise ClusterError(
-                    f"Ray cluster {named}: has no dashboard, which jobs need; "
-                    "start its head with `ray start --head --include-dashboard=true`"
-                )
-            yield found
-        finally:
-            # Where that node is gone, Ray would end the process before what happened is told.
-            if found.started_here or not found.is_over():
-                ray.shutdown()
+    node = _connection_to(str(info["raylet_socket_name"]))
+    found = Session(str(info["address"]), f"http://{url}", named is None, node)
+    try:
+        if not url:
+            raise ClusterError(
+                f"Ray cluster {named}: has no dashboard, which jobs need; "
+                "start its head with `ray start --head --include-dashboard=true`"
+            )
+        yield found
+    finally:
+        # Where that node is gone, Ray would end the process before what happened is told.
+        if found.started_here or not found.is_over():
+            ray.shutdown()
+        if node is not None:
+            node.close()
+
+
+def _connection_to(raylet: str) -> socket.socket | None:
+    """A connection to a node by its socket; None where there is none to be had, and so nothing to
+    see its end by."""
+    node = socket.socket(socket.AF_UNIX)
+    try:
+        node.settimeout(CONNECT_TIMEOUT_S)
+        node.connect(raylet)
+        node.settimeout(None)  # or Python would wait in `recv`, whatever its flags
+    except OSError:
+        node.close()
+        return None
+    return node
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from cluster.table_rows import BadRow, as_table, json_schema, plain, values_of, 
 from cluster.tables import JSONL, check_holds, check_writable, table_file
 from serving.asking import check_options
 from serving.journal import Journal, RowResult, journal
+from serving.meanings import Meanings
 from serving.outage import Outage
 from serving.progress import Progress, progress_bar
 from serving.protocol import ToolCall
@@ -154,9 +155,10 @@ async def run_batch(
             _check_free(target, overwrite)
             with progress_bar(source.name, num_rows, resumed, enabled=progress) as bar:
                 client = outlasting(Outage(outage_s, bar.wait))
+                meaning = Meanings(client, kept)
                 if resumed < num_rows:  # nothing is asked of what is no service, or has no adapter
-                    await (client.models() if adapter is None else client.model(adapter))
-                counts = await _answer_rows(client, table, asked, kept, bar)
+                    await (client.models() if adapter is None else meaning.of(adapter))
+                counts = await _answer_rows(client, meaning, table, asked, kept, bar)
             await asyncio.to_thread(_write, table, schema, asked, kept, target)
     return BatchReport(
         rows=num_rows,
@@ -184,13 +186,17 @@ def _check_free(target: Path, overwrite: bool) -> None:
 
 
 async def _answer_rows(
-    client: AsyncClient, table: TableSource, asked: _Asked, kept: Journal, bar: Progress
+    client: AsyncClient,
+    meaning: Meanings,
+    table: TableSource,
+    asked: _Asked,
+    kept: Journal,
+    bar: Progress,
 ) -> Counter[str]:
     """Answer the rows that are not `kept` yet, as many at once as the client may ask for; how many
     failed, and their tokens."""
     counts = Counter[str]()
     waiting = ((row, values) for row, values in _numbered(table, asked) if row not in kept)
-    meaning = _Meanings(client, kept)
 
     async def take(row: int, values: Values) -> GraftError | None:
         result, fault = await _answer(client, meaning, row, values, asked)
@@ -305,25 +311,8 @@ def check_own(row: int, values: Mapping[str, Any], added: Iterable[str]) -> None
         raise DataError(f"row {row}: has a {taken[0]!r} of its own, which is one that is added")
 
 
-class _Meanings:
-    """What models' names stand for, each asked once."""
-
-    def __init__(self, client: AsyncClient, kept: Journal) -> None:
-        self._client, self._kept = client, kept
-        self._asked: dict[str, asyncio.Lock] = {}
-
-    async def of(self, name: str | None) -> str | None:
-        """The version, or the base. Raises GraftError."""
-        if not name:
-            return name
-        async with self._asked.setdefault(name, asyncio.Lock()):
-            if name not in self._kept.meanings:
-                self._kept.add_meaning(name, (await self._client.model(name)).root)
-        return self._kept.meanings[name]
-
-
 async def _answer(
-    client: AsyncClient, meaning: _Meanings, row: int, values: Values, asked: _Asked
+    client: AsyncClient, meaning: Meanings, row: int, values: Values, asked: _Asked
 ) -> tuple[RowResult, GraftError | None]:
     """One row's result, whose error is whatever is wrong with it, and that fault. Raises GraftError
     for what is wrong with every row."""
@@ -338,7 +327,10 @@ async def _answer(
         check_row(row, prompt, model)
         assert prompt is not None
         version = await meaning.of(model)
-        answer = await client.generate_one(prompt, adapter=version, **asked.options)  # type: ignore[arg-type]
+        try:
+            answer = await client.generate_one(prompt, adapter=version, **asked.options)  # type: ignore[arg-type]
+        except NotFoundError as error:
+            raise meaning.about(error, str(model), str(version)) from error
     except GraftError as error:
         if _is_of_every_row(error, asked):
             raise

@@ -2,7 +2,7 @@
 
 A line of JSON for each answer, behind one that tells what was asked, and for what each model's name
 means; the last one tells which file has them all, before that file has its name. It is of one call
-alone while that runs; in memory is where each row's line begins, eight bytes a row.
+alone while that runs; in memory is where each row's line begins, eight bytes a row, and each name.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Journal:
     """
 
     def __init__(self, file: BinaryIO, path: Path, fingerprint: str, num_rows: int) -> None:
-        self._file, self._path = file, path
+        self._file, self.path = file, path
         self._begins = array("q", [_NONE]) * num_rows
         self.answered = 0
         self.meanings: dict[str, str] = {}
@@ -86,7 +86,7 @@ class Journal:
         return self._output is not None and output.exists() and self._output == _identity(output)
 
     def _write(self, line: str) -> int:
-        with _faults(self._path):
+        with _faults(self.path):
             begin = self._file.seek(0, os.SEEK_END)
             self._file.write(line.encode() + b"\n")
             self._file.flush()
@@ -112,8 +112,8 @@ class Journal:
                     self._keep(RowResult(**values), end)
                 end += len(line)
         except (ValueError, LookupError, TypeError) as error:
-            raise ConflictError(f"{self._path}: is not a journal of ours; delete it") from error
-        with _faults(self._path):
+            raise ConflictError(f"{self.path}: is not a journal of ours; delete it") from error
+        with _faults(self.path):
             self._file.truncate(end)
         if not end:
             self._write(json.dumps({"fingerprint": fingerprint}))
@@ -128,7 +128,7 @@ class Journal:
     def _check(self, found: str, fingerprint: str) -> None:
         if found != fingerprint:
             raise ConflictError(
-                f"{self._path}: was left by an interrupted call with another input or other "
+                f"{self.path}: was left by an interrupted call with another input or other "
                 "options; repeat that call, or delete the file"
             )
 

@@ -29,11 +29,10 @@ def replace(reports: Mapping[str, Mapping[str, Any]], numbers: Mapping[str, int]
 
 
 def forget(replica: str) -> None:
-    """Nothing counts that a replica told which has died."""
-    replace(
-        {name: figures for name, figures in _latest.items() if name != replica},
-        {name: number for name, (number, _) in _seen.items() if name != replica},
-    )
+    """Nothing counts that a replica told which has died, also where it is listed once more."""
+    global _seen
+    if replica in _seen:
+        _seen = {**_seen, replica: (_seen[replica][0], -math.inf)}
 
 
 def latest() -> Mapping[str, Mapping[str, Any]]:

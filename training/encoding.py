@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.base_model import encode_prompt
-from cluster.chat import ChatTemplateError, render, template_of
-from cluster.errors import DataError
+from cluster.chat import render, template_of
+from cluster.errors import ChatTemplateError, DataError
 from cluster.tasks import Task
 from training.data_spec import DataSpec
 from training.formats import answer_of, label_of, response_of

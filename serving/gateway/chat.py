@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster import chat
-from cluster.errors import RequestError
+from cluster.errors import ChatTemplateError, RequestError
 from serving.protocol import ChatMessage, Tool
 
 
@@ -33,7 +33,7 @@ def render(
             add_generation_prompt=add_generation_prompt,
             return_dict=True,
         )
-    except chat.ChatTemplateError as error:
+    except ChatTemplateError as error:
         raise RequestError(error.message, param=error.field) from error
     return list(encoded["input_ids"])
 

@@ -126,26 +126,25 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def list_models(request: Request) -> ModelList:
         allows = _tenant(request).allows
 
-        def cards(seen: Catalog) -> list[ModelCard]:
+        seen = await service.in_time(catalogue.catalog())
+        adapters = await service.in_time(catalogue.adapters(seen))
+
+        def cards() -> list[ModelCard]:
             aliases = seen.aliases_by_name()
-            named = [(catalogue.base_name, None), *catalogue.adapters(seen).items()]
+            named = [(catalogue.base_name, None), *adapters.items()]
             return [
                 _card(name, catalogue.base_name, version, seen, aliases)
                 for name, version in named
                 if allows(name)
             ]
 
-        return ModelList(data=await service.looked_up(cards))
+        return ModelList(data=await asyncio.to_thread(cards))
 
     @app.get("/v1/models/{model:path}")
     async def show_model(request: Request, model: str) -> ModelCard:
-        allows = _tenant(request).allows
-
-        def card(seen: Catalog) -> ModelCard:
-            version = catalogue.resolve(model, seen, allows)
-            return _card(model, catalogue.base_name, version, seen, seen.aliases_by_name())
-
-        return await service.looked_up(card)
+        version = await service.in_time(catalogue.find(model, _tenant(request).allows))
+        seen = await service.in_time(catalogue.catalog())
+        return _card(model, catalogue.base_name, version, seen, seen.aliases_by_name())
 
 
 def _add_tokens(app: FastAPI, service: Service, spec: GatewaySpec) -> None:

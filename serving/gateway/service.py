@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,7 +17,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cluster.base_model import encode_prompt, encode_text
-from cluster.catalog import Catalog
 from cluster.errors import (
     DeadlineError,
     EngineError,
@@ -40,7 +38,7 @@ from serving.spec import GatewaySpec
 
 # OpenAI's default.
 _COMPLETION_TOKENS = 16
-_LOOKUPS = 8  # in the store, at once
+_STORE_S = 30.0  # for a few kilobytes, of which a request needs to know what it asks
 T = TypeVar("T")
 # Prompts, and the requests for all answers to them.
 _Made = tuple[list[list[int]], list[GenerationRequest]]
@@ -80,7 +78,6 @@ class Service:
         self.metrics = metrics
         self._spec, self._context_tokens = spec, context_tokens
         self._in_progress = 0
-        self._lookups = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="lookup")
 
     @contextmanager
     def admitted(self, tenant: Tenant, answers: int, param: str) -> Generator[None]:
@@ -261,26 +258,14 @@ class Service:
             trace.answered(index, times, job.began_s, tokens)
 
     async def _resolve(self, model: str, tenant: Tenant) -> NamedAdapter | None:
-        catalogue, allows = self.catalogue, tenant.allows
-        return await self.looked_up(
-            lambda seen: catalogue.resolve(model, seen, allows),
-            lambda seen: catalogue.is_at_hand(model, seen, allows),
-        )
+        return await self.in_time(self.catalogue.find(model, tenant.allows))
 
-    async def looked_up(
-        self, ask: Callable[[Catalog], T], is_at_hand: Callable[[Catalog], bool] = lambda _: False
-    ) -> T:
-        """What `ask` finds by what is in the store now: at once where it `is_at_hand`, else in
-        threads that wait for nothing but the store, which may hang. Raises GraftError."""
-        limit_s = self._spec.first_token_timeout_s
+    async def in_time(self, found: Awaitable[T]) -> T:
+        """What is asked of the catalogue. Raises StoreError where the store takes too long."""
+        limit_s = min(self._spec.request_timeout_s, _STORE_S)
         try:
             async with asyncio.timeout(limit_s):
-                seen = self.catalogue.at_hand()
-                if not is_at_hand(seen):
-                    seen = await self.catalogue.catalog()
-                if is_at_hand(seen):
-                    return ask(seen)
-                return await asyncio.get_running_loop().run_in_executor(self._lookups, ask, seen)
+                return await found
         except TimeoutError as error:
             raise StoreError(
                 f"the adapters' store did not answer within {limit_s:g} s; try again"

@@ -17,7 +17,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.catalog import Catalog
 from cluster.errors import ClusterError, GraftError
@@ -35,6 +35,9 @@ from serving.offline.answering import ROW, Asked, answer_rows
 from serving.offline.output import LEASE, Counts, Output, Plan, check_same
 from serving.progress import progress_bar
 from serving.spec import ServingSpec
+
+if TYPE_CHECKING:
+    from serving.catalogue import Catalogue
 
 # Deaths of engines over one part before the run is given up.
 _TRIES_OF_PART = 3
@@ -119,7 +122,9 @@ def _plan(
     catalog = Registry(spec.store).catalog()
     plan = Plan(table.uri, table.files, engine, asked, catalog, table.parts(part_rows))
     if adapter is not None:
-        _catalogue(spec, catalog).resolve(adapter)  # nothing is started for a name that is none
+        _catalogue(spec, catalog).resolve(
+            adapter, catalog
+        )  # nothing is started for a name that is none
     output.begin(plan)
     return plan
 
@@ -247,7 +252,7 @@ class _Pinned(Registry):
         return self._catalog
 
 
-def _catalogue(spec: ServingSpec, catalog: Catalog) -> Any:
+def _catalogue(spec: ServingSpec, catalog: Catalog) -> Catalogue:
     from serving.catalogue import Catalogue
 
     base, registry = spec.engine.base_model, _Pinned(spec.store, catalog)

@@ -3,6 +3,7 @@ that is none. Beside them, rows that have one of their own."""
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pyarrow as pa
 import pytest
+from adapters import make_adapter
 from service import BASE_NAME, Running
 
 from cluster.cli import main
@@ -24,11 +27,14 @@ from cluster.errors import (
     StoreError,
     UnavailableError,
 )
+from cluster.tables import write_table
+from serving.asking import Generation
 from serving.async_client import AsyncClient
 from serving.batch_file import BatchReport
 from serving.client import Client
 from serving.outage import Outage
 from serving.progress import progress_bar
+from serving.protocol import ModelCard
 
 GREEDY: Any = {"max_tokens": 4, "progress": False}
 GOOD = {"choices": [{"text": "ok", "finish_reason": "stop"}],
@@ -216,6 +222,51 @@ def test_an_adapter_that_goes_away_ends_the_call(source: Path) -> None:
         service.answer(source, progress=False)
     service.mends_s = 0
     assert service.answer(source, progress=False).resumed >= 7
+
+
+def test_a_version_that_is_gone_is_told_by_the_name_that_stood_for_it(
+    service: Running, client: Client, bases: Callable[[str], Path], source: Path
+) -> None:
+    """Where the call goes on, and with the file to delete."""
+    folder = make_adapter("lora", bases("llama"), source.with_name("lora"))
+    service.registry.publish("brief", folder)
+    answer, target = client._async.generate_one, source.with_name("out.jsonl")
+
+    async def failing(*args: Any, **options: Any) -> Generation:
+        if target.with_name("out.jsonl.partial").read_text().count("completion"):
+            raise UnavailableError("away")
+        return await answer(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client._async, "generate_one", failing)
+        with pytest.raises(UnavailableError, match="away"):
+            client.generate_file(source, target, adapter="brief", **GREEDY)
+    store = service.registry.store.local_path()
+    assert store is not None
+    shutil.rmtree(store / "adapters" / "brief")
+    service.service.catalogue.refresh()
+    told = r"'brief' stood for brief@1 when the first row was asked: delete .*out.jsonl.partial"
+    with pytest.raises(ModelNotFoundError, match=told):
+        client.generate_file(source, target, adapter="brief", **GREEDY)
+
+
+def test_a_name_is_asked_once(client: Client, source: Path) -> None:
+    """Also one that is none."""
+    rows = [{"prompt": f"p{n}", "model": "lora" if n % 2 else "nobody"} for n in range(20)]
+    write_table(pa.Table.from_pylist(rows), source.with_name("named.jsonl"))
+    model, asked = client._async.model, list[str]()
+
+    async def counted(name: str) -> ModelCard:
+        asked.append(name)
+        return await model(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client._async, "model", counted)
+        report = client.generate_file(
+            source.with_name("named.jsonl"), source.with_name("out.jsonl"),
+            adapter_column="model", **GREEDY,
+        )  # fmt: skip
+    assert (report.failed, sorted(asked)) == (10, ["lora", "nobody"])
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_name_stands_for_one_version_in_all_rows(
     service.service.catalogue.refresh()
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     journal = target.with_name("out.jsonl.partial")
-    write_table(questions(80, adapter=["moving:live"] * 80), source)
+    write_table(questions(300, adapter=["moving:live"] * 300), source)
     process = begin(service, source, target)
     deadline = time.monotonic() + 60
     while not journal.exists() or len(journal.read_text().splitlines()) < 20:
@@ -123,18 +123,19 @@ def test_a_name_stands_for_one_version_in_all_rows(
         time.sleep(0.01)
     process.kill()
     ended(process)
+    assert len(journal.read_text().splitlines()) < 300, "nothing is left to ask"
     service.registry.set_alias("moving", "live", 2)
     service.registry.publish("moving", tmp_path / "1")
     service.service.catalogue.refresh()
     assert ended(begin(service, source, target))[0] == 0
     found = [row["completion"] for row in open_table(target).to_pylist()]
-    prompts = [f"question {i}" for i in range(80)]
+    prompts = [f"question {i}" for i in range(300)]
     first, second = (
         [a.text for a in client.generate(prompts, adapter=f"moving@{n}", max_tokens=16)]
         for n in (1, 2)
     )
     assert found == first
-    assert sum(a == b for a, b in zip(first, second, strict=True)) < 10
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 30
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from cluster.errors import (
     ConflictError,
     DataError,
     JobFailedError,
+    ModelNotFoundError,
     OverloadedError,
     RequestError,
     StoreError,
@@ -244,6 +245,23 @@ def test_a_run_is_whole_or_says_what_lacks(
     report = run()
     assert (report.rows, report.resumed, report.failed) == (10, 10, 0)
     assert "10/10" in capsys.readouterr().err
+
+
+def test_one_adapter_for_all_rows_is_looked_for_before_anything_starts(
+    service: Running, tmp_path: Path, bases: Callable[[str], Path]
+) -> None:
+    write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "in.jsonl")
+    engine = EngineSpec(base_model=str(bases("llama")))
+    spec = ServingSpec(name=BASE_NAME, store=service.registry.store.uri, engine=engine)
+
+    def plan(adapter: str, name: str) -> Plan:
+        output, source = Output(str(tmp_path / name)), str(tmp_path / "in.jsonl")
+        return pool._plan(spec, output, source, adapter, None, GREEDY, 4)
+
+    assert plan("lora:0.5+bitfit:0.5", "out").asked.adapter == "lora:0.5+bitfit:0.5"
+    with pytest.raises(ModelNotFoundError, match="did you mean 'lora'"):
+        plan("lroa", "none")
+    assert Output(str(tmp_path / "none")).plan() is None
 
 
 def test_calls_of_tools_have_a_column_of_their_own(plan: Plan, tmp_path: Path) -> None:

@@ -179,7 +179,11 @@ def test_a_store_that_is_slow_is_one_that_answers(
                     with pytest.raises(ModelNotFoundError):
                         await catalogue.find("nobody")
 
-        await asyncio.gather(*map(one, range(20)))
+        others = asyncio.gather(*map(one, range(20)))
+        while not others.done():  # at every turn of the loop, that of a look's end among them
+            assert await catalogue.find("a") == version
+            await asyncio.sleep(0)
+        await others
 
     asyncio.run(ask())
 

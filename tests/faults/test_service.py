@@ -5,11 +5,7 @@ answer differs from what the engine says when it is left alone.
 """
 
 import asyncio
-import os
-import re
 import shutil
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +15,7 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
-from commands import ROOT, Command, overrides, processes, run
+from commands import Command, overrides, processes, run
 from conftest import RayCluster
 from fleet import (
     KILLS,
@@ -157,20 +153,6 @@ async def answer_while(service: Service, is_over: Callable[[], bool]) -> int:
 
     async with connected(service) as http:
         return sum(await asyncio.gather(*(worker(http) for _ in range(24))))
-
-
-def test_requests_that_are_over_are_not_kept(service: Service, ray_cluster: RayCluster) -> None:
-    """By Ray Serve's router, in the process that asks the engines."""
-    store = service.base.with_name("store")
-    arguments = [ray_cluster.address, "demo-base-engines", str(store), "lora"]
-    script = str(ROOT / "tests" / "kept_requests.py")
-    told = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=PATIENCE_S,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, check=False,
-    )  # fmt: skip
-    found = re.search(r"kept: (\d+)", told.stdout)
-    assert found is not None, told
-    assert int(found[1]) < 5
 
 
 async def refused_beyond(limit: int, service: Service) -> None:

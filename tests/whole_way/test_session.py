@@ -83,3 +83,14 @@ def test_a_job_runs_on_the_cluster_that_it_was_given_to(
         address = line.split()[0]
         assert f"at {address}" in line
         assert address != ray_cluster.address
+
+
+def test_requests_that_are_over_are_not_kept(short_folder: str) -> None:
+    """By Ray Serve's router, in a process that asks for adapters: a gateway would grow for ever."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    told = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "kept_requests.py")], capture_output=True, text=True,
+        timeout=240, check=False, cwd=ROOT,
+        env={**env, "PYTHONPATH": str(ROOT), "TMPDIR": short_folder},
+    )  # fmt: skip
+    assert "kept: 0\n" in told.stdout, told

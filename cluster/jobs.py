@@ -23,7 +23,7 @@ from cluster.session import Session, our_code, store_credentials
 
 POLL_S = 0.5
 _LOG_LINES_IN_ERROR = 15
-_NO_AGENT, _STARTING_S = "No available agent to submit job", 30
+_NO_AGENT, _STARTING_S = "No available agent to submit job", 120
 
 
 @dataclass(frozen=True)

@@ -330,7 +330,8 @@ async def _answer(
         try:
             answer = await client.generate_one(prompt, adapter=version, **asked.options)  # type: ignore[arg-type]
         except NotFoundError as error:
-            raise meaning.about(error, str(model), str(version)) from error
+            for_all = asked.adapter_column is None
+            raise meaning.about(error, str(model), str(version), for_all=for_all) from error
     except GraftError as error:
         if _is_of_every_row(error, asked):
             raise

@@ -1,9 +1,9 @@
 """Which models a request can name now: the base, and every adapter of the store made for it.
 
-A snapshot of the store's keys is taken at most every few seconds, whatever is asked, so unknown
-names cost nothing and new versions are seen without a restart. A store that is slow, hangs or
-fails holds up nobody who asks for what was seen: that is served meanwhile. Manifests never change
-and are kept. Of one event loop.
+A snapshot of the store's keys is taken every few seconds, whatever is asked, so unknown names cost
+nothing and new versions are seen without a restart; beyond that one look at a time, for versions of
+which another gateway may have told. A store that is slow, hangs or fails holds up nobody who asks
+for what was seen: that is served meanwhile. Manifests never change and are kept. Of one event loop.
 """
 
 from __future__ import annotations
@@ -38,13 +38,19 @@ _AHEAD = 0.5
 # Seconds from the begin of a look for which requests wait for it where the snapshot is too old:
 # those for what it has, and those for what it has not.
 _PATIENCE_S, _UNKNOWN_PATIENCE_S = 1.0, 5.0
-_LOOK, _ALL = "look", "all"
+# Names that one that is unknown is compared with, at a tenth of a millisecond each.
+_COMPARED = 100
+_LOOK = "look"
+_NOTHING = Catalog({}, {})
 
 
 @dataclass(frozen=True)
 class _Snapshot:
+    """Of a look that began then; where the store failed, the catalog is that of before."""
+
     began_s: float
     catalog: Catalog
+    is_read: bool = True
 
 
 class Catalogue:
@@ -65,41 +71,44 @@ class Catalogue:
         self._base_hash = hashlib.sha256(config).hexdigest()
         self._snapshot: _Snapshot | None = None
         self._look_began_s, self._old_before_s = -math.inf, -math.inf
-        self._is_unread = False  # since a look failed, until one does not
+        self._look_took_s = 0.0
         self._manifests: dict[tuple[str, int], AdapterVersion] = {}
-        self._looks, self._reads = StoreReads(most=1), StoreReads(most=32)
+        self._looks, self._reads = StoreReads(most=1), StoreReads(most=256)
 
     async def find(
         self, model: str, allows: Callable[[str], bool] = lambda _: True
     ) -> NamedAdapter | None:
         """As `resolve`, by what is in the store now; what was read before needs no store."""
-        nothing, asked_s = Catalog({}, {}), time.monotonic()
-        if self._missing(model, nothing, allows) is not None:  # the base alone
-            return self.resolve(model, nothing, allows)
+        asked_s, at_hand = time.monotonic(), self._snapshot
+        if self._missing(model, _NOTHING, allows) is not None:  # the base alone
+            return self.resolve(model, _NOTHING, allows)
+        if not self._can_be(model, allows):
+            return self.resolve(model, at_hand.catalog if at_hand else _NOTHING, allows)
         since_s = asked_s - self._ttl_s
-        snapshot = await self._seen(since_s, _PATIENCE_S)
+        snapshot = await self._seen(since_s)
         missing = self._missing(model, snapshot.catalog, allows)
         if missing is None:
-            if _is_newer(model, snapshot.catalog):  # of which another gateway may have told
+            if _is_newer(model, snapshot.catalog):
                 since_s = asked_s
-            snapshot = await self._seen(since_s, _UNKNOWN_PATIENCE_S)
+            snapshot = await self._seen(since_s, is_unknown=True)
             missing = self._missing(model, snapshot.catalog, allows)
-            if missing is None and (self._is_unread or snapshot.began_s < since_s):
-                self._refuse_for_now(model, allows)
+            if missing is None and (not snapshot.is_read or snapshot.began_s < since_s):
+                raise StoreError(  # it may be new, and whoever is told that it is none gives up
+                    f"model {model[:120]!r}: not known yet, and the store cannot be read now; try "
+                    "again"
+                )
         for version in missing or ():
             await self._reads.read(version, partial(self._manifest, *version))
-        if missing is None:  # to be told what is nearest among all
-            return await asyncio.to_thread(self.resolve, model, snapshot.catalog, allows)
         return self.resolve(model, snapshot.catalog, allows)
 
     async def catalog(self) -> Catalog:
         """What is in the store now, or was when it last answered. Raises StoreError if it never
         did."""
-        return (await self._seen(time.monotonic() - self._ttl_s, _PATIENCE_S)).catalog
+        return (await self._seen(time.monotonic() - self._ttl_s)).catalog
 
-    async def _seen(self, since_s: float, patience_s: float) -> _Snapshot:
-        """A snapshot of `since_s` or later; an older one where the look in progress has taken
-        longer than `patience_s`."""
+    async def _seen(self, since_s: float, *, is_unknown: bool = False) -> _Snapshot:
+        """A snapshot of `since_s` or later. An older one where that takes too long; of a store that
+        is known to be slow, at once to who asks for what was seen."""
         snapshot = self._snapshot
         if snapshot is None or not self._is_younger(snapshot, _AHEAD * self._ttl_s):
             self._begin_look()
@@ -108,6 +117,10 @@ class Catalogue:
             if snapshot is None:
                 await asyncio.shield(look)
             else:
+                if is_unknown:
+                    patience_s = max(_UNKNOWN_PATIENCE_S, 2 * self._look_took_s)
+                else:
+                    patience_s = 0.0 if self._look_took_s > _PATIENCE_S else _PATIENCE_S
                 left_s = self._look_began_s + patience_s - time.monotonic()
                 if left_s > 0:
                     await asyncio.wait((look,), timeout=left_s)
@@ -181,7 +194,7 @@ class Catalogue:
             return None
         found = catalog.find(name)
         if found is None or not allows(found[0]):
-            hint = nearest(name[:120], filter(allows, [self.base_name, *catalog.versions]))
+            hint = _hint(name[:120], list(filter(allows, [self.base_name, *catalog.versions])))
             raise ModelNotFoundError(
                 f"model {name[:120]!r}: neither the base nor an adapter of the store{hint}"
             )
@@ -196,47 +209,40 @@ class Catalogue:
             )
         return version
 
-    def _refuse_for_now(self, model: str, allows: Callable[[str], bool]) -> None:
-        """Raise StoreError for a name that can be and is allowed: it may be new, and whoever is
-        told that it is none gives up."""
-        for name, _ in _named(model):
-            match = REFERENCE.fullmatch(name)
-            if name != self.base_name and (match is None or not allows(match[1])):
-                return
-        raise StoreError(
-            f"model {model[:120]!r}: not known yet, and the store cannot be read now; try again"
+    def _can_be(self, model: str, allows: Callable[[str], bool]) -> bool:
+        """Whether its names are such as adapters have, and this asker may know of."""
+        names = [name for name, _ in _named(model) if name != self.base_name]
+        matches = [REFERENCE.fullmatch(name) for name in names]
+        has_base = len(names) < len(_named(model))
+        return all(match is not None and allows(match[1]) for match in matches) and (
+            not has_base or allows(self.base_name)
         )
 
     def _look(self) -> None:
-        """Take a snapshot. Raises GraftError if there is none yet and the store fails."""
+        """Take a snapshot. Raises what the store raises if there is none yet."""
         began_s, before = time.monotonic(), self._snapshot
         try:
-            catalog = self._registry.catalog()
+            snapshot = _Snapshot(began_s, self._registry.catalog())
         except Exception as error:
             if before is None:
                 raise
-            if not self._is_unread:
+            if before.is_read:
                 _log.warning("store fails; what was seen is served", error=str(error))
-            self._is_unread = True
-            catalog = before.catalog
-        else:
-            self._is_unread = False
-        self._snapshot = _Snapshot(began_s, catalog)
+            snapshot = _Snapshot(began_s, before.catalog, is_read=False)
+        self._snapshot, self._look_took_s = snapshot, time.monotonic() - began_s
 
     async def adapters(self, catalog: Catalog) -> Mapping[str, AdapterVersion]:
         """The newest version of each adapter of a catalog that fits the base, by name."""
         newest = {name: numbers[-1] for name, numbers in catalog.versions.items()}
-        if any(version not in self._manifests for version in newest.items()):
-            await self._reads.read(_ALL, partial(self._read_all, newest))
-        known = {name: self._manifests.get((name, number)) for name, number in newest.items()}
-        return {name: v for name, v in known.items() if v is not None and self._fits(v)}
-
-    def _read_all(self, newest: Mapping[str, int]) -> None:
-        for name, number in newest.items():
+        missing = [version for version in newest.items() if version not in self._manifests]
+        reads = [self._reads.begin(v, partial(self._manifest, *v)) for v in missing]
+        for (name, _), read in zip(missing, reads, strict=True):
             try:
-                self._manifest(name, number)
+                await asyncio.shield(read)
             except GraftError as error:  # whoever asks for it by name is told why
                 _log.warning("adapter left out", adapter=name, error=error.message)
+        known = {name: self._manifests.get((name, number)) for name, number in newest.items()}
+        return {name: v for name, v in known.items() if v is not None and self._fits(v)}
 
     def refresh(self) -> None:
         """Look again at the next question, however young the snapshot is."""
@@ -259,11 +265,19 @@ def _named(model: str) -> list[tuple[str, float]]:
     return parse_mix(model) or [(model, 1.0)]
 
 
+def _hint(name: str, known: list[str]) -> str:
+    if len(known) <= _COMPARED:
+        return nearest(name, known)
+    alike = [other for other in known if other[:2] == name[:2]][:_COMPARED]
+    hint = nearest(name, alike)
+    return hint if "did you mean" in hint else ""
+
+
 def _is_newer(model: str, catalog: Catalog) -> bool:
-    """Whether it names a version behind the newest of a known adapter."""
+    """Whether it names a version behind the newest that was seen of that adapter, if any was."""
     for name, _ in _named(model):
         match = REFERENCE.fullmatch(name)
-        numbers = catalog.versions.get(match[1]) if match else None
-        if match and match[2] and numbers and int(match[2]) > numbers[-1]:
+        numbers = catalog.versions.get(match[1], [0]) if match else [0]
+        if match and match[2] and int(match[2]) > numbers[-1]:
             return True
     return False

@@ -36,11 +36,12 @@ class Meanings:
                 self._kept.add_meaning(name, found.root)
         return self._kept.meanings[name]
 
-    def about(self, error: NotFoundError, name: str, version: str) -> GraftError:
-        """Of a version that is gone, what it was asked for."""
+    def about(self, error: NotFoundError, name: str, version: str, *, for_all: bool) -> GraftError:
+        """Of a version that is gone, what it was asked for; the remedy, where it is so for all
+        rows."""
         if version == name:
             return error
+        remedy = f"; delete {self._kept.path} to begin anew" if for_all else ""
         return type(error)(
-            f"{error.message}; {name!r} stood for {version} when the first row was asked: delete "
-            f"{self._kept.path} to begin anew"
+            f"{error.message}; {name!r} stood for {version} when the first row was asked{remedy}"
         )

@@ -30,7 +30,8 @@ def replace(reports: Mapping[str, Mapping[str, Any]], numbers: Mapping[str, int]
 
 def forget(replica: str) -> None:
     """Nothing counts that a replica told which has died, also where it is listed once more."""
-    global _seen
+    global _latest, _seen
+    _latest = {name: figures for name, figures in _latest.items() if name != replica}
     if replica in _seen:
         _seen = {**_seen, replica: (_seen[replica][0], -math.inf)}
 

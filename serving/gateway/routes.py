@@ -143,6 +143,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{model:path}")
     async def show_model(request: Request, model: str) -> ModelCard:
         version = await service.in_time(catalogue.find(model, _tenant(request).allows))
+        if version is None:
+            return _card(model, catalogue.base_name, None, Catalog({}, {}), {})
         seen = await service.in_time(catalogue.catalog())
         return _card(model, catalogue.base_name, version, seen, seen.aliases_by_name())
 

@@ -122,9 +122,8 @@ def _plan(
     catalog = Registry(spec.store).catalog()
     plan = Plan(table.uri, table.files, engine, asked, catalog, table.parts(part_rows))
     if adapter is not None:
-        _catalogue(spec, catalog).resolve(
-            adapter, catalog
-        )  # nothing is started for a name that is none
+        # Nothing is started for a name that is none.
+        _catalogue(spec, catalog).resolve(adapter, catalog)
     output.begin(plan)
     return plan
 

@@ -245,7 +245,7 @@ def test_a_version_that_is_gone_is_told_by_the_name_that_stood_for_it(
     assert store is not None
     shutil.rmtree(store / "adapters" / "brief")
     service.service.catalogue.refresh()
-    told = r"'brief' stood for brief@1 when the first row was asked: delete .*out.jsonl.partial"
+    told = r"'brief' stood for brief@1 when the first row was asked; delete .*out.jsonl.partial"
     with pytest.raises(ModelNotFoundError, match=told):
         client.generate_file(source, target, adapter="brief", **GREEDY)
 

@@ -93,8 +93,13 @@ def test_a_store_that_fails_takes_away_nothing_that_was_seen(
                 find(running, model)
         with pytest.raises(ModelNotFoundError):
             find(running, "b", allows=only_the_base)
+        new = catalogue_of(registry, 0.0)
         with pytest.raises(StoreError, match="storage failed"):
-            find(catalogue_of(registry, 0.0), "a")
+            find(new, "a")
+        for catalogue in (running, new):  # no store is needed to tell
+            for model in (BASE, "a", "../a"):
+                with pytest.raises(ModelNotFoundError):
+                    find(catalogue, model, allows=lambda name: name == "b")
     with pytest.raises(ModelNotFoundError):
         find(running, "b")
     registry.publish("b", tmp_path / "a")
@@ -111,9 +116,13 @@ def test_a_version_that_another_gateway_told_of_is_looked_for(
         registry.publish(name, tmp_path / "a")
     assert find(catalogue, "a").ref == "a@1"
     with pytest.raises(ModelNotFoundError):
-        find(catalogue, "b@1")
+        find(catalogue, "b")
     assert find(catalogue, "a@2").ref == "a@2"
     assert find(catalogue, "b").ref == "b@1"
+    registry.publish("c", tmp_path / "a")
+    with pytest.raises(ModelNotFoundError):
+        find(catalogue, "c@1", allows=only_the_base)
+    assert find(catalogue, "c@1").ref == "c@1"
     with pytest.raises(ModelNotFoundError):
         find(catalogue, "a@3")
 
@@ -139,7 +148,7 @@ def test_a_store_that_hangs_holds_up_nobody(
         many = [catalogue.find("a") for _ in range(100)]
         assert await asyncio.gather(*many) == [version] * 100
         waited_s = time.monotonic() - looks[0]
-        assert waited_s > 0.9, "nobody looked"
+        assert waited_s > 0.5, "nobody looked"
         for _ in range(100):
             assert await catalogue.find("a") == version
         assert len(looks) == 1
@@ -172,7 +181,7 @@ def test_a_store_that_is_slow_is_one_that_answers(
         monkeypatch.setattr(registry, "catalog", slowly)
 
         async def one(place: int) -> None:
-            for _ in range(4):
+            for _ in range(2):
                 await asyncio.sleep(0.07 * (place % 7))
                 assert await catalogue.find("a") == version
                 if place < 10:
@@ -212,7 +221,6 @@ def test_a_manifest_that_hangs_is_read_once_and_holds_up_no_other(
         answers.set()
         assert (await catalogue.find("b")).ref == "b@1"  # type: ignore[union-attr]
         assert sorted(await waiting) == ["a", "b", "c"]
-        assert reads.count("c") == 1
-        assert reads.count("b") <= 2  # for those who asked for it, and for the list of all
+        assert sorted(reads) == ["a", "b", "c"]
 
     asyncio.run(ask())

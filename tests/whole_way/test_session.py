@@ -77,7 +77,7 @@ def test_a_job_runs_on_the_cluster_that_it_was_given_to(
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     env |= {"HOME": str(tmp_path), "TMPDIR": short_folder}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                            timeout=180, check=False, cwd=ROOT, env=env)  # fmt: skip
+                            timeout=300, check=False, cwd=ROOT, env=env)  # fmt: skip
     assert result.returncode == 0, result.stderr
     for line in result.stdout.splitlines()[-3:]:
         address = line.split()[0]

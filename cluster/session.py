@@ -17,6 +17,7 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -213,19 +214,35 @@ def _start(num_cpus: int | None) -> dict[str, Any]:
     import ray
 
     try:
-        context: Any = ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=_free_port(),
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _free_agent_port():
+            context: Any = ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=_free_port(),
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (OSError, ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"Ray could not be started on this machine: {error}") from error
     return dict(context.address_info)
+
+
+@contextmanager
+def _free_agent_port() -> Generator[None]:
+    """The agent that starts jobs takes any free port: of itself it takes 52365, and where another
+    cluster on the machine has that, no job can be submitted. `ray start` has an option for it,
+    `ray.init` has none."""
+    from ray._private.parameter import RayParams
+
+    before: Any = RayParams.__init__
+    setattr(RayParams, "__init__", partialmethod(before, dashboard_agent_listen_port=0))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(RayParams, "__init__", before)  # noqa: B010
 
 
 def _answers_outside(port: int) -> bool:

@@ -208,15 +208,15 @@ def test_a_changed_spec_is_rolled_out_and_nobody_notices(
 
 
 async def ready_while_full(service: Service) -> None:
-    """A service whose only engine takes two at once, with hundreds waiting, is ready at once."""
+    """A service whose only engine takes two at once, with many waiting, is ready at once."""
     async with connected(service) as http:
         assert await ask(http, 0) == service.expected[0]
-        asked = [asyncio.create_task(ask(http, number)) for number in [*range(REQUESTS)] * 2]
+        asked = [asyncio.create_task(ask(http, number)) for number in range(150)]
         await asyncio.sleep(1)
         response = await http.get("/ready")
         assert response.status_code == 200, response.text
         assert not all(answer.done() for answer in asked[-50:]), "it was not full"
-        assert await asyncio.gather(*asked) == service.expected * 2
+        assert await asyncio.gather(*asked) == service.expected[:150]
 
 
 def test_a_service_whose_engines_do_not_come_up_is_not_ready(service: Service) -> None:

@@ -68,6 +68,15 @@ def begin(
     )  # fmt: skip
 
 
+def until_it_has(journal: Path, lines: int, process: subprocess.Popen[str]) -> None:
+    """Wait while a process that runs writes them."""
+    deadline = time.monotonic() + 60
+    while not journal.exists() or len(journal.read_text().splitlines()) < lines:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Its exit code, stdout and stderr."""
     told, errors = process.communicate(timeout=120)
@@ -82,11 +91,7 @@ def test_an_interrupted_file_goes_on_where_it_was(service: Running, tmp_path: Pa
     for number in (signal.SIGINT, signal.SIGKILL):
         process = begin(service, source, target)
         before = len(journal.read_text().splitlines()) if journal.exists() else 0
-        deadline = time.monotonic() + 60
-        while not journal.exists() or len(journal.read_text().splitlines()) < before + 20:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until_it_has(journal, before + 20, process)
         process.send_signal(number)
         assert ended(process)[0] == (130 if number is signal.SIGINT else -number)
         assert not target.exists()
@@ -116,11 +121,7 @@ def test_a_name_stands_for_one_version_in_all_rows(
     journal = target.with_name("out.jsonl.partial")
     write_table(questions(300, adapter=["moving:live"] * 300), source)
     process = begin(service, source, target)
-    deadline = time.monotonic() + 60
-    while not journal.exists() or len(journal.read_text().splitlines()) < 20:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until_it_has(journal, 20, process)
     process.kill()
     ended(process)
     assert len(journal.read_text().splitlines()) < 300, "nothing is left to ask"

@@ -221,8 +221,7 @@ def test_a_store_that_fails_costs_only_what_must_be_fetched(
 def test_a_store_that_hangs_holds_up_nobody_else(
     bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base needs none; then more requests than it has threads wait for manifests that do not
-    come."""
+    """The base needs none; then many requests wait for manifests that do not come."""
     base, answers = bases("llama"), threading.Event()
     names = [f"hung-{number}" for number in range(40)]
     monkeypatch.setattr("serving.gateway.service._STORE_S", 3.0)
